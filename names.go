@@ -1,0 +1,113 @@
+package weft
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"hash/fnv"
+	"net"
+	"net/netip"
+)
+
+// Kernel object names. An interface name fits 15 bytes (IFNAMSIZ - 1,
+// linux/if.h). All names of objects that live in a host's own namespace carry
+// part of the id of the node or task that owns them, so that several nodes can
+// share one kernel and every object proves whose it is.
+
+// HostVethName is the host side of a task's gateway leg: "wv" + 11 characters
+// of the task id (random, so 56 bits of it).
+func HostVethName(task ID) string { return "wv" + cut(string(task), 11) }
+
+// PortVethName is the bridge side of a task's port on one network: "wp" + 11
+// hexadecimal digits of a hash over task and network. It lives in the
+// network's hidden namespace.
+func PortVethName(task, network ID) string {
+	h := fnv.New64a()
+	h.Write([]byte(task))
+	h.Write([]byte{'/'})
+	h.Write([]byte(network))
+	return fmt.Sprintf("wp%011x", h.Sum64()&(1<<44-1))
+}
+
+// VXLANName is the VXLAN device of a network.
+func VXLANName(vni uint32) string { return fmt.Sprintf("wx%d", vni) }
+
+// BridgeName is the bridge inside a network's hidden namespace.
+func BridgeName(vni uint32) string { return fmt.Sprintf("wb%d", vni) }
+
+// GatewayBridge is the per-host bridge by which tasks reach the outside.
+const GatewayBridge = "weft-gw"
+
+// GatewayPool is the range of the gateway bridge, unless the host uses it
+// already. No overlay may overlap it: a container has a leg in both.
+func GatewayPool() netip.Prefix { return netip.MustParsePrefix("172.31.240.0/20") }
+
+// IngressLeg is the host's own port on the ingress network.
+const IngressLeg = "weft-ingress"
+
+// TableName is the nftables table that weft owns; it writes no other.
+const TableName = "weft"
+
+// LinkAlias is the ifalias of every link that weft makes: proof of ownership
+// that survives a restart. A link without it is never touched.
+func LinkAlias(node ID) string { return "weft:" + string(node) }
+
+// TaskNetNS is the name of a task's network namespace file.
+func TaskNetNS(node, task ID) string {
+	return fmt.Sprintf("weft-%s-t%s", cut(string(node), 8), cut(string(task), 12))
+}
+
+// OverlayNetNS is the name of the hidden namespace file of a network on a node.
+func OverlayNetNS(node ID, vni uint32) string {
+	return fmt.Sprintf("weft-%s-n%d", cut(string(node), 8), vni)
+}
+
+// NetNSPrefix is the common prefix of a node's namespace names.
+func NetNSPrefix(node ID) string { return "weft-" + cut(string(node), 8) + "-" }
+
+// CgroupPath is the cgroup of a task, from the root of each hierarchy.
+func CgroupPath(node, task ID) string { return "/weft/" + string(node) + "/" + string(task) }
+
+// ContainerID is the 64-digit id under which Docker's clients see a task.
+func ContainerID(task ID) string {
+	sum := sha256.Sum256([]byte("weft container " + string(task)))
+	return hex.EncodeToString(sum[:])
+}
+
+// EndpointMAC is the hardware address of a task on a network: locally
+// administered (IEEE 802, bit 1 of the first byte), one byte of generation
+// hashed from the task, so that a reused address does not match an entry made
+// for its former holder, and the last four bytes of the address, so that it is
+// unique within the network.
+func EndpointMAC(task ID, addr netip.Addr) net.HardwareAddr {
+	return derivedMAC(0x02, string(task), addr)
+}
+
+// VIPMAC is the hardware address that answers for a service address. No
+// device owns it: the balancer rewrites it to a backend's. Its first byte
+// keeps it apart from every EndpointMAC.
+func VIPMAC(service ID, addr netip.Addr) net.HardwareAddr {
+	return derivedMAC(0x06, string(service), addr)
+}
+
+// NodeMAC is the hardware address of a node's own leg on the ingress network.
+func NodeMAC(node ID, addr netip.Addr) net.HardwareAddr {
+	return derivedMAC(0x0a, string(node), addr)
+}
+
+func derivedMAC(first byte, owner string, addr netip.Addr) net.HardwareAddr {
+	h := fnv.New32a()
+	h.Write([]byte(owner))
+	s := h.Sum32()
+	gen := byte(s ^ s>>8 ^ s>>16 ^ s>>24)
+	a := addr.Unmap().AsSlice()
+	tail := a[len(a)-4:]
+	return net.HardwareAddr{first, gen, tail[0], tail[1], tail[2], tail[3]}
+}
+
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return s[:n]
+}

@@ -1,0 +1,85 @@
+package weft
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+)
+
+func TestIDs(t *testing.T) {
+	seen := make(map[ID]bool)
+	for range 1000 {
+		id := NewID()
+		if !id.Valid() || seen[id] || len(id.Short()) != 12 || !strings.HasPrefix(string(id), id.Short()) {
+			t.Fatalf("bad id %q", id)
+		}
+		seen[id] = true
+	}
+	for _, bad := range []ID{"", "abc", ID(strings.Repeat("A", 25)), ID(strings.Repeat("a", 26)), ID(strings.Repeat("-", 25))} {
+		if bad.Valid() {
+			t.Errorf("%q is valid", bad)
+		}
+	}
+	if got := ID("abc").Short(); got != "abc" {
+		t.Errorf("short id cut to %q", got)
+	}
+}
+
+// Kernel names must fit, and differ for objects that may share a host.
+func TestInterfaceNames(t *testing.T) {
+	task, other, network := NewID(), NewID(), NewID()
+	names := []string{HostVethName(task), HostVethName(other), PortVethName(task, network), PortVethName(other, network), PortVethName(task, other),
+		VXLANName(FirstVNI), VXLANName(LastVNI), BridgeName(LastVNI), GatewayBridge, IngressLeg}
+	seen := make(map[string]bool)
+	for _, n := range names {
+		if n == "" || len(n) > 15 || seen[n] || strings.ContainsAny(n, "/ ") {
+			t.Errorf("bad or repeated interface name %q", n)
+		}
+		seen[n] = true
+	}
+	if PortVethName("ab", "c") == PortVethName("a", "bc") {
+		t.Error("task and network run together")
+	}
+	if p := NetNSPrefix(task); !strings.HasPrefix(TaskNetNS(task, other), p) || !strings.HasPrefix(OverlayNetNS(task, 5), p) {
+		t.Error("namespace names lack their prefix")
+	}
+}
+
+// Every golden value here is seen by other nodes or survives a restart.
+func TestDerivedValuesAreStable(t *testing.T) {
+	a := netip.MustParseAddr("10.0.1.2")
+	for _, c := range []struct{ got, want string }{
+		{EndpointMAC("task", a).String()[:3], "02:"},
+		{VIPMAC("task", a).String()[:3], "06:"},
+		{NodeMAC("task", a).String()[:3], "0a:"},
+		{EndpointMAC("task", a).String()[6:], "0a:00:01:02"},
+		{EndpointMAC("task", a).String(), EndpointMAC("task", netip.MustParseAddr("::ffff:10.0.1.2")).String()},
+		{HostVethName("0123456789abcdefghijklmno"), "wv0123456789a"},
+		{TaskNetNS("0123456789abcdefghijklmno", "zyxwvutsrqponmlkjihgfedcb"), "weft-01234567-tzyxwvutsrqpo"},
+		{OverlayNetNS("0123456789abcdefghijklmno", 4097), "weft-01234567-n4097"},
+	} {
+		if c.got != c.want {
+			t.Errorf("got %s, want %s", c.got, c.want)
+		}
+	}
+	if id := ContainerID("task"); len(id) != 64 || strings.Trim(id, "0123456789abcdef") != "" {
+		t.Errorf("container id %q", id)
+	}
+}
+
+func TestTaskNameAndStates(t *testing.T) {
+	if got := (&Task{ID: "t", Slot: 2, Node: "n"}).Name("web"); got != "web.2.t" {
+		t.Error(got)
+	}
+	if got := (&Task{ID: "t", Node: "n"}).Name("web"); got != "web.n.t" {
+		t.Error(got)
+	}
+	for s, name := range taskStateNames {
+		if s.String() != name || s.Ended() != (s >= TaskComplete) {
+			t.Errorf("%d: %s", s, s)
+		}
+	}
+	if got := TaskState(1).String(); got != "state(1)" {
+		t.Error(got)
+	}
+}

@@ -1,0 +1,117 @@
+package weft
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Role of a node in the cluster.
+type Role uint8
+
+const (
+	RoleWorker Role = iota
+	RoleManager
+)
+
+func (r Role) String() string {
+	if r == RoleManager {
+		return "manager"
+	}
+	return "worker"
+}
+
+// Availability says whether tasks may run on a node.
+type Availability uint8
+
+const (
+	// AvailabilityActive: new tasks may be placed.
+	AvailabilityActive Availability = iota
+	// AvailabilityPause: tasks stay, no new ones come.
+	AvailabilityPause
+	// AvailabilityDrain: tasks are moved away.
+	AvailabilityDrain
+)
+
+func (a Availability) String() string {
+	return [...]string{"active", "pause", "drain"}[a%3]
+}
+
+// NodeState is the leader's view of a node.
+type NodeState uint8
+
+const (
+	NodeUnknown NodeState = iota
+	NodeReady             // its session is open
+	NodeDown              // no sign of life for longer than the limit
+	NodeDisconnected
+)
+
+func (s NodeState) String() string {
+	return [...]string{"unknown", "ready", "down", "disconnected"}[s%4]
+}
+
+// NodeSpec is what a person may change of a node.
+type NodeSpec struct {
+	Labels       map[string]string
+	Role         Role
+	Availability Availability
+}
+
+// NodeDescription is what a node says of itself when its session opens.
+type NodeDescription struct {
+	Hostname      string
+	OS            string // "linux"
+	Arch          string // "x86_64", "aarch64": uname's word, as Docker prints it
+	Kernel        string // uname -r
+	EngineVersion string // of weft
+	NanoCPUs      int64
+	MemoryBytes   int64
+	OverlayEngine string // chosen by probe
+	ServiceEngine string
+	// Addrs and Routes in use on the host, so that no pool overlaps them.
+	UsedPrefixes []netip.Prefix
+}
+
+// NodeStatus is the changing part.
+type NodeStatus struct {
+	State   NodeState
+	Message string
+	// Addr is where the node's cluster port, gossip and (unless DataPath is
+	// set) VXLAN are reached.
+	Addr netip.Addr
+	// Listeners are sockets of host processes outside weft, at most
+	// ListenerReportInterval old: a published port must not clash with one.
+	Listeners []Listener
+	// Seen is when the leader last heard of the node.
+	Seen time.Time
+}
+
+// Listener is a port that a process of the host holds.
+type Listener struct {
+	Protocol Protocol
+	Port     uint16
+}
+
+// Node is a stored member of the cluster.
+type Node struct {
+	ID          ID
+	Meta        Meta
+	Spec        NodeSpec
+	Description NodeDescription
+	Status      NodeStatus
+	// DataPath is the node's VTEP address.
+	DataPath netip.Addr
+	// IngressAddr is the node's own address on the ingress network, by
+	// which requests to published ports enter the overlay; unset until the
+	// leader has allocated it.
+	IngressAddr netip.Prefix
+	// Manager is nil on workers.
+	Manager *ManagerStatus
+}
+
+// ManagerStatus is a manager's part in the Raft group.
+type ManagerStatus struct {
+	Addr      netip.AddrPort // of the cluster port
+	Leader    bool
+	Reachable bool
+}

@@ -1,0 +1,171 @@
+package weft
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+func goodService() ServiceSpec {
+	s := ServiceSpec{Name: "web", Replicas: 2, Container: ContainerSpec{Image: "busybox"}}
+	s.Defaults()
+	return s
+}
+
+func TestServiceValidate(t *testing.T) {
+	long := strings.Repeat("a", 64)
+	for _, c := range []struct {
+		name string
+		edit func(*ServiceSpec)
+		is   error  // nil = valid
+		want string // beginning of the error: the path
+	}{
+		{"good", func(s *ServiceSpec) {}, nil, ""},
+		{"stack name", func(s *ServiceSpec) { s.Name = "shop_web-1" }, nil, ""},
+		{"no name", func(s *ServiceSpec) { s.Name = "" }, ErrInvalid, "Name: "},
+		{"dot in name", func(s *ServiceSpec) { s.Name = "a.b" }, ErrInvalid, "Name: "},
+		{"hyphen at the end", func(s *ServiceSpec) { s.Name = "a-" }, ErrInvalid, "Name: "},
+		{"64 characters", func(s *ServiceSpec) { s.Name = long }, ErrInvalid, "Name: "},
+		{"63 characters", func(s *ServiceSpec) { s.Name = long[1:] }, nil, ""},
+		{"weft label", func(s *ServiceSpec) { s.Labels = map[string]string{"a": "", "weft.x": ""} }, ErrUnsupported, `Labels["weft.x"]: `},
+		{"global with replicas", func(s *ServiceSpec) { s.Mode = ModeGlobal }, ErrInvalid, "Mode.Global: "},
+		{"too many replicas", func(s *ServiceSpec) { s.Replicas = 1 << 40 }, ErrInvalid, "Mode.Replicated.Replicas: "},
+		{"zero replicas", func(s *ServiceSpec) { s.Replicas = 0 }, nil, ""},
+		{"no image", func(s *ServiceSpec) { s.Container.Image = "" }, ErrInvalid, "TaskTemplate.ContainerSpec.Image: "},
+		{"env without =", func(s *ServiceSpec) { s.Container.Env = []string{"A=", "B"} }, ErrInvalid, "TaskTemplate.ContainerSpec.Env[1]: "},
+		{"env without name", func(s *ServiceSpec) { s.Container.Env = []string{"=x"} }, ErrInvalid, "TaskTemplate.ContainerSpec.Env[0]: "},
+		{"zero byte", func(s *ServiceSpec) { s.Container.Args = []string{"a", "\x00"} }, ErrInvalid, "TaskTemplate.ContainerSpec.Args[1]: "},
+		{"relative dir", func(s *ServiceSpec) { s.Container.Dir = "x" }, ErrInvalid, "TaskTemplate.ContainerSpec.Dir: "},
+		{"user", func(s *ServiceSpec) { s.Container.User = "a b" }, ErrInvalid, "TaskTemplate.ContainerSpec.User: "},
+		{"hostname", func(s *ServiceSpec) { s.Container.Hostname = "a_b" }, ErrInvalid, "TaskTemplate.ContainerSpec.Hostname: "},
+		{"good hostname", func(s *ServiceSpec) { s.Container.Hostname = "a.b-c.9" }, nil, ""},
+		{"template", func(s *ServiceSpec) { s.Container.Hostname = "{{.Node.Hostname}}" }, ErrUnsupported, "TaskTemplate.ContainerSpec.Hostname: "},
+		{"signal", func(s *ServiceSpec) { s.Container.StopSignal = "SIGWHAT" }, ErrInvalid, "TaskTemplate.ContainerSpec.StopSignal: "},
+		{"good signal", func(s *ServiceSpec) { s.Container.StopSignal = "quit" }, nil, ""},
+		{"signal number", func(s *ServiceSpec) { s.Container.StopSignal = "65" }, ErrInvalid, "TaskTemplate.ContainerSpec.StopSignal: "},
+		{"grace", func(s *ServiceSpec) { s.Container.StopGrace = -1 }, ErrInvalid, "TaskTemplate.ContainerSpec.StopGracePeriod: "},
+		{"mount target", func(s *ServiceSpec) { s.Container.Mounts = []Mount{{Type: MountTmpfs, Target: "x"}} }, ErrInvalid, `TaskTemplate.ContainerSpec.Mounts[0].Target: invalid argument: "x": must be an absolute path`},
+		{"mount root", func(s *ServiceSpec) { s.Container.Mounts = []Mount{{Type: MountTmpfs, Target: "/x/.."}} }, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[0].Target: "},
+		{"mount twice", func(s *ServiceSpec) {
+			s.Container.Mounts = []Mount{{Type: MountTmpfs, Target: "/x"}, {Type: MountTmpfs, Target: "/x/"}}
+		}, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[1].Target: "},
+		{"bind source", func(s *ServiceSpec) { s.Container.Mounts = []Mount{{Type: MountBind, Source: "x", Target: "/x"}} }, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[0].Source: "},
+		{"volume source", func(s *ServiceSpec) {
+			s.Container.Mounts = []Mount{{Type: MountVolume, Source: "/x", Target: "/x"}}
+		}, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[0].Source: "},
+		{"anonymous volume", func(s *ServiceSpec) { s.Container.Mounts = []Mount{{Type: MountVolume, Target: "/x"}} }, nil, ""},
+		{"mount type", func(s *ServiceSpec) { s.Container.Mounts = []Mount{{Type: "npipe", Target: "/x"}} }, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[0].Type: "},
+		{"size of a bind", func(s *ServiceSpec) {
+			s.Container.Mounts = []Mount{{Type: MountBind, Source: "/x", Target: "/x", TmpfsSize: 1}}
+		}, ErrInvalid, "TaskTemplate.ContainerSpec.Mounts[0].TmpfsOptions.SizeBytes: "},
+		{"negative CPU", func(s *ServiceSpec) { s.Limits.NanoCPUs = -1 }, ErrInvalid, "TaskTemplate.Resources.Limits.NanoCPUs: "},
+		{"tiny memory", func(s *ServiceSpec) { s.Limits.MemoryBytes = 512 }, ErrInvalid, "TaskTemplate.Resources.Limits.MemoryBytes: "},
+		{"reserve over limit", func(s *ServiceSpec) { s.Limits.NanoCPUs, s.Reservations.NanoCPUs = 1e9, 2e9 }, ErrInvalid, "TaskTemplate.Resources.Reservations.NanoCPUs: "},
+		{"restart delay", func(s *ServiceSpec) { s.Restart.Delay = -1 }, ErrInvalid, "TaskTemplate.RestartPolicy.Delay: "},
+		{"restart window", func(s *ServiceSpec) { s.Restart.Window = -1 }, ErrInvalid, "TaskTemplate.RestartPolicy.Window: "},
+		{"attempts", func(s *ServiceSpec) { s.Restart.MaxAttempts = 1001 }, ErrInvalid, "TaskTemplate.RestartPolicy.MaxAttempts: "},
+		{"condition", func(s *ServiceSpec) { s.Restart.Condition = 9 }, ErrInvalid, "TaskTemplate.RestartPolicy.Condition: "},
+		{"constraint", func(s *ServiceSpec) { s.Constraints = []string{"node.role==worker", "x"} }, ErrInvalid, "TaskTemplate.Placement.Constraints[1]: "},
+		{"network twice", func(s *ServiceSpec) { s.Networks = []NetworkTarget{{Network: "a"}, {Network: "a"}} }, ErrInvalid, "TaskTemplate.Networks[1].Target: "},
+		{"network missing", func(s *ServiceSpec) { s.Networks = []NetworkTarget{{}} }, ErrInvalid, "TaskTemplate.Networks[0].Target: "},
+		{"alias", func(s *ServiceSpec) { s.Networks = []NetworkTarget{{Network: "a", Aliases: []string{"b", "c d"}}} }, ErrInvalid, "TaskTemplate.Networks[0].Aliases[1]: "},
+		{"target port 0", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: TCP}} }, ErrInvalid, "EndpointSpec.Ports[0].TargetPort: "},
+		{"protocol", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: "sctp", Target: 1}} }, ErrInvalid, "EndpointSpec.Ports[0].Protocol: "},
+		{"published twice", func(s *ServiceSpec) {
+			s.Ports = []PortSpec{{Protocol: TCP, Target: 1, Published: 80}, {Protocol: UDP, Target: 1, Published: 80}, {Protocol: TCP, Target: 2, Published: 80}}
+		}, ErrInvalid, "EndpointSpec.Ports[2].PublishedPort: "},
+		{"chosen twice", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: TCP, Target: 1}, {Protocol: TCP, Target: 2}} }, nil, ""},
+		{"dnsrr with ports", func(s *ServiceSpec) {
+			s.EndpointMode, s.Ports = EndpointDNSRR, []PortSpec{{Protocol: TCP, Target: 1}}
+		}, ErrInvalid, "EndpointSpec.Mode: "},
+		{"update delay", func(s *ServiceSpec) { s.Update.Delay = -1 }, ErrInvalid, "UpdateConfig.Delay: "},
+		{"monitor", func(s *ServiceSpec) { s.Update.Monitor = -1 }, ErrInvalid, "UpdateConfig.Monitor: "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := goodService()
+			c.edit(&s)
+			err := s.Validate()
+			if !errors.Is(err, c.is) || err != nil && !strings.HasPrefix(err.Error(), c.want) {
+				t.Errorf("got %v, want %v beginning %q", err, c.is, c.want)
+			}
+		})
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	shared := []PortSpec{{Target: 80}}
+	s := ServiceSpec{Ports: shared}
+	s.Defaults()
+	if s.Container.StopGrace != DefaultStopGrace || s.Restart.Delay != DefaultRestartDelay || s.Update != DefaultUpdate || s.Ports[0].Protocol != TCP || s.Replicas != 0 {
+		t.Errorf("got %+v", s)
+	}
+	if shared[0].Protocol != "" {
+		t.Error("wrote to the sender's ports")
+	}
+	s = ServiceSpec{Update: UpdateConfig{Delay: time.Second}}
+	s.Defaults()
+	if s.Update != (UpdateConfig{Delay: time.Second, Monitor: 5 * time.Second}) {
+		t.Errorf("parallelism 0 means all, got %+v", s.Update)
+	}
+}
+
+func TestImages(t *testing.T) {
+	digest := "@sha256:" + strings.Repeat("0a", 32)
+	for _, good := range []string{"busybox", "weft/whoami", "busybox:1.36", "library/a/b", "localhost/x", "localhost:5000/x:y", "r.example.com:443/a_b/c--d.e" + digest, "a:1" + digest, "[::1]:5000/x", "x__y"} {
+		if err := checkImage(good); err != nil {
+			t.Errorf("%s: %v", good, err)
+		}
+	}
+	for _, bad := range []string{"", "Busy", "a:", "a:.x", "a b", "/a", "a/", "a//b", "a@sha256:12", "a@md5:" + strings.Repeat("0", 32), "-a", "a:" + strings.Repeat("x", 129), strings.Repeat("a", 256), "host:port/x", "a\n"} {
+		if err := checkImage(bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
+
+func TestNetworkValidate(t *testing.T) {
+	subnet := func(p, g string) []Subnet {
+		s := Subnet{Prefix: netip.MustParsePrefix(p)}
+		if g != "" {
+			s.Gateway = netip.MustParseAddr(g)
+		}
+		return []Subnet{s}
+	}
+	for _, c := range []struct {
+		name string
+		edit func(*NetworkSpec)
+		is   error
+		want string
+	}{
+		{"good", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.1.0.254") }, nil, ""},
+		{"name", func(n *NetworkSpec) { n.Name = "-x" }, ErrInvalid, "Name: "},
+		{"no name", func(n *NetworkSpec) { n.Name = "" }, ErrInvalid, "Name: "},
+		{"pre-defined", func(n *NetworkSpec) { n.Name = "host" }, ErrForbidden, "Name: "},
+		{"driver", func(n *NetworkSpec) { n.Driver = "bridge" }, ErrUnsupported, "Driver: "},
+		{"option", func(n *NetworkSpec) { n.Options = map[string]string{"encrypted": ""} }, ErrUnsupported, `Options["encrypted"]: `},
+		{"host bits", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.1/24", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.1.0.1/24 has host bits set: use 10.1.0.0/24"},
+		{"too small", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/30", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"IPv6", func(n *NetworkSpec) { n.Subnets = subnet("fd00::/64", "") }, ErrUnsupported, "IPAM.Config[0].Subnet: "},
+		{"gateway outside", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.2.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
+		{"gateway is network", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.1.0.0") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
+		{"gateway is broadcast", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/23", "10.1.1.255") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
+		{"gateway alone", func(n *NetworkSpec) { n.Subnets = []Subnet{{Gateway: netip.MustParseAddr("10.1.0.1")}} }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"empty subnet", func(n *NetworkSpec) { n.Subnets = []Subnet{{}} }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"two subnets", func(n *NetworkSpec) {
+			n.Subnets = append(subnet("10.1.0.0/24", ""), subnet("10.2.0.0/24", "")...)
+		}, ErrUnsupported, "IPAM.Config[1]: "},
+		{"internal ingress", func(n *NetworkSpec) { n.Ingress, n.Internal = true, true }, ErrInvalid, "Ingress: "},
+		{"label", func(n *NetworkSpec) { n.Labels = map[string]string{"weft.y": "1"} }, ErrUnsupported, `Labels["weft.y"]: `},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := NetworkSpec{Name: "net", Driver: DriverOverlay}
+			c.edit(&n)
+			err := n.Validate()
+			if !errors.Is(err, c.is) || err != nil && !strings.HasPrefix(err.Error(), c.want) {
+				t.Errorf("got %v, want %v beginning %q", err, c.is, c.want)
+			}
+		})
+	}
+}
