@@ -1,0 +1,300 @@
+package vxlan
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// OpKind is what one operation does. The order of the constants is the order
+// in which Diff returns operations: what is added first, what is removed last.
+type OpKind uint8
+
+const (
+	// OpDelStale removes a network whose VNI now belongs to another one. It
+	// comes first because both have the same kernel names.
+	OpDelStale OpKind = iota
+	// OpAddNetwork makes the namespace, the bridge and the VXLAN device.
+	OpAddNetwork
+	// OpSetNetwork changes MTU or subnets in place.
+	OpSetNetwork
+	// OpSetDevice repairs or remakes the VXLAN device; its forwarding
+	// entries follow.
+	OpSetDevice
+	// OpSetFDB makes frames to MAC go to VTEP; without a VTEP they are
+	// answered for but go nowhere (a service address).
+	OpSetFDB
+	// OpSetNeigh makes the bridge answer for Addr with MAC.
+	OpSetNeigh
+	// OpSetPort makes or repairs a task's port.
+	OpSetPort
+	// OpSetHostLeg makes or repairs the host's leg.
+	OpSetHostLeg
+	// OpDelHostLeg removes the host's leg.
+	OpDelHostLeg
+	// OpDelPort removes a task's port.
+	OpDelPort
+	// OpDelNeigh removes the answer for Addr.
+	OpDelNeigh
+	// OpDelFDB removes the forwarding entry of MAC.
+	OpDelFDB
+	// OpDelNetwork removes devices and namespace.
+	OpDelNetwork
+)
+
+var opNames = [...]string{
+	"del stale network", "add network", "set network", "set device", "set fdb", "set neigh", "set port",
+	"set host leg", "del host leg", "del port", "del neigh", "del fdb", "del network",
+}
+
+// String names the kind for messages: "add network", "set fdb".
+func (k OpKind) String() string {
+	if int(k) < len(opNames) {
+		return opNames[k]
+	}
+	return fmt.Sprintf("op(%d)", uint8(k))
+}
+
+// Op is one change. Only the fields that its kind speaks of are set.
+type Op struct {
+	Kind    OpKind
+	VNI     uint32
+	Network *Network // OpAddNetwork, OpSetNetwork, OpSetDevice: without ports, peers, VIPs and leg
+	Port    *Port    // OpSetPort, OpDelPort
+	HostLeg *HostLeg // OpSetHostLeg, OpDelHostLeg
+	Addr    netip.Addr
+	MAC     net.HardwareAddr
+	VTEP    netip.Addr
+}
+
+// String is one line for errors and logs.
+func (o Op) String() string {
+	s := fmt.Sprintf("%s of network %d", o.Kind, o.VNI)
+	switch o.Kind {
+	case OpSetPort, OpDelPort:
+		s = fmt.Sprintf("%s %s %s of task %s of network %d", o.Kind, o.Port.IfName, o.Port.Addr, o.Port.Task.Short(), o.VNI)
+	case OpSetHostLeg, OpDelHostLeg:
+		s = fmt.Sprintf("%s %s of network %d", o.Kind, o.HostLeg.Name, o.VNI)
+	case OpSetNeigh, OpDelNeigh:
+		s = fmt.Sprintf("%s %s %s of network %d", o.Kind, o.Addr, o.MAC, o.VNI)
+	case OpSetFDB, OpDelFDB:
+		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, vtepText(o.VTEP), o.VNI)
+	case OpAddNetwork, OpDelNetwork, OpDelStale:
+		s = fmt.Sprintf("%s %d", o.Kind, o.VNI)
+	}
+	return s
+}
+
+func vtepText(a netip.Addr) string {
+	if !a.IsValid() {
+		return "nowhere"
+	}
+	return a.String()
+}
+
+// Tables are the two tables of one network as the kernel keeps them. Peers and
+// VIPs are a view of both; Derive and Observed turn one into the other.
+type Tables struct {
+	// Neigh answers ARP and neighbour discovery: address to MAC.
+	Neigh map[netip.Addr]MAC
+	// FDB forwards: MAC to VTEP, or to nowhere (the zero Addr).
+	FDB map[MAC]netip.Addr
+}
+
+// MAC is a 48-bit hardware address as a map key.
+type MAC [6]byte
+
+// MACOf copies a hardware address. One that has not 6 bytes is the zero MAC,
+// which Validate refuses.
+func MACOf(a net.HardwareAddr) MAC {
+	var m MAC
+	if len(a) == len(m) {
+		copy(m[:], a)
+	}
+	return m
+}
+
+// HardwareAddr is a fresh copy.
+func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(nil), m[:]...) }
+
+// Derive computes the tables that a network needs. A Peer without an address
+// is a forwarding entry alone, one without a VTEP a neighbour alone: that is
+// how half-made entries of a kernel are expressed.
+func Derive(n Network) Tables {
+	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
+	for _, v := range n.VIPs {
+		if v.Addr.IsValid() {
+			t.Neigh[v.Addr.Unmap()] = MACOf(v.MAC)
+		}
+		t.FDB[MACOf(v.MAC)] = netip.Addr{}
+	}
+	for _, p := range n.Peers {
+		if p.Addr.IsValid() {
+			t.Neigh[p.Addr.Unmap()] = MACOf(p.MAC)
+		}
+		if p.VTEP.IsValid() {
+			t.FDB[MACOf(p.MAC)] = p.VTEP.Unmap()
+		}
+	}
+	return t
+}
+
+// Observed is the opposite of Derive: the peers and VIPs that tables amount
+// to, sorted. Derive(Observed(t)) equals t for every t.
+func Observed(t Tables) (peers []Peer, vips []VIP) {
+	named := make(map[MAC]bool, len(t.Neigh))
+	for addr, mac := range t.Neigh {
+		named[mac] = true
+		vtep, ok := t.FDB[mac]
+		if ok && !vtep.IsValid() {
+			vips = append(vips, VIP{Addr: addr, MAC: mac.HardwareAddr()})
+			continue
+		}
+		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: vtep})
+	}
+	for mac, vtep := range t.FDB {
+		switch {
+		case named[mac]:
+		case vtep.IsValid():
+			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: vtep})
+		default:
+			vips = append(vips, VIP{MAC: mac.HardwareAddr()})
+		}
+	}
+	slices.SortFunc(peers, comparePeers)
+	slices.SortFunc(vips, compareVIPs)
+	return peers, vips
+}
+
+// Diff returns the least operations that make have into want, additions before
+// removals, networks by VNI. It is empty exactly if both need the same kernel
+// objects. Neither argument is changed; want should be valid.
+func Diff(have, want State) []Op {
+	var ops []Op
+	for vni, w := range want.Networks {
+		h, ok := have.Networks[vni]
+		switch {
+		case !ok:
+			ops = append(ops, Op{Kind: OpAddNetwork, VNI: vni, Network: header(w)})
+			h = Network{ID: w.ID, VNI: vni, Subnets: w.Subnets, MTU: w.MTU, VTEP: w.VTEP, Port: w.Port}
+		case h.ID != w.ID:
+			ops = append(ops, Op{Kind: OpDelStale, VNI: vni}, Op{Kind: OpAddNetwork, VNI: vni, Network: header(w)})
+			h = Network{ID: w.ID, VNI: vni, Subnets: w.Subnets, MTU: w.MTU, VTEP: w.VTEP, Port: w.Port}
+		}
+		ops = append(ops, diffNetwork(h, w)...)
+	}
+	for vni := range have.Networks {
+		if _, ok := want.Networks[vni]; !ok {
+			ops = append(ops, Op{Kind: OpDelNetwork, VNI: vni})
+		}
+	}
+	slices.SortFunc(ops, compareOps)
+	return ops
+}
+
+func diffNetwork(h, w Network) []Op {
+	var ops []Op
+	remade := h.VTEP.Unmap() != w.VTEP.Unmap() || h.Port != w.Port
+	if h.MTU != w.MTU || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
+		ops = append(ops, Op{Kind: OpSetNetwork, VNI: w.VNI, Network: header(w)})
+	}
+	ht, wt := Derive(h), Derive(w)
+	if remade {
+		ops = append(ops, Op{Kind: OpSetDevice, VNI: w.VNI, Network: header(w)})
+		ht.FDB = nil // it went with the device
+	}
+	for mac, vtep := range wt.FDB {
+		if old, ok := ht.FDB[mac]; !ok || old != vtep {
+			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+		}
+	}
+	for mac, vtep := range ht.FDB {
+		if _, ok := wt.FDB[mac]; !ok {
+			ops = append(ops, Op{Kind: OpDelFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+		}
+	}
+	for addr, mac := range wt.Neigh {
+		if old, ok := ht.Neigh[addr]; !ok || old != mac {
+			ops = append(ops, Op{Kind: OpSetNeigh, VNI: w.VNI, Addr: addr, MAC: mac.HardwareAddr()})
+		}
+	}
+	for addr, mac := range ht.Neigh {
+		if _, ok := wt.Neigh[addr]; !ok {
+			ops = append(ops, Op{Kind: OpDelNeigh, VNI: w.VNI, Addr: addr, MAC: mac.HardwareAddr()})
+		}
+	}
+	return append(ops, diffPorts(h, w)...)
+}
+
+func diffPorts(h, w Network) []Op {
+	var ops []Op
+	mtu := h.MTU != w.MTU // a port carries the network's
+	have := make(map[string]Port, len(h.Ports))
+	for _, p := range h.Ports {
+		have[string(p.Task)] = p
+	}
+	for _, p := range w.Ports {
+		if old, ok := have[string(p.Task)]; !ok || mtu || comparePorts(old, p) != 0 {
+			ops = append(ops, Op{Kind: OpSetPort, VNI: w.VNI, Port: &p})
+		}
+		delete(have, string(p.Task))
+	}
+	for _, p := range have {
+		ops = append(ops, Op{Kind: OpDelPort, VNI: w.VNI, Port: &p})
+	}
+	switch {
+	case w.HostLeg == nil && h.HostLeg != nil:
+		ops = append(ops, Op{Kind: OpDelHostLeg, VNI: w.VNI, HostLeg: h.HostLeg})
+	case w.HostLeg != nil && (h.HostLeg == nil || mtu || !equalLegs(*h.HostLeg, *w.HostLeg)):
+		ops = append(ops, Op{Kind: OpSetHostLeg, VNI: w.VNI, HostLeg: w.HostLeg})
+	}
+	return ops
+}
+
+func header(n Network) *Network {
+	n.Ports, n.Peers, n.VIPs, n.HostLeg = nil, nil, nil, nil
+	return &n
+}
+
+func equalLegs(a, b HostLeg) bool {
+	return a.Name == b.Name && a.Addr == b.Addr && bytes.Equal(a.MAC, b.MAC)
+}
+
+func compareOps(a, b Op) int {
+	return cmp.Or(
+		cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.VNI, b.VNI),
+		a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), strings.Compare(opTask(a), opTask(b)))
+}
+
+func opTask(o Op) string {
+	if o.Port == nil {
+		return ""
+	}
+	return string(o.Port.Task)
+}
+
+func comparePeers(a, b Peer) int {
+	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), a.VTEP.Compare(b.VTEP))
+}
+
+func compareVIPs(a, b VIP) int {
+	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC))
+}
+
+func comparePorts(a, b Port) int {
+	return cmp.Or(
+		cmp.Compare(a.Task, b.Task), cmp.Compare(a.NetNS, b.NetNS), cmp.Compare(a.IfName, b.IfName),
+		a.Addr.Addr().Compare(b.Addr.Addr()), cmp.Compare(a.Addr.Bits(), b.Addr.Bits()), bytes.Compare(a.MAC, b.MAC))
+}
+
+func sortedPrefixes(ps []netip.Prefix) []netip.Prefix {
+	out := slices.Clone(ps)
+	slices.SortFunc(out, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	return out
+}

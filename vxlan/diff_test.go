@@ -1,0 +1,167 @@
+package vxlan_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/vxlantest"
+)
+
+// draw makes a valid state from a small world, so that two of them overlap.
+func draw(t *rapid.T, label string) vxlan.State {
+	s := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	for vni := uint32(4097); vni < 4100; vni++ {
+		if !rapid.Bool().Draw(t, label+" has network") {
+			continue
+		}
+		n := vxlan.Network{
+			ID: weft.ID(fmt.Sprintf("net%d-%d", vni, rapid.IntRange(0, 1).Draw(t, label+" id"))), VNI: vni,
+			MTU:  rapid.SampledFrom([]int{1400, 1450}).Draw(t, label+" mtu"),
+			VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(1, 2).Draw(t, label+" vtep"))}), Port: 4789,
+		}
+		for i := byte(1); i < 8; i++ {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, i})
+			task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, label+" generation")*100+int(i)))
+			mac := weft.EndpointMAC(task, a)
+			switch rapid.IntRange(0, 3).Draw(t, label+" role") {
+			case 1:
+				n.Ports = append(n.Ports, vxlan.Port{Task: task, NetNS: "/run/" + string(task), IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: mac})
+			case 2:
+				n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})})
+			case 3:
+				n.VIPs = append(n.VIPs, vxlan.VIP{Addr: a, MAC: mac})
+			}
+		}
+		if rapid.Bool().Draw(t, label+" has leg") {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(50, 51).Draw(t, label+" leg"))})
+			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(a, 24), MAC: weft.NodeMAC("n", a)}
+		}
+		s.Networks[vni] = n
+	}
+	return s
+}
+
+func text(s vxlan.State) string {
+	s = vxlan.Normalize(s)
+	out := ""
+	for vni := uint32(4097); vni < 4100; vni++ {
+		if n, ok := s.Networks[vni]; ok {
+			leg := n.HostLeg
+			n.HostLeg = nil
+			out += fmt.Sprintf("%v %v\n", n, leg)
+		}
+	}
+	return out
+}
+
+func TestDiffReachesWant(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		have, want := draw(t, "have"), draw(t, "want")
+		var k vxlantest.Kernel
+		if err := errors.Join(k.Apply(ctx, have), k.Apply(ctx, want)); err != nil {
+			t.Fatal(err)
+		}
+		got, _ := k.Read(ctx)
+		if text(got) != text(want) {
+			t.Fatalf("got\n%s\nwant\n%s", text(got), text(want))
+		}
+		if ops := vxlan.Diff(got, want); len(ops) != 0 {
+			t.Fatalf("not empty for equal states: %v", ops)
+		}
+		ops := vxlan.Diff(have, want)
+		if !slices.IsSortedFunc(ops, func(a, b vxlan.Op) int { return int(a.Kind) - int(b.Kind) }) {
+			t.Fatalf("additions and removals are mixed: %v", ops)
+		}
+		// Minimal: no object is touched twice.
+		seen := map[string]bool{}
+		for _, op := range ops {
+			if seen[op.String()] {
+				t.Fatalf("twice: %s", op)
+			}
+			seen[op.String()] = true
+		}
+	})
+}
+
+func TestFailedOperationIsRepaired(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		have, want := draw(t, "have"), draw(t, "want")
+		var k vxlantest.Kernel
+		if err := k.Apply(ctx, have); err != nil {
+			t.Fatal(err)
+		}
+		errno := rapid.SampledFrom([]error{unix.EEXIST, unix.ENOENT, unix.EBUSY}).Draw(t, "errno")
+		k.FailAt(rapid.IntRange(1, 30).Draw(t, "at"), errno)
+		if err := k.Apply(ctx, want); err != nil && !errors.Is(err, errno) {
+			t.Fatal(err)
+		}
+		for range 2 { // the failure may have come with the second
+			k.Apply(ctx, want)
+		}
+		if got, _ := k.Read(ctx); text(got) != text(want) {
+			t.Fatalf("got\n%s\nwant\n%s", text(got), text(want))
+		}
+	})
+}
+
+func TestConformanceOfFake(t *testing.T) {
+	a := func(i byte) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, i}) }
+	vxlantest.Conformance(t, &vxlantest.Kernel{}, vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789,
+		Ports: []vxlan.Port{{Task: "t", NetNS: "/x", IfName: "eth0", Addr: netip.PrefixFrom(a(1), 24), MAC: weft.EndpointMAC("t", a(1))}},
+		Peers: []vxlan.Peer{{Addr: a(2), MAC: weft.EndpointMAC("u", a(2)), VTEP: netip.MustParseAddr("10.99.0.2")}},
+		VIPs:  []vxlan.VIP{{Addr: a(3), MAC: weft.VIPMAC("s", a(3))}}})
+}
+
+func TestMTU(t *testing.T) {
+	for _, c := range []struct {
+		under int
+		vtep  string
+		want  int
+	}{{1500, "10.99.0.1", 1450}, {1500, "fd00::1", 1430}, {9000, "::ffff:10.99.0.1", 8950}, {100000, "10.99.0.1", 65485}, {117, "10.99.0.1", 0}} {
+		got, err := vxlan.MTU(c.under, netip.MustParseAddr(c.vtep))
+		if got != c.want || (err != nil) != (c.want == 0) {
+			t.Errorf("MTU(%d, %s) = %d, %v; want %d", c.under, c.vtep, got, err, c.want)
+		}
+	}
+}
+
+func TestValidateNames(t *testing.T) {
+	good := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
+	if err := good.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	a := netip.MustParseAddr("10.0.0.1")
+	mac := weft.EndpointMAC("t", a)
+	for name, spoil := range map[string]func(*vxlan.Network){
+		"no id": func(n *vxlan.Network) { n.ID = "" }, "VNI 0": func(n *vxlan.Network) { n.VNI = 0 }, "VNI of 25 bits": func(n *vxlan.Network) { n.VNI = 1 << 24 },
+		"no VTEP": func(n *vxlan.Network) { n.VTEP = netip.Addr{} }, "no port": func(n *vxlan.Network) { n.Port = 0 },
+		"MTU for IPv6":     func(n *vxlan.Network) { n.MTU, n.Subnets = 1279, []netip.Prefix{netip.MustParsePrefix("fd00::/64")} },
+		"peer at own VTEP": func(n *vxlan.Network) { n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: n.VTEP}} },
+		"family of VTEP": func(n *vxlan.Network) {
+			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("fd00::1")}}
+		},
+		"address twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a, weft.VIPMAC("s", a)}} },
+		"MAC twice":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
+		"group MAC":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
+		"long interface": func(n *vxlan.Network) {
+			n.HostLeg = &vxlan.HostLeg{Name: "0123456789abcdef", Addr: netip.PrefixFrom(a, 24), MAC: mac}
+		},
+	} {
+		n := good
+		spoil(&n)
+		if err := n.Validate(); !errors.Is(err, weft.ErrInvalid) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,120 @@
+package linux
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// Config of a Kernel.
+type Config struct {
+	// Node owns all objects; it is part of their names and aliases.
+	Node weft.ID
+	// NetNSDir is the folder of namespace files, e.g. /run/weft/netns. It
+	// must be the same over the life of the objects.
+	NetNSDir string
+	// Log gets what was repaired or refused. Required.
+	Log *slog.Logger
+	// fail, when set, is asked before each operation; tests break off there.
+	fail func(vxlan.Op) error
+}
+
+// Kernel is the bridge engine. It implements vxlan.Kernel and keeps no state
+// but its Config: the kernel is the state.
+type Kernel struct{ cfg Config }
+
+var _ vxlan.Kernel = (*Kernel)(nil)
+
+// New checks the configuration. It does no I/O.
+func New(cfg Config) (*Kernel, error) {
+	if cfg.Node == "" || cfg.NetNSDir == "" || cfg.Log == nil {
+		return nil, fmt.Errorf("configure overlay engine: node, namespace folder and log are needed: %w", weft.ErrInvalid)
+	}
+	return &Kernel{cfg: cfg}, nil
+}
+
+// Apply implements vxlan.Kernel.
+func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
+	have, err := k.Read(ctx)
+	if err != nil {
+		return err
+	}
+	ops, err := vxlan.Plan(have, want)
+	errs := []error{err}
+	if len(ops) == 0 {
+		return err
+	}
+	host, err := netns.Current()
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	defer host.Close()
+	w := &writer{k: k, host: host, nets: make(map[uint32]*hidden), broken: make(map[uint32]bool)}
+	defer w.close()
+	for _, op := range ops {
+		if err := ctx.Err(); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		if err := w.do(op); err != nil {
+			errs = append(errs, &vxlan.NetworkError{VNI: op.VNI, Err: fmt.Errorf("%s: %w", op, err)})
+		}
+	}
+	k.cfg.Log.Debug("overlay applied", "operations", len(ops))
+	return errors.Join(errs...)
+}
+
+// hidden is an open hidden namespace.
+type hidden struct {
+	ns   *netns.Handle
+	conn *conn
+	// bridge and tunnel are link indexes, 0 until looked up.
+	bridge, tunnel int
+}
+
+func (h *hidden) close() {
+	h.conn.close()
+	h.ns.Close() // nothing was written through it
+}
+
+func (k *Kernel) open(vni uint32) (*hidden, error) {
+	ns, err := netns.Open(k.path(vni))
+	if err != nil {
+		return nil, err
+	}
+	c, err := dialAt(ns)
+	if err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return &hidden{ns: ns, conn: c}, nil
+}
+
+// path is the hidden namespace's file.
+func (k *Kernel) path(vni uint32) string {
+	return k.cfg.NetNSDir + "/" + weft.OverlayNetNS(k.cfg.Node, vni)
+}
+
+// vnis lists the networks that have a namespace file, complete or not.
+func (k *Kernel) vnis() ([]uint32, error) {
+	prefix := weft.NetNSPrefix(k.cfg.Node) + "n"
+	names, err := netns.List(k.cfg.NetNSDir, prefix)
+	if err != nil {
+		return nil, err
+	}
+	var out []uint32
+	for _, name := range names {
+		vni, err := strconv.ParseUint(strings.TrimPrefix(name, prefix), 10, 32)
+		if err == nil && name == weft.OverlayNetNS(k.cfg.Node, uint32(vni)) {
+			out = append(out, uint32(vni))
+		}
+	}
+	return out, nil
+}
