@@ -1,0 +1,181 @@
+// Package dns answers the names of a cluster to its containers and forwards
+// all others to the host's resolvers.
+//
+// It owns the immutable lookup tables (Snapshot), the decision what a name
+// means to a task (pure), the forwarding policy with its cache, and the server
+// loop on sockets that others opened: the package never enters a namespace. It
+// does not know where records come from.
+//
+// One Server serves all tasks of a node. The agent calls Serve once per task,
+// each call in a goroutine of its own, and Update whenever a new Snapshot was
+// computed. Answers to cluster names take no lock: they read the Snapshot
+// through one atomic pointer.
+package dns
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// Numbers of standards.
+const (
+	// minUDPSize is what every client takes without EDNS (RFC 1035 section
+	// 4.2.1).
+	minUDPSize = 512
+	// ednsSize is what we offer upstream: it never fragments on an IPv6
+	// path of minimal MTU (RFC 9715 section 3.1 names 1232 as common).
+	ednsSize = 1232
+)
+
+// Our own choices.
+const (
+	// vipTTL is the lifetime in seconds of an answer that a changing set of
+	// tasks does not touch; taskTTL of one that it does. Both stay at or
+	// below 5 s: proxies and virtual machines of languages that cache
+	// names must not hold a dead address for long.
+	vipTTL  = 5
+	taskTTL = 1
+	// maxUDPAnswer bounds an answer on UDP even if the client takes more:
+	// loopback has no fragments, but a bigger answer is better off on TCP.
+	maxUDPAnswer = 4096
+	// maxUDPQuery bounds a query on UDP. A real one has under 300 bytes.
+	maxUDPQuery = 1024
+	// maxTCPConns and maxPipelined bound what one task can hold open: a
+	// connection costs two goroutines' stacks at most, a pipelined query one.
+	maxTCPConns  = 16
+	maxPipelined = 16
+	// maxTaskForwards bounds one task's forwards under way, so that a
+	// runaway task meets its own limit before the node's.
+	maxTaskForwards = 128
+)
+
+// Config of a Server. The zero value of every field but Log means its default.
+type Config struct {
+	Log *slog.Logger
+	// ResolvConf is the host's resolver file. It is looked at again at most
+	// once a second, when a name is forwarded. Default "/etc/resolv.conf".
+	ResolvConf string
+	// Exclude are nameservers never forwarded to because they would lead
+	// back here. Default 127.0.0.11.
+	Exclude []netip.Addr
+	// Dial opens the way to an upstream, network "udp" or "tcp". It runs
+	// on the host's side: an overlay that covers an upstream's address must
+	// not cut it off. Default: a net.Dialer. It must be safe for concurrent
+	// use.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// TryTimeout bounds one question to one upstream, Timeout all of them
+	// together; afterwards the client gets SERVFAIL. Defaults 1.5 s and 4 s:
+	// the usual client gives up after 5 s.
+	TryTimeout time.Duration
+	Timeout    time.Duration
+	// MaxForwards bounds external questions under way on the node; more get
+	// SERVFAIL at once. Default 1024.
+	MaxForwards int
+	// CacheEntries bounds the cache of external answers, shared by the
+	// node's tasks. Default 4096; an entry takes about 1 KiB.
+	CacheEntries int
+	// TCPIdle closes a TCP connection without a query. Default 10 s
+	// (RFC 7766 section 6.2.3 asks for seconds).
+	TCPIdle time.Duration
+}
+
+func (c *Config) setDefaults() {
+	if c.ResolvConf == "" {
+		c.ResolvConf = "/etc/resolv.conf"
+	}
+	if c.Exclude == nil {
+		c.Exclude = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 11})}
+	}
+	if c.Dial == nil {
+		c.Dial = (&net.Dialer{}).DialContext
+	}
+	if c.TryTimeout == 0 {
+		c.TryTimeout = 1500 * time.Millisecond
+	}
+	if c.Timeout == 0 {
+		c.Timeout = 4 * time.Second
+	}
+	if c.MaxForwards == 0 {
+		c.MaxForwards = 1024
+	}
+	if c.CacheEntries == 0 {
+		c.CacheEntries = 4096
+	}
+	if c.TCPIdle == 0 {
+		c.TCPIdle = 10 * time.Second
+	}
+}
+
+// Validate reports the first field out of its bounds, wrapping
+// weft.ErrInvalid.
+func (c Config) Validate() error {
+	switch {
+	case c.Log == nil:
+		return fmt.Errorf("dns config: Log is nil: %w", weft.ErrInvalid)
+	case c.TryTimeout < 0 || c.Timeout < 0 || c.TCPIdle < 0:
+		return fmt.Errorf("dns config: a timeout is negative: %w", weft.ErrInvalid)
+	case c.MaxForwards < 0 || c.CacheEntries < 0:
+		return fmt.Errorf("dns config: MaxForwards or CacheEntries is negative: %w", weft.ErrInvalid)
+	}
+	return nil
+}
+
+// Server answers for all tasks of a node. Its methods may be called from any
+// goroutine.
+type Server struct {
+	cfg   Config
+	snap  atomic.Pointer[Snapshot]
+	fwd   *forwarder
+	turn  atomic.Uint64 // rotates answers of several addresses
+	stats counters
+}
+
+// New checks cfg and returns a Server with an empty Snapshot. It does no I/O
+// and starts nothing.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg.setDefaults()
+	s := &Server{cfg: cfg}
+	s.fwd = newForwarder(cfg, &s.stats)
+	s.snap.Store(NewSnapshot(Records{}))
+	return s, nil
+}
+
+// Update makes snap the source of all answers from now on. A question under
+// way is answered wholly from the old or wholly from the new one.
+func (s *Server) Update(snap *Snapshot) { s.snap.Store(snap) }
+
+// Stats are counts since the Server was made.
+type Stats struct {
+	Queries   uint64 // well-formed questions
+	Local     uint64 // answered from the Snapshot, NXDOMAIN and NODATA included
+	Forwarded uint64 // external questions, cache hits included
+	CacheHits uint64
+	Malformed uint64 // packets dropped because they are no question
+	Refused   uint64 // connections or questions over a limit
+	Upstream  uint64 // tries of an upstream that failed
+	ServFail  uint64 // external questions no upstream answered in time
+}
+
+type counters struct {
+	queries, local, forwarded, cacheHits, malformed, refused, upstream, servFail atomic.Uint64
+}
+
+// Stats returns the present counts; they are not read in one instant.
+func (s *Server) Stats() Stats {
+	c := &s.stats
+	return Stats{
+		Queries: c.queries.Load(), Local: c.local.Load(), Forwarded: c.forwarded.Load(),
+		CacheHits: c.cacheHits.Load(), Malformed: c.malformed.Load(), Refused: c.refused.Load(),
+		Upstream: c.upstream.Load(), ServFail: c.servFail.Load(),
+	}
+}

@@ -1,0 +1,253 @@
+package dns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	miekg "github.com/miekg/dns"
+
+	"github.com/weftnet/weft"
+)
+
+// errBusy: too many external questions are under way.
+var errBusy = errors.New("too many external questions under way")
+
+// forwarder asks the host's resolvers. Its methods are safe for concurrent
+// use and start no goroutine.
+type forwarder struct {
+	cfg   Config
+	up    upstreams
+	cache cache
+	slots chan struct{} // one token per question under way
+	stats *counters
+
+	// mu guards flights.
+	mu      sync.Mutex
+	flights map[question]*flight
+	// noted limits the log to one line per noteEvery.
+	noted time.Time
+}
+
+const noteEvery = 30 * time.Second
+
+// flight is one question that several askers wait for. done is closed by the
+// asker that runs it, after msg and err are set.
+type flight struct {
+	done chan struct{}
+	msg  *miekg.Msg
+	err  error
+}
+
+func newForwarder(cfg Config, stats *counters) *forwarder {
+	return &forwarder{
+		cfg:     cfg,
+		up:      upstreams{path: cfg.ResolvConf, exclude: cfg.Exclude, failed: map[netip.AddrPort]time.Time{}},
+		cache:   cache{max: cfg.CacheEntries, entries: map[question]cached{}},
+		slots:   make(chan struct{}, cfg.MaxForwards),
+		stats:   stats,
+		flights: map[question]*flight{},
+	}
+}
+
+// forward answers req from the cache or an upstream; SERVFAIL when none
+// answers within Config.Timeout. It never fails to return an answer.
+func (f *forwarder) forward(ctx context.Context, req *miekg.Msg) *miekg.Msg {
+	f.stats.forwarded.Add(1)
+	ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
+	defer cancel()
+	now := time.Now()
+	k := questionOf(req)
+	servers, gen, err := f.up.current(now)
+	var msg *miekg.Msg
+	var age time.Duration
+	if err == nil {
+		var hit bool
+		if msg, age, hit = f.cache.get(k, now, gen); hit {
+			f.stats.cacheHits.Add(1)
+		} else {
+			msg, err = f.share(ctx, k, func() (*miekg.Msg, error) { return f.ask(ctx, k, req, servers, gen) })
+		}
+	}
+	if err != nil {
+		f.note(ctx, err)
+		f.stats.servFail.Add(1)
+		resp := reply(req)
+		resp.Rcode = miekg.RcodeServerFailure
+		return resp
+	}
+	return adapt(req, msg, age)
+}
+
+// note logs that external names fail, without a line per question.
+func (f *forwarder) note(ctx context.Context, err error) {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return
+	}
+	f.mu.Lock()
+	now := time.Now()
+	quiet := now.Sub(f.noted) < noteEvery
+	if !quiet {
+		f.noted = now
+	}
+	f.mu.Unlock()
+	if !quiet {
+		f.cfg.Log.Warn("external names cannot be resolved", weft.KeyErr, err)
+	}
+}
+
+// share runs fn once for all askers of k at the same time. When the asker that
+// runs it is cancelled (its task ended), another one takes over.
+func (f *forwarder) share(ctx context.Context, k question, fn func() (*miekg.Msg, error)) (*miekg.Msg, error) {
+	for {
+		f.mu.Lock()
+		fl, running := f.flights[k]
+		if !running {
+			fl = &flight{done: make(chan struct{})}
+			f.flights[k] = fl
+		}
+		f.mu.Unlock()
+		if !running {
+			fl.msg, fl.err = fn()
+			f.mu.Lock()
+			delete(f.flights, k)
+			f.mu.Unlock()
+			close(fl.done)
+			return fl.msg, fl.err
+		}
+		select {
+		case <-fl.done:
+			if !errors.Is(fl.err, context.Canceled) {
+				return fl.msg, fl.err
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// ask tries the servers in turn until one gives a usable answer.
+func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers []netip.AddrPort, gen uint64) (*miekg.Msg, error) {
+	select {
+	case f.slots <- struct{}{}:
+		defer func() { <-f.slots }()
+	default:
+		f.stats.refused.Add(1)
+		return nil, errBusy
+	}
+	var last *miekg.Msg
+	var errs []error
+	for _, s := range servers {
+		msg, err := f.try(ctx, k, req, s)
+		if ctx.Err() != nil && err != nil {
+			return nil, errors.Join(append(errs, err, ctx.Err())...)
+		}
+		if err == nil && (msg.Rcode == miekg.RcodeSuccess || msg.Rcode == miekg.RcodeNameError) {
+			f.up.succeed(s)
+			f.cache.put(k, msg, time.Now(), gen)
+			return msg, nil
+		}
+		f.stats.upstream.Add(1)
+		if err != nil {
+			f.up.fail(s, time.Now())
+			errs = append(errs, err)
+		} else {
+			last = msg // an honest SERVFAIL or REFUSED; the next may know better
+		}
+	}
+	if last != nil {
+		return last, nil
+	}
+	return nil, errors.Join(errs...)
+}
+
+// try asks one server, by UDP and, if the answer is cut off, by TCP.
+func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server netip.AddrPort) (*miekg.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, f.cfg.TryTimeout)
+	defer cancel()
+	q := new(miekg.Msg)
+	q.SetQuestion(req.Question[0].Name, req.Question[0].Qtype)
+	q.RecursionDesired, q.CheckingDisabled, q.AuthenticatedData = k.rd, k.cd, req.AuthenticatedData
+	q.SetEdns0(ednsSize, k.do)
+	msg, err := f.exchange(ctx, "udp", server, q)
+	if err == nil && msg.Truncated {
+		msg, err = f.exchange(ctx, "tcp", server, q)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask nameserver %v for %s: %w", server, q.Question[0].Name, err)
+	}
+	return msg, nil
+}
+
+// exchange sends q on a socket of its own, so that every question has a fresh
+// source port, and waits for the answer that fits it. Others that arrive on
+// the socket are forged or late and are passed over.
+func (f *forwarder) exchange(ctx context.Context, network string, server netip.AddrPort, q *miekg.Msg) (*miekg.Msg, error) {
+	raw, err := f.cfg.Dial(ctx, network, server.String())
+	if err != nil {
+		return nil, err
+	}
+	defer raw.Close()
+	unhook := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
+	defer unhook()
+	conn := &miekg.Conn{Conn: raw, UDPSize: ednsSize}
+	if err := conn.WriteMsg(q); err != nil {
+		return nil, err
+	}
+	for {
+		msg, err := conn.ReadMsg()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			if msg == nil || network == "tcp" { // nil: the socket failed, else the bytes were bad
+				return nil, err
+			}
+			continue
+		}
+		if fits(q, msg) {
+			return msg, nil
+		}
+		if network == "tcp" {
+			return nil, errors.New("the answer does not fit the question")
+		}
+	}
+}
+
+func fits(q, msg *miekg.Msg) bool {
+	if !msg.Response || msg.Id != q.Id || len(msg.Question) != 1 {
+		return false
+	}
+	a, b := q.Question[0], msg.Question[0]
+	return fold(a.Name) == fold(b.Name) && a.Qtype == b.Qtype && a.Qclass == b.Qclass
+}
+
+// adapt makes the answer to req of a shared message: own id, the asker's
+// spelling of the name, our EDNS, and TTLs less age.
+func adapt(req, msg *miekg.Msg, age time.Duration) *miekg.Msg {
+	resp := msg.Copy()
+	resp.Id, resp.Question = req.Id, req.Question
+	resp.RecursionDesired, resp.RecursionAvailable = req.RecursionDesired, true
+	resp.Authoritative, resp.Compress = false, true
+	extra := resp.Extra[:0]
+	for _, rr := range resp.Extra {
+		if rr.Header().Rrtype != miekg.TypeOPT {
+			extra = append(extra, rr)
+		}
+	}
+	resp.Extra = extra
+	if opt := req.IsEdns0(); opt != nil {
+		resp.SetEdns0(maxUDPAnswer, opt.Do())
+	}
+	for _, section := range [][]miekg.RR{resp.Answer, resp.Ns, resp.Extra} {
+		for _, rr := range section {
+			if h := rr.Header(); h.Rrtype != miekg.TypeOPT {
+				h.Ttl -= min(h.Ttl, uint32(age/time.Second))
+			}
+		}
+	}
+	return resp
+}
