@@ -1,0 +1,112 @@
+// Package ingress holds the load-balancer table of a node and the seam to the
+// engines that put it into the kernel.
+//
+// It owns service addresses (VIPs inside a network) and published ports; it
+// does not own links, addresses or neighbours (vxlan) nor the backends' side,
+// the VIP on the task's loopback (agent/sandbox). No goroutine, no state.
+package ingress
+
+import (
+	"context"
+	"net"
+	"net/netip"
+
+	"github.com/weftnet/weft"
+)
+
+// Table is everything weft wants of the balancers on one node.
+type Table struct {
+	// Networks that this node carries.
+	Networks []Network
+	// Published ports, answered on every node.
+	Published []Published
+	// Ingress is how requests to published ports enter the overlay.
+	Ingress Entry
+	// Gateway is the tasks' way out of the host.
+	Gateway Gateway
+}
+
+// Network is one overlay network's balancing table.
+type Network struct {
+	VNI uint32
+	// NetNS is the path of the network's hidden namespace, Bridge the name
+	// of the bridge in it, where an L2 engine hooks in.
+	NetNS  string
+	Bridge string
+	// Ports are the local tasks' ports on the bridge, where an engine may
+	// meet a task's packets before the bridge does.
+	Ports    []string
+	Services []Service
+}
+
+// Service is one VIP. A VIP forwards all ports and protocols.
+type Service struct {
+	ID       weft.ID
+	VIP      netip.Addr
+	MAC      net.HardwareAddr // weft.VIPMAC
+	Backends []Backend
+}
+
+// Backend is one task that takes connections.
+type Backend struct {
+	Task weft.ID
+	Addr netip.Addr
+	MAC  net.HardwareAddr
+	// Draining backends keep their flows and get no new ones.
+	Draining bool
+}
+
+// Published is one published port.
+type Published struct {
+	Service  weft.ID
+	Protocol weft.Protocol
+	Port     uint16 // on every address of the host
+	Target   uint16 // on the backend
+	// Backends by their address on the ingress network. Empty: answered
+	// with a reset or ICMP port unreachable, never with silence.
+	Backends []Backend
+}
+
+// Entry is the host's own leg on the ingress network.
+type Entry struct {
+	Link string       // weft.IngressLeg; "" = no ingress network on this node yet
+	Addr netip.Prefix // requests are sent on from this address (client address rewritten)
+}
+
+// Gateway is the per-host bridge for traffic to the outside.
+type Gateway struct {
+	Bridge string       // weft.GatewayBridge; "" = none yet
+	Subnet netip.Prefix // masqueraded when it leaves by another link
+	// Protect are the overlay's own ranges and nodes' bridges that tasks
+	// must not reach through the gateway.
+	Protect []netip.Prefix
+}
+
+// Engine is the seam to the kernel. Probe may be called at any time; Apply and
+// Close are not called at the same time as each other.
+type Engine interface {
+	// Name is "ebpf", "ipvs" or "nft".
+	Name() string
+	// Probe builds a scratch instance for real and removes it. An error
+	// that wraps weft.ErrUnsupported says what the kernel lacks.
+	Probe(ctx context.Context) error
+	// Apply makes the kernel equal to the table: full state in, one
+	// transaction per namespace out. Repeating it is free of effect.
+	Apply(ctx context.Context, t Table) error
+	// Stats reads the engine's counters.
+	Stats(ctx context.Context) (Stats, error)
+	// Close removes everything the engine has made on this host.
+	Close(ctx context.Context) error
+}
+
+// Stats are counters since the engine's tables were made.
+type Stats struct {
+	// Published by (protocol, port): new connections taken.
+	Published map[PortKey]uint64
+}
+
+// PortKey names a published port.
+type PortKey struct {
+	Protocol weft.Protocol
+	Port     uint16
+}

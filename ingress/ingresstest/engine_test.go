@@ -1,0 +1,78 @@
+package ingresstest
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+)
+
+// Address plan: tasks 10.0.16.N, service address 10.0.16.200, host's leg
+// 10.0.16.250, host 192.0.2.1, outside client 192.0.2.2.
+func memoryBed() *Bed {
+	e := New("/ns/hidden")
+	b := &Bed{
+		Engine: e, Network: ingress.Network{VNI: 4097, NetNS: "/ns/hidden", Bridge: "br"}, Missing: "/ns/none",
+		VIP:    netip.MustParseAddr("10.0.16.200"),
+		Entry:  ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix("10.0.16.250/24")},
+		Inside: netip.MustParseAddr("10.0.16.50"), Host: netip.MustParseAddr("192.0.2.1"),
+		Target: map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7},
+	}
+	for n := 11; n < 14; n++ {
+		id, addr := weft.ID(fmt.Sprintf("task%d", n)), netip.AddrFrom4([4]byte{10, 0, 16, byte(n)})
+		b.Backends = append(b.Backends, ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr)})
+	}
+	from := uint16(32768)
+	b.Open = func(_ *testing.T, outside bool, p weft.Protocol, port uint16) (Flow, error) {
+		from++
+		pkt := Packet{VNI: 4097, Protocol: p, Src: netip.AddrPortFrom(b.Inside, from), Dst: netip.AddrPortFrom(b.VIP, port)}
+		if outside {
+			pkt.VNI, pkt.Src, pkt.Dst = 0, netip.AddrPortFrom(netip.MustParseAddr("192.0.2.2"), from), netip.AddrPortFrom(b.Host, port)
+		}
+		r := e.Trace(pkt)
+		switch {
+		case r.Refused:
+			return nil, ErrRefused
+		case r.Backend == "":
+			return nil, fmt.Errorf("nobody is at %s", pkt.Dst)
+		}
+		if outside && r.Dst.Port() != b.Target[p] {
+			return nil, fmt.Errorf("the backend saw port %d", r.Dst.Port())
+		}
+		return memoryFlow{e, pkt, r}, nil
+	}
+	return b
+}
+
+type memoryFlow struct {
+	e *Engine
+	p Packet
+	r Result
+}
+
+func (f memoryFlow) Backend() weft.ID { return f.r.Backend }
+func (f memoryFlow) Seen() netip.Addr { return f.r.Src.Addr() }
+func (f memoryFlow) Again() (weft.ID, error) {
+	r := f.e.Trace(f.p)
+	if r.Refused {
+		return "", ErrRefused
+	}
+	return r.Backend, nil
+}
+
+func TestConformance(t *testing.T) { Conformance(t, memoryBed()) }
+
+func TestStatsCountNewFlows(t *testing.T) {
+	b := memoryBed()
+	b.apply(t, b.table(b.Backends[0]))
+	f := b.open(t, true, weft.UDP)
+	again(t, f)
+	b.open(t, true, weft.UDP)
+	b.open(t, false, weft.TCP)
+	s, err := b.Engine.Stats(t.Context())
+	if err != nil || len(s.Published) != 1 || s.Published[ingress.PortKey{Protocol: weft.UDP, Port: port}] != 2 {
+		t.Errorf("stats %v, %v, want two flows on udp 30000", s, err)
+	}
+}

@@ -1,0 +1,208 @@
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// Engine is ingress.Engine on nftables. Its methods run in the network
+// namespace of the calling process, which is the host's.
+type Engine struct {
+	scratch string // folder for the probe's namespace file
+	// reject says that the kernel can refuse on a bridge (nft_reject_bridge),
+	// atPorts that it cannot, but on a device (nft_reject_netdev). Both are
+	// found out by Probe, before any Apply.
+	reject, atPorts bool
+	// kept, by namespace, are the backends that the last Apply let flows lead
+	// to. While none of them goes, the flow table need not be read, which is
+	// the one part that grows with traffic. Owned by Apply.
+	kept map[string]map[string]bool
+}
+
+// New returns an engine that has done nothing yet. scratchDir is a folder in
+// which Probe may name a namespace for a moment.
+func New(scratchDir string) *Engine { return &Engine{scratch: scratchDir} }
+
+// CanRefuse reports whether requests to a service address without backends are
+// refused at once; otherwise they are dropped on the bridge and the client waits
+// for its own limit.
+func (e *Engine) CanRefuse() bool { return e.reject || e.atPorts }
+
+// Name implements ingress.Engine.
+func (e *Engine) Name() string { return "nft" }
+
+// Probe loads both tables into a namespace of its own. It must have succeeded
+// once before Apply, and is not called at the same time as Apply.
+func (e *Engine) Probe(ctx context.Context) error {
+	path, err := netns.Create(e.scratch, "weft-probe-nft")
+	if err != nil {
+		return fmt.Errorf("make probe namespace: %w", err)
+	}
+	err = withConn(path, func(conn *nftables.Conn) error {
+		e.reject = converge(conn, bridgeRules(ingress.Network{}, true)) == nil
+		if err := converge(conn, bridgeRules(ingress.Network{}, false)); err != nil {
+			return fmt.Errorf("%w: nftables bridge table: %w", weft.ErrUnsupported, err)
+		}
+		e.atPorts = !e.reject && converge(conn, portProbe()) == nil
+		if err := converge(conn, hostRules(ingress.Table{})); err != nil {
+			return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
+		}
+		return nil
+	})
+	return errors.Join(err, netns.Remove(path))
+}
+
+// Apply implements ingress.Engine: one transaction in the host's namespace and
+// one per network. A namespace that fails does not keep the others from being
+// applied; all errors are returned joined, those of one network as
+// ingress.NetworkError.
+func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var errs []error
+	if err := e.applyHost(t); err != nil {
+		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
+	}
+	kept := map[string]map[string]bool{}
+	for _, n := range t.Networks {
+		if err := ctx.Err(); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		rules := bridgeRules(n, e.reject)
+		rules.flowsFit = contains(rules.prune, e.kept[n.NetNS])
+		err := withConn(n.NetNS, func(conn *nftables.Conn) error {
+			if err := converge(conn, rules); err != nil || !e.atPorts {
+				return err
+			}
+			return converge(conn, portRules(n))
+		})
+		if err != nil {
+			errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: %w", err)})
+			continue
+		}
+		kept[n.NetNS] = rules.prune
+	}
+	e.kept = kept
+	return errors.Join(errs...)
+}
+
+// contains reports whether all that earlier transactions let flows lead to may
+// stay. Without an earlier transaction of this process nobody knows.
+func contains(keep, earlier map[string]bool) bool {
+	if earlier == nil {
+		return false
+	}
+	for mac := range earlier {
+		if !keep[mac] {
+			return false
+		}
+	}
+	return true
+}
+
+func (e *Engine) applyHost(t ingress.Table) error {
+	var legErr error
+	if t.Ingress.Link != "" {
+		if err := prepareLeg(t.Ingress.Link); err != nil {
+			// The rules name the leg and can stand without it: only who is
+			// on the ingress network has to wait for it.
+			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
+		}
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
+	}
+	return errors.Join(legErr, converge(conn, hostRules(t)))
+}
+
+// prepareLeg lets requests cross from the host's other links to the ingress
+// leg: forwarding on, and packets of the host itself from 127.0.0.0/8 may leave
+// by it once they are translated. Forwarding is the host's own setting; weft
+// turns it on and leaves it on, for other programs may need it by then.
+func prepareLeg(link string) error {
+	for _, kv := range [][2]string{
+		{"net/ipv4/ip_forward", "1"},
+		{"net/ipv4/conf/" + link + "/route_localnet", "1"},
+	} {
+		if err := writeSysctl(kv[0], kv[1]); err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, link)
+			}
+			return err
+		}
+	}
+	// The leg speaks IPv4 only: a link-local address would let tasks reach the
+	// host's listeners on [::] past every rule of this table.
+	err := writeSysctl("net/ipv6/conf/"+link+"/disable_ipv6", "1")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // no IPv6 in this kernel
+	}
+	return err
+}
+
+func writeSysctl(key, value string) error {
+	path := "/proc/sys/" + key
+	have, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("read sysctl %s: %w", key, err)
+	}
+	if len(have) > 0 && string(have[:len(have)-1]) == value {
+		return nil
+	}
+	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+		return fmt.Errorf("set sysctl %s to %s: %w", key, value, err)
+	}
+	return nil
+}
+
+// Stats implements ingress.Engine. The nft engine counts packets per rule, not
+// per port, so the map is empty.
+func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
+	return ingress.Stats{Published: map[ingress.PortKey]uint64{}}, nil
+}
+
+// Close implements ingress.Engine: it removes the host's table. The tables of
+// networks go with their namespaces.
+func (e *Engine) Close(ctx context.Context) error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	table := &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyIPv4}
+	conn.AddTable(table)
+	conn.DelTable(table)
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("remove nftables table %s: %w", weft.TableName, err)
+	}
+	return nil
+}
+
+// withConn calls f with a connection into the namespace at path.
+func withConn(path string, f func(*nftables.Conn) error) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open namespace: %w", err)
+	}
+	defer file.Close()
+	conn, err := nftables.New(nftables.WithNetNSFd(int(file.Fd())))
+	if err != nil {
+		if errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("enter %s: not a network namespace (its mount is gone)", path)
+		}
+		return fmt.Errorf("enter %s: %w", path, err)
+	}
+	return f(conn)
+}

@@ -1,0 +1,220 @@
+package nft
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// Address plan: tasks 10.0.16.N on bridge "br"; service address 10.0.16.200;
+// the host's leg on the same bridge is 10.0.16.250 ("weft-ingress"); an outside
+// client is 192.0.2.2 behind the host's 192.0.2.1.
+const (
+	vipText    = "10.0.16.200"
+	legText    = "10.0.16.250"
+	hostText   = "192.0.2.1"
+	clientText = "192.0.2.2"
+)
+
+// fabric is a bridge in a hidden namespace with tasks on it.
+type fabric struct {
+	t   *testing.T
+	dir string
+	br  string // namespace of the bridge
+	// ports are the names of the bridge's ports.
+	ports []string
+}
+
+func newFabric(t *testing.T) *fabric {
+	f := &fabric{t: t, dir: t.TempDir()}
+	must(t, setUp("lo"))
+	f.br = f.namespace("hidden")
+	f.in(f.br, func() error {
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br"}}); err != nil {
+			return err
+		}
+		return setUp("br")
+	})
+	return f
+}
+
+func (f *fabric) namespace(name string) string {
+	path, err := netns.Create(f.dir, name)
+	must(f.t, err)
+	f.t.Cleanup(func() {
+		if err := netns.Remove(filepath.Join(f.dir, name)); err != nil {
+			f.t.Error(err)
+		}
+	})
+	return path
+}
+
+func (f *fabric) in(ns string, fn func() error) {
+	f.t.Helper()
+	must(f.t, netns.Do(ns, fn))
+}
+
+// port joins a namespace to the bridge; ns "" is the host.
+func (f *fabric) port(ns, name, addr string, mac net.HardwareAddr) {
+	f.t.Helper()
+	host, err := netns.Current()
+	must(f.t, err)
+	defer host.Close()
+	target := host
+	if ns != "" {
+		target, err = netns.Open(ns)
+		must(f.t, err)
+		defer target.Close()
+	}
+	f.in(f.br, func() error {
+		br, err := netlink.LinkByName("br")
+		if err != nil {
+			return err
+		}
+		v := &netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: "p" + strings.ReplaceAll(addr, ".", ""), MasterIndex: br.Attrs().Index, Flags: net.FlagUp},
+			PeerName:  name, PeerHardwareAddr: mac, PeerNamespace: netlink.NsFd(target.FD()),
+		}
+		f.ports = append(f.ports, v.Name)
+		return netlink.LinkAdd(v)
+	})
+	must(f.t, target.Do(func() error {
+		for _, l := range []string{"lo", name} {
+			if err := setUp(l); err != nil {
+				return err
+			}
+		}
+		return addAddr(name, addr+"/24")
+	}))
+}
+
+// task is a port with a server that answers with its name; backends also hold
+// the service address on their loopback.
+func (f *fabric) task(n int) ingress.Backend {
+	id := weft.ID(fmt.Sprintf("task%d", n))
+	addr := netip.MustParseAddr(fmt.Sprintf("10.0.16.%d", n))
+	b := ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr)}
+	ns := f.namespace(string(id))
+	f.port(ns, "eth0", addr.String(), b.MAC)
+	f.in(ns, func() error {
+		for k, v := range map[string]string{"arp_ignore": "1", "arp_announce": "2"} {
+			if err := writeSysctl("net/ipv4/conf/all/"+k, v); err != nil {
+				return err
+			}
+		}
+		return addAddr("lo", vipText+"/32")
+	})
+	f.serve(ns, string(id))
+	return b
+}
+
+func (f *fabric) serve(ns, name string) {
+	var ln net.Listener
+	var pc net.PacketConn
+	f.in(ns, func() (err error) {
+		if ln, err = net.Listen("tcp4", ":80"); err != nil {
+			return err
+		}
+		pc, err = net.ListenPacket("udp4", ":7")
+		return err
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				// The end of a connection that was moved away from this
+				// backend never comes: the end of the test must do.
+				defer context.AfterFunc(f.t.Context(), func() { c.Close() })()
+				defer c.Close()
+				fmt.Fprintf(c, "%s %s\n", name, c.RemoteAddr())
+				io.Copy(c, c)
+			})
+		}
+	})
+	wg.Go(func() {
+		buf := make([]byte, 1500)
+		for {
+			_, from, err := pc.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			fmt.Fprintf(writerTo{pc, from}, "%s %s\n", name, from)
+		}
+	})
+	f.t.Cleanup(func() { ln.Close(); pc.Close(); wg.Wait() })
+}
+
+type writerTo struct {
+	pc net.PacketConn
+	to net.Addr
+}
+
+func (w writerTo) Write(b []byte) (int, error) { return w.pc.WriteTo(b, w.to) }
+
+// client is a task's namespace with the service address resolved to the MAC
+// that no device owns.
+func (f *fabric) client(n int, s ingress.Service) string {
+	ns := f.namespace(fmt.Sprintf("client%d", n))
+	f.port(ns, "eth0", fmt.Sprintf("10.0.16.%d", n), nil)
+	f.in(ns, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.NeighAdd(&netlink.Neigh{LinkIndex: l.Attrs().Index, IP: s.VIP.AsSlice(), HardwareAddr: s.MAC, State: netlink.NUD_PERMANENT})
+	})
+	return ns
+}
+
+// get connects from ns and returns the server's name, the address it saw and
+// the open connection.
+func (f *fabric) get(ns, addr string) (name, seen string, c net.Conn, err error) {
+	dial := func() error {
+		var derr error
+		c, derr = net.DialTimeout("tcp4", addr, 3*time.Second)
+		return derr
+	}
+	if ns == "" {
+		err = dial()
+	} else {
+		err = netns.Do(ns, dial)
+	}
+	if err != nil {
+		return "", "", nil, err
+	}
+	f.t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	line, err := bufio.NewReader(c).ReadString('\n')
+	name, seen, _ = strings.Cut(strings.TrimSpace(line), " ")
+	return name, seen, c, err
+}
+
+func (f *fabric) apply(e *Engine, s ingress.Service) {
+	f.t.Helper()
+	must(f.t, e.Apply(context.Background(), ingress.Table{Networks: []ingress.Network{{
+		VNI: 4097, NetNS: f.br, Bridge: "br", Ports: f.ports, Services: []ingress.Service{s},
+	}}}))
+}
+
+func service(backends ...ingress.Backend) ingress.Service {
+	vip := netip.MustParseAddr(vipText)
+	return ingress.Service{ID: "web", VIP: vip, MAC: weft.VIPMAC("web", vip), Backends: backends}
+}

@@ -1,0 +1,180 @@
+package nft
+
+import (
+	"encoding/binary"
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+)
+
+var update = flag.Bool("update", false, "write golden files")
+
+func testBackend(n byte, isDraining bool) ingress.Backend {
+	id, addr := weft.ID([]byte{'t', '0' + n}), netip.AddrFrom4([4]byte{10, 0, 16, n})
+	return ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr), Draining: isDraining}
+}
+
+// TestGoldenRulesets shows what stands in the kernel for a few tables.
+func TestGoldenRulesets(t *testing.T) {
+	vip := func(n byte, b ...ingress.Backend) ingress.Service {
+		a := netip.AddrFrom4([4]byte{10, 0, 16, n})
+		return ingress.Service{ID: weft.ID([]byte{'s', n}), VIP: a, MAC: weft.VIPMAC("s", a), Backends: b}
+	}
+	many := make([]ingress.Backend, 0, 9)
+	for n := byte(1); n <= 9; n++ {
+		many = append(many, testBackend(n, false))
+	}
+	gateway := ingress.Gateway{
+		Bridge: weft.GatewayBridge, Subnet: netip.MustParsePrefix("172.31.0.0/16"),
+		Protect: []netip.Prefix{netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("10.0.32.0/20"), netip.MustParsePrefix("10.255.0.0/16")},
+	}
+	entry := ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix("10.255.0.2/16")}
+	for _, tc := range []struct {
+		name  string
+		rules ruleset
+	}{
+		{"bridge_empty", bridgeRules(ingress.Network{}, true)},
+		{"bridge_services", bridgeRules(ingress.Network{Services: []ingress.Service{
+			vip(200, testBackend(1, false), testBackend(2, false), testBackend(3, true)), // one drains
+			vip(201, testBackend(4, true)), // all drain
+			vip(202),                       // none
+			vip(203, many...),              // a larger ring
+		}}, true)},
+		{"bridge_no_reject", bridgeRules(ingress.Network{Services: []ingress.Service{vip(202)}}, false)},
+		{"ports", portRules(ingress.Network{Ports: []string{"wp1", "wp2"}, Services: []ingress.Service{
+			vip(200, testBackend(1, false)), vip(201, testBackend(4, true)), vip(202),
+		}})},
+		{"host_empty", hostRules(ingress.Table{})},
+		{"host_full", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Published: []ingress.Published{
+			{Service: "s", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: many[:2]},
+			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
+			{Service: "d", Protocol: weft.TCP, Port: 30001, Target: 80, Backends: []ingress.Backend{testBackend(1, true)}},
+			{Service: "l", Protocol: weft.TCP, Port: 30002, Target: 80, Backends: many},
+		}})},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := filepath.Join("testdata", tc.name+".txt")
+			got := tc.rules.String()
+			if *update {
+				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+		})
+	}
+}
+
+// TestSignatureSeesTheShape: a change of shape replaces the table, a change of
+// elements does not.
+func TestSignatureSeesTheShape(t *testing.T) {
+	base := hostRules(ingress.Table{}).signature()
+	elements := ingress.Table{Published: []ingress.Published{{Protocol: weft.TCP, Port: 30000, Backends: []ingress.Backend{testBackend(1, false)}}}}
+	if got := hostRules(elements).signature(); got != base {
+		t.Error("a published port changes the shape: the table would be replaced, and its counters lost")
+	}
+	for name, table := range map[string]ingress.Table{
+		"entry":   {Ingress: ingress.Entry{Link: "x", Addr: netip.MustParsePrefix("10.255.0.2/16")}},
+		"gateway": {Gateway: ingress.Gateway{Bridge: "x", Subnet: netip.MustParsePrefix("172.31.0.0/16")}},
+	} {
+		if hostRules(table).signature() == base {
+			t.Errorf("%s: the shape is the same", name)
+		}
+	}
+	if bridgeRules(ingress.Network{}, true).signature() == bridgeRules(ingress.Network{}, false).signature() {
+		t.Error("refusing and dropping have one shape")
+	}
+}
+
+// TestIntervals: the elements cover exactly the prefixes, told by a slow twin
+// that asks each prefix.
+func TestIntervals(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var prefixes []netip.Prefix
+		for range rapid.IntRange(0, 6).Draw(t, "prefixes") {
+			// Few bits, so that prefixes touch and nest.
+			a := netip.AddrFrom4([4]byte{byte(rapid.SampledFrom([]int{10, 11, 255}).Draw(t, "a")), byte(rapid.IntRange(252, 255).Draw(t, "b")), 0, 0})
+			prefixes = append(prefixes, netip.PrefixFrom(a, rapid.IntRange(6, 18).Draw(t, "bits")).Masked())
+		}
+		elements := intervals(prefixes)
+		probe := []uint32{0, 1<<32 - 1}
+		for k := range elements {
+			n := binary.BigEndian.Uint32([]byte(k))
+			probe = append(probe, n-1, n, n+1)
+		}
+		for _, p := range prefixes {
+			b := p.Addr().As4()
+			n := binary.BigEndian.Uint32(b[:])
+			probe = append(probe, n-1, n, n+1, n+1<<(32-p.Bits())-1, n+1<<(32-p.Bits()))
+		}
+		for _, n := range probe {
+			var b [4]byte
+			binary.BigEndian.PutUint32(b[:], n)
+			addr := netip.AddrFrom4(b)
+			want := false
+			for _, p := range prefixes {
+				want = want || p.Contains(addr)
+			}
+			if got := covered(elements, n); got != want {
+				t.Fatalf("%s covered: %v, want %v, by %v as %q", addr, got, want, prefixes, elements)
+			}
+		}
+	})
+}
+
+// covered reads interval elements as the kernel does: the nearest element at or
+// below decides.
+func covered(elements map[string]string, n uint32) bool {
+	best, in := int64(-1), false
+	for k, v := range elements {
+		if at := int64(binary.BigEndian.Uint32([]byte(k))); at <= int64(n) && at > best {
+			best, in = at, v != intervalEnd
+		}
+	}
+	return in
+}
+
+func TestDiff(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		gen := rapid.MapOf(rapid.StringN(1, 2, 2), rapid.StringN(0, 1, 1))
+		have, want := gen.Draw(t, "have"), gen.Draw(t, "want")
+		got := map[string]string{}
+		for k, v := range have {
+			got[k] = v
+		}
+		d := diff(have, want)
+		for _, e := range d.del { // nftables refuses to delete what is not there
+			if _, ok := got[string(e.Key)]; !ok {
+				t.Fatalf("deletes %q, which is not there", e.Key)
+			}
+			delete(got, string(e.Key))
+		}
+		for _, e := range d.add { // and to add another value under a key
+			if _, ok := got[string(e.Key)]; ok {
+				t.Fatalf("adds %q, which is there", e.Key)
+			}
+			got[string(e.Key)] = string(e.Val)
+		}
+		if len(got) != len(want) {
+			t.Fatalf("%q became %q, want %q", have, got, want)
+		}
+		for k, v := range want {
+			if got[k] != v {
+				t.Fatalf("%q became %q, want %q", have, got, want)
+			}
+		}
+	})
+}
