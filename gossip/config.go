@@ -1,0 +1,124 @@
+package gossip
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+
+	"github.com/weftnet/weft"
+)
+
+// Transport carries packets and streams between nodes; it is memberlist's.
+type Transport = memberlist.NodeAwareTransport
+
+// Failure detection. A member is probed each probeInterval in turn; one that
+// answers neither directly within probeTimeout nor through others is suspect,
+// and dead when it has not contradicted for
+//
+//	suspicionMult x max(1, log10(members)) x probeInterval
+//
+// once a second member suspects it too, and maxSuspicion times that until then.
+// A dead node of three is thus out of sight after 2 to 3 s. Half of these times
+// were seen to work without a false alarm in virtual time, but a node that gets
+// no processor for half a second is common on loaded machines, and a false
+// alarm takes all endpoints of a node away. memberlist stretches the timeouts
+// of a node that finds itself slow, up to awareness times.
+const (
+	probeInterval = 500 * time.Millisecond
+	probeTimeout  = 250 * time.Millisecond
+	suspicionMult = 3
+	maxSuspicion  = 3
+	awareness     = 8
+
+	// gossipInterval and gossipNodes spread news of members: 100 ms and 3
+	// reach 100 members in about half a second.
+	gossipInterval = 100 * time.Millisecond
+	gossipNodes    = 3
+	// pushPull is the period of memberlist's full exchange with one member.
+	pushPull = 15 * time.Second
+
+	// leaveTimeout bounds each half of telling the others that we go, and
+	// leaveSpread lets the word get round while we still answer.
+	leaveTimeout = time.Second
+	leaveSpread  = 200 * time.Millisecond
+)
+
+// The endpoint table.
+const (
+	// datagramBytes is the biggest frame sent as a datagram: with IPv6 and
+	// UDP headers it fits the smallest MTU of IPv6, so it is never cut up.
+	// What is bigger goes by stream.
+	datagramBytes = 1232
+	// announceAfter a write, when its table has long arrived, its stamp is
+	// announced: members that lost the table ask for it.
+	announceAfter = 50 * time.Millisecond
+	// tickInterval paces digests, knocks and the search for seeds.
+	tickInterval = time.Second
+	// streamTimeout bounds dialling and each read or write of a stream.
+	streamTimeout = 2 * time.Second
+	// maxStreamFrame bounds a frame on a stream: maxEntries entries of
+	// about 45 bytes.
+	maxStreamFrame = 8 << 20
+	// maxStreams bounds streams under way, in and out each.
+	maxStreams = 32
+)
+
+// Seeds are tried again after seedMin, doubling up to seedAlone while there is
+// no other member, up to seedMax otherwise (two halves that never met).
+const (
+	seedMin   = 250 * time.Millisecond
+	seedAlone = 2 * time.Second
+	seedMax   = 30 * time.Second
+)
+
+// Config of a Gossip.
+type Config struct {
+	// Node is this node's id, its name among the members.
+	Node weft.ID
+	// Bind is where UDP and TCP listen. Port 0 takes a free one.
+	Bind netip.AddrPort
+	// Advertise is where others reach this node; its port 0 means the
+	// port listened on.
+	Advertise netip.AddrPort
+	// VTEP is the node's tunnel address, told to all members.
+	VTEP netip.Addr
+	// Seeds returns gossip addresses of other nodes, tried until they are
+	// members. It is called once a second from Run and must not block.
+	Seeds func() []netip.AddrPort
+	// Key is the cluster's: KeyBytes secret bytes. It protects membership
+	// and table alike. It cannot be changed while running.
+	Key []byte
+	// Epoch should be greater in every life of the node than in the one
+	// before, and below 1<<48. 0 takes the clock (milliseconds since 1970).
+	// One that did not grow is found out when a member shows a newer stamp
+	// from the former life, and raised; it only costs a round trip.
+	Epoch uint64
+	Log   *slog.Logger
+	// Transport replaces the sockets; Run shuts it down. nil means sockets
+	// at Bind.
+	Transport Transport
+}
+
+// Validate reports the first field that is wrong, wrapping weft.ErrInvalid.
+func (c Config) Validate() error {
+	switch {
+	case !c.Node.Valid():
+		return fmt.Errorf("gossip config: node id %q is not a node id: %w", c.Node, weft.ErrInvalid)
+	case len(c.Key) != KeyBytes:
+		return fmt.Errorf("gossip config: key has %d bytes, want %d: %w", len(c.Key), KeyBytes, weft.ErrInvalid)
+	case !c.Bind.IsValid() && c.Transport == nil:
+		return fmt.Errorf("gossip config: no address to listen on: %w", weft.ErrInvalid)
+	case !c.Advertise.Addr().IsValid() || c.Advertise.Addr().IsUnspecified():
+		return fmt.Errorf("gossip config: advertise address %v is none that others can reach: %w", c.Advertise, weft.ErrInvalid)
+	case !c.VTEP.IsValid() || c.VTEP.IsUnspecified():
+		return fmt.Errorf("gossip config: VTEP address %v is none that others can reach: %w", c.VTEP, weft.ErrInvalid)
+	case c.Epoch >= 1<<(64-lifeBits):
+		return fmt.Errorf("gossip config: epoch %d is not below 1<<48: %w", c.Epoch, weft.ErrInvalid)
+	case c.Log == nil:
+		return fmt.Errorf("gossip config: Log is nil: %w", weft.ErrInvalid)
+	}
+	return nil
+}
