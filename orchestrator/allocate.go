@@ -1,0 +1,310 @@
+package orchestrator
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/orchestrator/state"
+)
+
+// rest is how long the subnet and VNI of a removed network are not chosen
+// again: nodes that have not heard yet still hold tunnels under them.
+const rest = 60 * time.Second
+
+// allocator holds the addresses of one term: those in the state and those of
+// commands under way. Subnets, VNIs and ports need no memory, they are chosen
+// from a view, one edit at a time.
+type allocator struct {
+	// mu guards: all fields. API calls and the leader's loop allocate at
+	// the same time.
+	mu     sync.Mutex
+	spaces map[weft.ID]*space
+	// held is what each owner (task, service or node) has.
+	held map[weft.ID][]weft.Attachment
+	// resting networks, by the time they were seen removed.
+	resting map[weft.ID]restingNetwork
+}
+
+type space struct {
+	net   weft.Network
+	addrs *ipam.Space
+}
+
+type restingNetwork struct {
+	net   weft.Network
+	since time.Time
+}
+
+func host(a netip.Addr, s weft.Subnet) netip.Prefix { return netip.PrefixFrom(a, s.Prefix.Bits()) }
+
+func newAllocator(v *state.Snapshot) *allocator {
+	a := &allocator{spaces: map[weft.ID]*space{}, held: map[weft.ID][]weft.Attachment{}, resting: map[weft.ID]restingNetwork{}}
+	for _, n := range v.Networks() {
+		a.spaceLocked(n)
+	}
+	ingress, hasIngress := v.Ingress()
+	for _, n := range v.Nodes() {
+		if hasIngress && n.IngressAddr.IsValid() {
+			a.keepLocked(n.ID, weft.Attachment{Network: ingress.ID, Addr: n.IngressAddr})
+		}
+	}
+	for _, s := range v.Services() {
+		for _, vip := range s.VIPs {
+			a.keepLocked(s.ID, weft.Attachment(vip))
+		}
+	}
+	for _, t := range v.Tasks() {
+		if t.Status.State.Ended() {
+			continue
+		}
+		for _, at := range t.Attachments {
+			a.keepLocked(t.ID, at)
+		}
+	}
+	return a
+}
+
+func (a *allocator) spaceLocked(n weft.Network) *space {
+	s, ok := a.spaces[n.ID]
+	if !ok {
+		s = &space{net: n, addrs: ipam.NewSpace(n.Spec.Subnets[0])}
+		a.spaces[n.ID] = s
+	}
+	return s
+}
+
+// keepLocked notes an address that the state says is in use. The state is
+// right even if two objects claim one address: the second is then freed with
+// the first, and neither is given out before.
+func (a *allocator) keepLocked(owner weft.ID, at weft.Attachment) {
+	s, ok := a.spaces[at.Network]
+	if !ok {
+		return // the network is gone, the task has not stopped yet
+	}
+	if err := s.addrs.Take(at.Addr.Addr()); err != nil {
+		return
+	}
+	a.held[owner] = append(a.held[owner], at)
+}
+
+// attach chooses an address on each network for owner: all or none.
+func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attachment, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var got []weft.Attachment
+	for _, n := range networks {
+		s := a.spaceLocked(n)
+		addr, err := s.addrs.Next()
+		if err != nil {
+			for _, g := range got {
+				a.spaces[g.Network].addrs.Free(g.Addr.Addr())
+			}
+			return nil, fmt.Errorf("choose address on network %s: %w", n.Spec.Name, err)
+		}
+		got = append(got, weft.Attachment{Network: n.ID, Addr: host(addr, n.Spec.Subnets[0])})
+	}
+	if len(got) > 0 {
+		a.held[owner] = append(a.held[owner], got...)
+	}
+	return got, nil
+}
+
+// release frees what owner holds, except the addresses to keep.
+func (a *allocator) release(owner weft.ID, keep ...weft.Attachment) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var left []weft.Attachment
+next:
+	for _, h := range a.held[owner] {
+		for _, k := range keep {
+			if h == k {
+				left = append(left, h)
+				continue next
+			}
+		}
+		if s, ok := a.spaces[h.Network]; ok {
+			s.addrs.Free(h.Addr.Addr())
+		}
+	}
+	if len(left) == 0 {
+		delete(a.held, owner)
+		return
+	}
+	a.held[owner] = left
+}
+
+// follow takes in which networks there are: removed ones lose their space and
+// their numbers rest. The loop and edits call it, each with a view of its own:
+// one that is missing in a view older than itself was not removed.
+func (a *allocator) follow(v *state.Snapshot, now time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	exists := map[weft.ID]bool{}
+	for _, n := range v.Networks() {
+		exists[n.ID] = true
+		a.spaceLocked(n)
+	}
+	for id, s := range a.spaces {
+		if !exists[id] && s.net.Meta.Index <= v.Index() {
+			a.resting[id] = restingNetwork{net: s.net, since: now}
+			delete(a.spaces, id)
+		}
+	}
+	for id, r := range a.resting {
+		if now.Sub(r.since) >= rest {
+			delete(a.resting, id)
+		}
+	}
+}
+
+// rested lists the networks that were removed less than rest ago.
+func (a *allocator) rested(now time.Time) []weft.Network {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var out []weft.Network
+	for _, r := range a.resting {
+		if now.Sub(r.since) < rest {
+			out = append(out, r.net)
+		}
+	}
+	return out
+}
+
+// pickIngress chooses the subnet of the ingress network: 10.255.0.0/16 if it is
+// free and in the pools, else the first free /16 of the pools; a pool that is
+// smaller is taken whole.
+func pickIngress(c weft.Cluster, used []netip.Prefix) (weft.Subnet, error) {
+	prefer := netip.MustParsePrefix("10.255.0.0/16")
+	if inPools(prefer, c.AddrPools) && !slices.ContainsFunc(used, prefer.Overlaps) {
+		return weft.Subnet{Prefix: prefer, Gateway: prefer.Addr().Next()}, nil
+	}
+	var errs []error
+	for _, pool := range c.AddrPools {
+		p, err := ipam.Pools{Prefixes: []netip.Prefix{pool}, MaskLength: max(ingressBits, pool.Bits())}.Pick(used)
+		if err == nil {
+			return weft.Subnet{Prefix: p, Gateway: p.Addr().Next()}, nil
+		}
+		errs = append(errs, err)
+	}
+	return weft.Subnet{}, errors.Join(errs...)
+}
+
+func inPools(p netip.Prefix, pools []netip.Prefix) bool {
+	for _, q := range pools {
+		if q.Bits() <= p.Bits() && q.Overlaps(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// usedPrefixes is what a new subnet must not overlap, with the name of each.
+func usedPrefixes(v *state.Snapshot) []ipam.Named {
+	used := []ipam.Named{{What: "the gateway bridge of every host", Prefix: weft.GatewayPool()}}
+	for _, n := range v.Networks() {
+		for _, s := range n.Spec.Subnets {
+			used = append(used, ipam.Named{What: "network " + n.Spec.Name, Prefix: s.Prefix})
+		}
+	}
+	for _, n := range v.Nodes() {
+		for _, p := range n.Description.UsedPrefixes {
+			used = append(used, ipam.Named{What: "a route or address of node " + nodeName(n), Prefix: p})
+		}
+	}
+	return used
+}
+
+func nodeName(n weft.Node) string {
+	if n.Description.Hostname != "" {
+		return n.Description.Hostname
+	}
+	return string(n.ID)
+}
+
+// choosePorts fills in the published ports of a service. old is the stored
+// version on an update (its choices stay where they can), else nil.
+func choosePorts(v *state.Snapshot, c weft.Cluster, spec *weft.ServiceSpec, old *weft.Service) ([]weft.PortSpec, error) {
+	if len(spec.Ports) == 0 {
+		return nil, nil
+	}
+	ports, err := portsInUse(v, c, old)
+	if err != nil {
+		return nil, err
+	}
+	out := append([]weft.PortSpec(nil), spec.Ports...)
+	me := "service " + spec.Name
+	for i, p := range out { // asked ones first, so that no choice takes them
+		if p.Published == 0 && old != nil {
+			out[i].Published = keptPort(p, old)
+		}
+		if out[i].Published == 0 {
+			continue
+		}
+		if err := ports.Take(p.Protocol, out[i].Published, me); err != nil {
+			if p.Published == 0 {
+				out[i].Published = 0 // what was chosen is lost to a listener: choose anew
+				continue
+			}
+			return nil, fmt.Errorf("service %s: EndpointSpec.Ports[%d].PublishedPort: %w", spec.Name, i, err)
+		}
+	}
+	for i, p := range out {
+		if p.Published != 0 {
+			continue
+		}
+		if out[i].Published, err = ports.Pick(p.Protocol, me); err != nil {
+			return nil, fmt.Errorf("service %s: EndpointSpec.Ports[%d].PublishedPort: %w", spec.Name, i, err)
+		}
+	}
+	return out, nil
+}
+
+func keptPort(p weft.PortSpec, old *weft.Service) uint16 {
+	for i, o := range old.Spec.Ports {
+		if o == p && i < len(old.Ports) {
+			return old.Ports[i].Published
+		}
+	}
+	return 0
+}
+
+// portsInUse is every published port and listener of the cluster, but those of
+// the service being updated.
+func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Ports, error) {
+	ports := ipam.NewPorts()
+	own := []struct {
+		proto weft.Protocol
+		port  uint16
+	}{{weft.TCP, weft.ClusterPort}, {weft.TCP, weft.GossipPort}, {weft.UDP, weft.GossipPort}, {weft.UDP, c.DataPathPort}}
+	for _, o := range own {
+		if err := ports.Take(o.proto, o.port, "weft itself"); err != nil {
+			return nil, fmt.Errorf("reserve weft's own ports: %w", err)
+		}
+	}
+	for _, s := range v.Services() {
+		if but != nil && s.ID == but.ID {
+			continue
+		}
+		for _, p := range s.Ports {
+			// A port that was legal when it was stored stays with its
+			// service, whatever came to hold it besides.
+			_ = ports.Take(p.Protocol, p.Published, "service "+s.Spec.Name) //nolint:errcheck // see above
+		}
+	}
+	for _, n := range v.Nodes() {
+		if n.Status.State == weft.NodeDown {
+			continue // its list is old
+		}
+		for _, l := range n.Status.Listeners {
+			// Several nodes may have the same listener; the first is named.
+			_ = ports.Take(l.Protocol, l.Port, "a process on node "+nodeName(n)) //nolint:errcheck // see above
+		}
+	}
+	return ports, nil
+}

@@ -1,0 +1,187 @@
+package orchestrator
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/ca"
+	"github.com/weftnet/weft/orchestrator/dispatch"
+	"github.com/weftnet/weft/orchestrator/state"
+	"github.com/weftnet/weft/orchestrator/wire"
+)
+
+// Admit implements wire.Membership.
+func (m *Manager) Admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr) (wire.AdmitResponse, error) {
+	return write(m, ctx, func(ctx context.Context, t *term) (wire.AdmitResponse, error) {
+		return t.admit(ctx, r, remote)
+	})
+}
+
+func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr) (wire.AdmitResponse, error) {
+	var none wire.AdmitResponse
+	v := t.store.View()
+	c, ok := v.Cluster()
+	if !ok {
+		return none, fmt.Errorf("cluster object %w", weft.ErrNotFound)
+	}
+	if r.Version != wire.ProtocolVersion {
+		return none, fmt.Errorf("join: this node speaks protocol version %d, the cluster %d; install the same release of weft: %w", r.Version, wire.ProtocolVersion, weft.ErrInvalid)
+	}
+	role, err := t.m.cfg.CA.VerifyToken(c, r.Token)
+	if err != nil {
+		return none, fmt.Errorf("join: %w", err)
+	}
+	n, err := joiner(v, r, remote, role)
+	if err != nil {
+		return none, err
+	}
+	cert, err := t.m.cfg.CA.Sign(c, r.CSR, n.ID, role)
+	if err != nil {
+		return none, fmt.Errorf("join: sign certificate: %w", err)
+	}
+	ingress, ok := v.Ingress()
+	if !ok {
+		return none, fmt.Errorf("join: the ingress network %w", weft.ErrNotFound)
+	}
+	at, err := t.alloc.attach(n.ID, []weft.Network{ingress})
+	if err != nil {
+		return none, fmt.Errorf("join: choose ingress address: %w", err)
+	}
+	n.IngressAddr = at[0].Addr
+	if err := t.prop.one(ctx, []state.Change{{Node: &n}}); err != nil {
+		t.alloc.release(n.ID)
+		return none, fmt.Errorf("join: store node: %w", err)
+	}
+	t.log.Info("node admitted", weft.KeyNode, n.ID, "role", role, "hostname", r.Hostname, "addr", n.Status.Addr)
+	return wire.AdmitResponse{
+		Node: n.ID, Role: role, Cert: cert, CACert: c.CACert, Addr: n.Status.Addr,
+		Managers: managers(t.store.View()), Cluster: dispatch.ClusterView(c),
+	}, nil
+}
+
+// joiner is the record of a new node.
+func joiner(v *state.Snapshot, r wire.AdmitRequest, remote netip.Addr, role weft.Role) (weft.Node, error) {
+	adv := r.Advertise
+	if !adv.Addr().IsValid() || adv.Addr().IsUnspecified() {
+		adv = netip.AddrPortFrom(remote.Unmap(), adv.Port())
+	}
+	if adv.Port() == 0 {
+		adv = netip.AddrPortFrom(adv.Addr(), weft.ClusterPort)
+	}
+	if !adv.Addr().IsValid() {
+		return weft.Node{}, fmt.Errorf("join: AdvertiseAddr: none was given and none can be derived: %w", weft.ErrInvalid)
+	}
+	if r.Availability > weft.AvailabilityDrain {
+		return weft.Node{}, fmt.Errorf("join: Availability: %d is not active, pause or drain: %w", r.Availability, weft.ErrInvalid)
+	}
+	n := weft.Node{
+		ID:          weft.NewID(),
+		Spec:        weft.NodeSpec{Role: role, Availability: r.Availability},
+		Description: weft.NodeDescription{Hostname: r.Hostname},
+		Status:      weft.NodeStatus{Addr: adv.Addr()},
+		DataPath:    r.DataPath,
+	}
+	if !n.DataPath.IsValid() || n.DataPath.IsUnspecified() {
+		n.DataPath = adv.Addr()
+	}
+	if role != weft.RoleManager {
+		return n, nil
+	}
+	for _, o := range v.Nodes() {
+		if o.Manager != nil && o.Manager.Addr == adv {
+			return n, fmt.Errorf("join: AdvertiseAddr: manager %s has address %s; if it is lost for good, remove it first ('weft node rm --force %s'): %w", nodeName(o), adv, o.ID.Short(), weft.ErrConflict)
+		}
+	}
+	n.Manager = &weft.ManagerStatus{Addr: adv}
+	return n, nil
+}
+
+func managers(v *state.Snapshot) []wire.NodeView {
+	var out []wire.NodeView
+	for _, n := range v.Nodes() {
+		if n.Manager != nil {
+			out = append(out, dispatch.NodeView(n))
+		}
+	}
+	return out
+}
+
+// Check refuses callers that are no members any more: a removed node's
+// certificate is good until it expires. It is wire.ServerConfig.Check. Only the
+// leader knows for certain who is a member; a follower carries out no call of
+// its own and sends the caller to the leader.
+func (m *Manager) Check(_ context.Context, caller ca.Identity) error {
+	t, err := m.leading()
+	if err != nil {
+		return nil
+	}
+	if _, ok := t.store.View().Node(caller.Node); !ok {
+		return fmt.Errorf("node %s was removed from this cluster; leave it there ('weft swarm leave --force') and join again: %w", caller.Node, weft.ErrForbidden)
+	}
+	return nil
+}
+
+// Renew implements wire.Membership.
+func (m *Manager) Renew(ctx context.Context, node weft.ID, csr []byte) ([]byte, error) {
+	return read(m, ctx, func(v *state.Snapshot, t *term) ([]byte, error) {
+		n, ok := v.Node(node)
+		if !ok {
+			return nil, fmt.Errorf("renew certificate: node %s %w in this cluster: it was removed: %w", node, weft.ErrNotFound, weft.ErrForbidden)
+		}
+		c, ok := v.Cluster()
+		if !ok {
+			return nil, fmt.Errorf("cluster object %w", weft.ErrNotFound)
+		}
+		cert, err := t.m.cfg.CA.Sign(c, csr, node, n.Spec.Role)
+		if err != nil {
+			return nil, fmt.Errorf("renew certificate of node %s: %w", nodeName(n), err)
+		}
+		return cert, nil
+	})
+}
+
+// Depart implements wire.Membership. A manager is out of the Raft group when it
+// returns. The leader cannot take itself out: it hands leadership over and
+// answers wire.NotLeader, so that its call goes to the successor.
+func (m *Manager) Depart(ctx context.Context, node weft.ID) error {
+	_, err := write(m, ctx, func(ctx context.Context, t *term) (struct{}, error) {
+		return struct{}{}, t.depart(ctx, node)
+	})
+	return err
+}
+
+func (t *term) depart(ctx context.Context, id weft.ID) error {
+	n, ok := t.store.View().Node(id)
+	if !ok {
+		return nil // removed already; leaving twice does no harm
+	}
+	if n.Manager != nil {
+		voters, err := t.voters()
+		if err != nil {
+			return err
+		}
+		if voters == 1 && id == t.m.cfg.Node {
+			return fmt.Errorf("leave: node %s is the last manager; the cluster ends with it, use force to end it: %w", nodeName(n), weft.ErrConflict)
+		}
+		if id == t.m.cfg.Node {
+			if err := t.raft.LeadershipTransfer().Error(); err != nil {
+				return fmt.Errorf("leave: hand leadership over: %w: %w", weft.ErrUnavailable, err)
+			}
+			return t.m.notLeader(t.raft)
+		}
+	}
+	down := weft.NodeDown
+	err := t.prop.one(ctx, []state.Change{{NodeStatus: &state.NodeStatus{
+		Node: id, State: &down, Message: state.Departed, DropManager: true,
+	}}})
+	if err != nil {
+		return fmt.Errorf("leave: %w", err)
+	}
+	t.log.Info("node left", weft.KeyNode, id)
+	if n.Manager == nil {
+		return nil
+	}
+	return t.leaveGroup(ctx, id)
+}

@@ -1,0 +1,186 @@
+package wire
+
+import (
+	"context"
+	"net/netip"
+
+	"github.com/weftnet/weft"
+)
+
+// Messages between nodes. They are encoded as CBOR with field names; a field
+// is never renamed or given another meaning, new ones are added. Golden files
+// in testdata hold one encoding of each per protocol version.
+
+// ProtocolVersion is spoken by this build and checked when a session opens.
+const ProtocolVersion = 1
+
+// Control is what any node may ask of the leader: the API's cluster-wide
+// calls. The orchestrator implements it on the leader; Client implements it
+// everywhere else by asking the leader. Errors keep their sentinel and text
+// across the wire. A call that finds no leader within its bound answers
+// weft.ErrUnavailable with weft.NoLeader.
+type Control interface {
+	Services
+	Tasks
+	Nodes
+	Networks
+	Clusters
+}
+
+// Services are calls on services; see api.ServiceStore.
+type Services interface {
+	Services(ctx context.Context) ([]weft.Service, error)
+	Service(ctx context.Context, ref string) (weft.Service, error)
+	CreateService(ctx context.Context, spec weft.ServiceSpec) (weft.Service, error)
+	UpdateService(ctx context.Context, id weft.ID, index uint64, spec weft.ServiceSpec) (weft.Service, error)
+	RemoveService(ctx context.Context, id weft.ID) error
+}
+
+// Tasks are calls on tasks; see api.TaskStore.
+type Tasks interface {
+	Tasks(ctx context.Context, f weft.TaskFilter) (weft.TaskList, error)
+	TaskLogs(ctx context.Context, tasks []weft.ID, o weft.LogOptions, f func(weft.LogRecord) error) error
+}
+
+// Nodes are calls on nodes; see api.NodeStore.
+type Nodes interface {
+	Nodes(ctx context.Context) ([]weft.Node, error)
+	UpdateNode(ctx context.Context, id weft.ID, index uint64, spec weft.NodeSpec) error
+	RemoveNode(ctx context.Context, id weft.ID, force bool) error
+}
+
+// Networks are calls on networks; see api.NetworkStore.
+type Networks interface {
+	Networks(ctx context.Context) ([]weft.Network, error)
+	CreateNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.Network, error)
+	RemoveNetwork(ctx context.Context, id weft.ID) error
+}
+
+// Clusters are calls on the cluster object. Cluster never carries CAKey; it
+// carries join tokens only to managers.
+type Clusters interface {
+	Cluster(ctx context.Context) (weft.Cluster, error)
+	UpdateCluster(ctx context.Context, index uint64, u weft.ClusterUpdate) error
+}
+
+// Dispatcher is the leader's side of the agents' sessions. node is proven by
+// the caller's certificate.
+type Dispatcher interface {
+	// Session registers the node as ready and sends its full assignment
+	// set, then increments, until ctx ends or leadership is lost
+	// (weft.ErrUnavailable: dial again).
+	Session(ctx context.Context, node weft.ID, r SessionRequest, send func(Assignments) error) error
+	// Report takes task states and counts as a sign of life; agents send
+	// one at least every ReportEvery, empty or not.
+	Report(ctx context.Context, node weft.ID, r Report) error
+}
+
+// Membership admits and releases nodes; on the leader.
+type Membership interface {
+	// Admit checks the token and signs the request. remote is the address
+	// the request came from, used when the joiner gave none.
+	Admit(ctx context.Context, r AdmitRequest, remote netip.Addr) (AdmitResponse, error)
+	// Renew signs a new certificate for a member with an unchanged role.
+	Renew(ctx context.Context, node weft.ID, csr []byte) (cert []byte, err error)
+	// Depart marks a leaving node down at once and, for a manager, takes
+	// it out of the Raft group first.
+	Depart(ctx context.Context, node weft.ID) error
+}
+
+// Agent is what managers may ask of any node.
+type Agent interface {
+	// Logs streams the logs of one local task.
+	Logs(ctx context.Context, task weft.ID, o weft.LogOptions, f func(weft.LogRecord) error) error
+}
+
+// SessionRequest opens a session.
+type SessionRequest struct {
+	Version     int
+	Description weft.NodeDescription
+	DataPath    netip.Addr
+	Addr        netip.Addr
+}
+
+// Assignments is all (Full) or the changes of what one node must know. Seq
+// grows by one; a gap means the receiver must open a new session.
+type Assignments struct {
+	Seq  uint64
+	Full bool
+
+	// Upserts.
+	Tasks    []weft.Task        // assigned to this node, until Desired=remove is carried out
+	Specs    []weft.SpecVersion // that Tasks refer to
+	Networks []weft.Network     // that Tasks use, and the ingress network
+	Services []ServiceView      // on those networks, and all that publish ports
+	Nodes    []NodeView         // all
+
+	// Removed ids by kind; spec versions go with the last task that uses
+	// them, without a notice.
+	GoneTasks, GoneNetworks, GoneServices, GoneNodes []weft.ID
+
+	// Cluster is set when Full or when it changed.
+	Cluster *ClusterView
+}
+
+// ServiceView is what balancers and resolvers need of a service.
+type ServiceView struct {
+	ID           weft.ID
+	Name         string
+	EndpointMode weft.EndpointMode
+	VIPs         []weft.VIP
+	Ports        []weft.PortSpec
+	Networks     []weft.NetworkTarget
+}
+
+// NodeView is what a node knows of another.
+type NodeView struct {
+	ID          weft.ID
+	Hostname    string
+	Addr        netip.Addr
+	DataPath    netip.Addr
+	IngressAddr netip.Prefix
+	Manager     netip.AddrPort // cluster port; invalid on workers
+}
+
+// ClusterView is what every node knows of the cluster.
+type ClusterView struct {
+	ID           weft.ID
+	DataPathPort uint16
+	GossipKey    []byte
+	AddrPools    []netip.Prefix
+}
+
+// Report is a batch of task states.
+type Report struct {
+	Tasks     []TaskReport
+	Listeners []weft.Listener
+}
+
+// TaskReport is the newest status of one task. Reporting TaskRemove means the
+// task's remains are gone and its record may be deleted.
+type TaskReport struct {
+	Task   weft.ID
+	Status weft.TaskStatus
+}
+
+// AdmitRequest is a joining node's wish, sent over ALPN "weft-join".
+type AdmitRequest struct {
+	Version      int
+	Token        string
+	CSR          []byte // PEM
+	Hostname     string
+	Advertise    netip.AddrPort // of the joiner's cluster port; invalid = derive
+	DataPath     netip.Addr
+	Availability weft.Availability
+}
+
+// AdmitResponse makes a member.
+type AdmitResponse struct {
+	Node     weft.ID
+	Role     weft.Role
+	Cert     []byte // PEM chain of the node
+	CACert   []byte // PEM
+	Addr     netip.Addr
+	Managers []NodeView
+	Cluster  ClusterView
+}
