@@ -1,0 +1,503 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/runtime"
+	"github.com/weftnet/weft/agent/runtime/runtimetest"
+	"github.com/weftnet/weft/agent/sandbox"
+	"github.com/weftnet/weft/gossip"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/orchestrator/wire"
+	"github.com/weftnet/weft/vxlan"
+)
+
+// journal is what happened outside of the agent, in order.
+type journal struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+func (j *journal) add(format string, args ...any) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if line := fmt.Sprintf(format, args...); len(j.lines) == 0 || j.lines[len(j.lines)-1] != line {
+		j.lines = append(j.lines, line)
+	}
+}
+
+func (j *journal) clear() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.lines = nil
+}
+
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return strings.Join(j.lines, "\n")
+}
+
+// inOrder checks that lines which contain the words follow one another.
+func (j *journal) inOrder(t *testing.T, words ...string) {
+	t.Helper()
+	rest := strings.Split(j.String(), "\n")
+	for _, w := range words {
+		i := slices.IndexFunc(rest, func(s string) bool { return strings.Contains(s, w) })
+		if i < 0 {
+			t.Fatalf("%q is missing, or not in the order %q, in:\n%s", w, words, j)
+		}
+		rest = rest[i+1:]
+	}
+}
+
+type loggedRuntime struct {
+	*runtimetest.Memory
+	journal *journal
+}
+
+func (l *loggedRuntime) Start(ctx context.Context, task weft.ID) (int, error) {
+	l.journal.add("start %s", task.Short()[:2])
+	return l.Memory.Start(ctx, task)
+}
+
+func (l *loggedRuntime) Stop(ctx context.Context, task weft.ID, grace time.Duration) (runtime.Exit, error) {
+	l.journal.add("stop %s", task.Short()[:2])
+	return l.Memory.Stop(ctx, task, grace)
+}
+
+func (l *loggedRuntime) Remove(ctx context.Context, task weft.ID) error {
+	l.journal.add("remove %s", task.Short()[:2])
+	return l.Memory.Remove(ctx, task)
+}
+
+// fakeBoxes is sandbox.Maker as a map.
+type fakeBoxes struct {
+	journal *journal
+
+	mu  sync.Mutex
+	all map[weft.ID]sandbox.Sandbox
+}
+
+func (b *fakeBoxes) Make(ctx context.Context, s sandbox.Spec) (sandbox.Sandbox, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.all[s.Task] = sandbox.Sandbox{Task: s.Task, NetNS: "/ns/" + string(s.Task)}
+	return b.all[s.Task], ctx.Err()
+}
+
+func (b *fakeBoxes) Destroy(ctx context.Context, task weft.ID) error {
+	b.journal.add("destroy %s", task.Short()[:2])
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.all, task)
+	return ctx.Err()
+}
+
+func (b *fakeBoxes) List(ctx context.Context) ([]sandbox.Sandbox, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var out []sandbox.Sandbox
+	for _, s := range b.all {
+		out = append(out, s)
+	}
+	return out, ctx.Err()
+}
+
+func (b *fakeBoxes) Gateway(context.Context) (string, netip.Prefix, error) {
+	return weft.GatewayBridge, netip.MustParsePrefix("172.31.0.0/16"), nil
+}
+
+func (b *fakeBoxes) Close(context.Context) error { return nil }
+
+// fakeKernel is vxlan.Kernel as a value. fail holds errors by VNI; under 0, one
+// that names no network.
+type fakeKernel struct {
+	journal *journal
+
+	mu    sync.Mutex
+	state vxlan.State
+	fail  map[uint32]error
+}
+
+// brokenNetwork is how an overlay engine says which network failed.
+type brokenNetwork struct {
+	vni uint32
+	err error
+}
+
+func (b *brokenNetwork) Error() string         { return fmt.Sprintf("network %d: %v", b.vni, b.err) }
+func (b *brokenNetwork) Unwrap() error         { return b.err }
+func (b *brokenNetwork) FailedNetwork() uint32 { return b.vni }
+
+func (k *fakeKernel) setFail(vni uint32, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.fail[vni] = err
+}
+
+func (k *fakeKernel) Read(context.Context) (vxlan.State, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state, nil
+}
+
+func (k *fakeKernel) Apply(ctx context.Context, want vxlan.State) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	if k.fail[0] != nil {
+		errs = append(errs, k.fail[0])
+	}
+	var words []string
+	for vni, n := range want.Networks {
+		if err := k.fail[vni]; err != nil {
+			errs = append(errs, fmt.Errorf("apply: %w", &brokenNetwork{vni, err}))
+		}
+		for _, p := range n.Ports {
+			words = append(words, fmt.Sprintf("port:%s", p.Task.Short()[:2]))
+		}
+		for _, p := range n.Peers {
+			words = append(words, fmt.Sprintf("peer:%s", p.Addr))
+		}
+	}
+	k.state = want
+	slices.Sort(words)
+	k.journal.add("overlay %s", strings.Join(words, " "))
+	if len(errs) > 0 {
+		return fmt.Errorf("overlay: %w", joined(errs))
+	}
+	return ctx.Err()
+}
+
+type joined []error
+
+func (j joined) Error() string   { return fmt.Sprint([]error(j)) }
+func (j joined) Unwrap() []error { return j }
+
+func (k *fakeKernel) networks() []uint32 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Sorted(maps.Keys(k.state.Networks))
+}
+
+func (k *fakeKernel) peers() []netip.Addr {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var out []netip.Addr
+	for _, n := range k.state.Networks {
+		for _, p := range n.Peers {
+			out = append(out, p.Addr)
+		}
+	}
+	return out
+}
+
+// fakeBalancer is ingress.Engine as a value.
+type fakeBalancer struct {
+	journal *journal
+
+	mu    sync.Mutex
+	table ingress.Table
+}
+
+func (b *fakeBalancer) Name() string                { return "fake" }
+func (b *fakeBalancer) Probe(context.Context) error { return nil }
+func (b *fakeBalancer) Close(context.Context) error { return nil }
+func (b *fakeBalancer) Stats(context.Context) (ingress.Stats, error) {
+	return ingress.Stats{}, nil
+}
+
+func (b *fakeBalancer) Apply(ctx context.Context, t ingress.Table) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.table = t
+	b.journal.add("balancer %s", strings.Join(b.backendsLocked(), " "))
+	return ctx.Err()
+}
+
+func (b *fakeBalancer) backendsLocked() []string {
+	var words []string
+	for _, n := range b.table.Networks {
+		for _, s := range n.Services {
+			for _, k := range s.Backends {
+				w := "take:"
+				if k.Draining {
+					w = "drain:"
+				}
+				words = append(words, w+k.Task.Short()[:2])
+			}
+		}
+	}
+	return words
+}
+
+// fakeTable is gossip.Table with the other nodes under the test's hand.
+type fakeTable struct {
+	journal *journal
+
+	mu        sync.Mutex
+	own       []weft.Endpoint
+	published int
+	others    map[weft.ID][]weft.OwnedEndpoint
+	alive     map[weft.ID]gossip.Member
+	changed   chan struct{}
+}
+
+func newFakeTable(j *journal) *fakeTable {
+	return &fakeTable{
+		journal: j, others: map[weft.ID][]weft.OwnedEndpoint{}, changed: make(chan struct{}),
+		alive: map[weft.ID]gossip.Member{nodeA: {ID: nodeA, Addr: vtepA, VTEP: vtepA}},
+	}
+}
+
+func (f *fakeTable) Publish(e []weft.Endpoint) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var words []string
+	for _, x := range e {
+		words = append(words, fmt.Sprintf("%s:%s", [...]string{"starting", "ready", "draining"}[x.State], x.Task.Short()[:2]))
+	}
+	f.journal.add("publish %s", strings.Join(words, " "))
+	f.published++
+	if !slices.Equal(f.own, e) {
+		f.own = e
+		f.bumpLocked()
+	}
+}
+
+func (f *fakeTable) bumpLocked() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// set makes a node alive with these endpoints, in one step.
+func (f *fakeTable) set(m gossip.Member, e ...weft.Endpoint) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.alive[m.ID] = m
+	f.others[m.ID] = nil
+	for _, x := range e {
+		f.others[m.ID] = append(f.others[m.ID], weft.OwnedEndpoint{Endpoint: x, Owner: m.ID, VTEP: m.VTEP})
+	}
+	f.bumpLocked()
+}
+
+// fail takes a node out of sight, as gossip does when it is not heard.
+func (f *fakeTable) fail(id weft.ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.alive, id)
+	delete(f.others, id)
+	f.bumpLocked()
+}
+
+func (f *fakeTable) Snapshot() ([]weft.OwnedEndpoint, <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []weft.OwnedEndpoint
+	for _, x := range f.own {
+		out = append(out, weft.OwnedEndpoint{Endpoint: x, Owner: nodeA, VTEP: vtepA})
+	}
+	for _, e := range f.others {
+		out = append(out, e...)
+	}
+	slices.SortStableFunc(out, func(a, b weft.OwnedEndpoint) int { return strings.Compare(string(a.Owner), string(b.Owner)) })
+	return out, f.changed
+}
+
+func (f *fakeTable) Members() ([]gossip.Member, <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []gossip.Member
+	for _, m := range f.alive {
+		out = append(out, m)
+	}
+	slices.SortFunc(out, func(a, b gossip.Member) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return out, f.changed
+}
+
+func (f *fakeTable) ownEndpoints() []weft.Endpoint {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.own)
+}
+
+// fakeLeader keeps what was reported.
+type fakeLeader struct {
+	sessions chan *fakeSession // never closed; those that were opened
+
+	mu      sync.Mutex
+	state   map[weft.ID]weft.TaskStatus
+	history []wire.TaskReport
+	last    wire.Report
+	reports int
+	refuse  error                                          // of OpenSession
+	report  func(ctx context.Context, r wire.Report) error // nil: takes it
+}
+
+type fakeSession struct {
+	ctx  context.Context
+	send chan wire.Assignments // never closed
+	end  chan error
+}
+
+func (l *fakeLeader) OpenSession(ctx context.Context, r wire.SessionRequest) (wire.Session, error) {
+	l.mu.Lock()
+	err := l.refuse
+	l.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	s := &fakeSession{ctx: ctx, send: make(chan wire.Assignments, 16), end: make(chan error, 1)}
+	l.sessions <- s
+	return s, ctx.Err()
+}
+
+func (s *fakeSession) Recv() (wire.Assignments, error) {
+	select {
+	case a := <-s.send:
+		return a, nil
+	case err := <-s.end:
+		return wire.Assignments{}, err
+	case <-s.ctx.Done():
+		return wire.Assignments{}, s.ctx.Err()
+	}
+}
+
+func (l *fakeLeader) Report(ctx context.Context, node weft.ID, r wire.Report) error {
+	l.mu.Lock()
+	f := l.report
+	l.mu.Unlock()
+	if f != nil {
+		if err := f(ctx, r); err != nil {
+			return err
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.reports++
+	l.last = r
+	for _, t := range r.Tasks {
+		l.state[t.Task] = t.Status
+		l.history = append(l.history, t)
+	}
+	return ctx.Err()
+}
+
+func (l *fakeLeader) onReport(f func(ctx context.Context, r wire.Report) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.report = f
+}
+
+func (l *fakeLeader) status(task weft.ID) weft.TaskStatus {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.state[task]
+}
+
+// states are the reported states of a task in order.
+func (l *fakeLeader) states(task weft.ID) []weft.TaskState {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []weft.TaskState
+	for _, h := range l.history {
+		if h.Task == task {
+			out = append(out, h.Status.State)
+		}
+	}
+	return out
+}
+
+// fakeSockets opens sockets on which nobody speaks, but for one datagram at once
+// when query is set.
+type fakeSockets struct {
+	query   []byte
+	answers chan []byte // closed by nobody
+
+	mu     sync.Mutex
+	open   int
+	total  int
+	broken error
+}
+
+func (f *fakeSockets) listen(ctx context.Context, nsPath string) (net.PacketConn, net.Listener, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.broken != nil {
+		return nil, nil, f.broken
+	}
+	f.open++
+	f.total++
+	s := &silent{f: f, closed: make(chan struct{})}
+	return packetSide{s}, streamSide{s}, ctx.Err()
+}
+
+func (f *fakeSockets) opened() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.open
+}
+
+func (f *fakeSockets) setBroken(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.broken = err
+}
+
+type silent struct {
+	f      *fakeSockets
+	asked  atomic.Bool
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (s *silent) Close() error {
+	s.once.Do(func() {
+		close(s.closed)
+		s.f.mu.Lock()
+		s.f.open--
+		s.f.mu.Unlock()
+	})
+	return nil
+}
+
+type packetSide struct{ *silent }
+
+func (p packetSide) ReadFrom(b []byte) (int, net.Addr, error) {
+	if p.f.query != nil && !p.asked.Swap(true) {
+		return copy(b, p.f.query), &net.UDPAddr{}, nil
+	}
+	<-p.closed
+	return 0, nil, net.ErrClosed
+}
+
+func (p packetSide) WriteTo(b []byte, _ net.Addr) (int, error) {
+	p.f.answers <- slices.Clone(b)
+	return len(b), nil
+}
+
+func (p packetSide) LocalAddr() net.Addr              { return &net.UDPAddr{} }
+func (p packetSide) SetDeadline(time.Time) error      { return nil }
+func (p packetSide) SetReadDeadline(time.Time) error  { return nil }
+func (p packetSide) SetWriteDeadline(time.Time) error { return nil }
+
+type streamSide struct{ *silent }
+
+func (s streamSide) Accept() (net.Conn, error) {
+	<-s.closed
+	return nil, net.ErrClosed
+}
+func (s streamSide) Addr() net.Addr { return &net.TCPAddr{} }

@@ -1,0 +1,220 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/gossip"
+)
+
+// Our own choices.
+const (
+	// lingerDial bounds a question to a host. A live one answers within a
+	// round trip; a dead one must not keep its endpoints for longer.
+	lingerDial = 400 * time.Millisecond
+	// lingerAgain is the pause between two questions to the same host.
+	lingerAgain = time.Second
+	// lingerBound is the longest time that a host keeps its endpoints without
+	// a daemon. Freed addresses rest as long, so no kept one is reused.
+	lingerBound = time.Minute
+	// lingerSettle is how long an owner that the last run knew may be alive
+	// without a word about its endpoints: its table is on its way.
+	lingerSettle = 5 * time.Second
+	// lingerSave bounds the rate at which the endpoints are written to disk,
+	// lingerFresh the age of the file while they do not change.
+	lingerSave  = 2 * time.Second
+	lingerFresh = 15 * time.Second
+)
+
+// linger is a gossip.Table that keeps the endpoints of owners whose daemon has
+// ended while their host lives: their containers run on and must stay reachable
+// and balanced. It asks the host, by a connection to its gossip port. It also
+// remembers, over the end of this daemon, what the others had: until gossip has
+// found them again, the kernel keeps the way to them.
+//
+// The methods of gossip.Table may be called from any goroutine; restore is
+// called once, then run once.
+type linger struct {
+	gossip.Table // Publish and Members are its own
+	path         string
+	dial         func(ctx context.Context, network, address string) (net.Conn, error)
+	log          *slog.Logger
+
+	core *lingerCore // owned by restore, then by run
+
+	// mu guards: view, changed.
+	mu      sync.Mutex
+	view    []weft.OwnedEndpoint // never written once set
+	changed chan struct{}        // closed by run at the next change
+}
+
+var _ gossip.Table = (*linger)(nil)
+
+func newLinger(self weft.ID, t gossip.Table, path string, log *slog.Logger) *linger {
+	return &linger{
+		Table: t, path: path, dial: (&net.Dialer{Timeout: lingerDial}).DialContext, log: log,
+		core: newLingerCore(self), changed: make(chan struct{}),
+	}
+}
+
+// Snapshot implements gossip.Table.
+func (l *linger) Snapshot() ([]weft.OwnedEndpoint, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.view, l.changed
+}
+
+// restore reads what the last run knew, so that the first Snapshot has it.
+func (l *linger) restore(now time.Time) error {
+	var f storedEndpoints
+	found, err := loadFile(l.path, endpointsVersion, &f)
+	if errors.Is(err, errDamaged) {
+		l.log.Warn("endpoints of other nodes are lost, gossip brings them again", weft.KeyErr, err)
+	} else if err != nil {
+		return err
+	}
+	if found && now.Sub(f.Saved) < lingerBound+lingerFresh {
+		l.core.restore(now, f.Owners)
+	}
+	l.look(now)
+	return nil
+}
+
+// run follows the table and asks hosts until ctx ends.
+func (l *linger) run(ctx context.Context) error {
+	answers := make(chan lingerAnswer) // never closed; the senders are waited for
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var saved time.Time
+	dirty := true
+	for {
+		now := time.Now()
+		tableNews, memberNews, changed := l.look(now)
+		dirty = dirty || changed
+		for _, q := range l.core.due(now) {
+			wg.Go(func() {
+				a := lingerAnswer{q, l.ask(ctx, q.addr)}
+				select {
+				case answers <- a:
+				case <-ctx.Done():
+				}
+			})
+		}
+		if dirty && now.Sub(saved) >= lingerSave || now.Sub(saved) >= lingerFresh {
+			if err := saveFile(l.path, storedEndpoints{endpointsVersion, now, l.core.stored()}); err != nil {
+				l.log.Warn("remember endpoints of other nodes", weft.KeyErr, err)
+			}
+			saved, dirty = now, false
+		}
+		timer := time.NewTimer(l.pause(now, saved, dirty))
+		select {
+		case <-tableNews:
+		case <-memberNews:
+		case a := <-answers:
+			l.core.answer(time.Now(), a)
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		// Asked first: the table empties when the node itself leaves.
+		if ctx.Err() != nil {
+			return nil
+		}
+	}
+}
+
+// pause is the time to the next thing that run has to do by itself.
+func (l *linger) pause(now, saved time.Time, dirty bool) time.Duration {
+	next := saved.Add(lingerFresh)
+	if dirty {
+		next = saved.Add(lingerSave)
+	}
+	if t := l.core.next(); !t.IsZero() && t.Before(next) {
+		next = t
+	}
+	return max(0, next.Sub(now))
+}
+
+// look takes the table's present state and renews the view. The channels tell
+// of the next change of the table.
+func (l *linger) look(now time.Time) (tableNews, memberNews <-chan struct{}, changed bool) {
+	endpoints, tableNews := l.Table.Snapshot()
+	members, memberNews := l.Table.Members()
+	for isClosed(tableNews) {
+		// The two belong together only if nothing changed in between: else
+		// a node that has just come back looks like one with nothing to run.
+		endpoints, tableNews = l.Table.Snapshot()
+		members, memberNews = l.Table.Members()
+	}
+	for _, id := range l.core.see(now, endpoints, members) {
+		l.log.Info("node is out of reach of gossip, asking its host", weft.KeyNode, id)
+	}
+	view := l.core.merged(endpoints)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if changed = !slices.Equal(view, l.view); changed {
+		l.view = view
+		close(l.changed)
+		l.changed = make(chan struct{})
+	}
+	return tableNews, memberNews, changed
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// ask reports whether a host is there. A refusal is the kernel of a host whose
+// daemon is gone; an accepted connection is a daemon that is back and has not
+// joined yet. Whatever else happens, nobody answers for the containers.
+func (l *linger) ask(ctx context.Context, addr netip.Addr) bool {
+	ctx, cancel := context.WithTimeout(ctx, lingerDial)
+	defer cancel()
+	c, err := l.dial(ctx, "tcp", net.JoinHostPort(addr.String(), strconv.Itoa(int(weft.GossipPort))))
+	if err == nil {
+		if err := c.Close(); err != nil {
+			l.log.Debug("close question to a host", weft.KeyErr, err)
+		}
+		return true
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// endpointsVersion is the version of the stored endpoints.
+const endpointsVersion = 1
+
+// storedEndpoints is the file of what other nodes run.
+type storedEndpoints struct {
+	Version int
+	Saved   time.Time
+	Owners  []storedOwner
+}
+
+// storedOwner is one node's share.
+type storedOwner struct {
+	Node      weft.ID
+	Addr      netip.Addr // of its gossip port
+	Endpoints []weft.OwnedEndpoint
+}
+
+func (o storedOwner) validate() error {
+	if !o.Addr.IsValid() || len(o.Endpoints) == 0 {
+		return fmt.Errorf("%w: node %s has no address or no endpoints", weft.ErrInvalid, o.Node)
+	}
+	return nil
+}

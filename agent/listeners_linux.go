@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/weftnet/weft"
+)
+
+// Socket states of /proc/net/{tcp,udp} (include/net/tcp_states.h). An
+// unconnected UDP socket stands as TCP_CLOSE.
+const (
+	tcpListen = "0A"
+	tcpClose  = "07"
+)
+
+// Fields of a line of /proc/net/{tcp,udp} (Documentation/networking/proc_net_tcp.rst):
+// "sl local_address rem_address st tx:rx tr:tm retrnsmt uid timeout inode …".
+const (
+	fieldLocal = 1
+	fieldState = 3
+	fieldInode = 9
+	minFields  = 10
+)
+
+// HostListeners reads which ports other programs hold in the host's network
+// namespace: listening TCP sockets and unconnected UDP sockets, on any address.
+// The calling process's own sockets are left out: what weft itself needs is
+// known to the cluster. The result is sorted and never nil, so that "none" is
+// not taken for "not known".
+func HostListeners() ([]weft.Listener, error) {
+	own, err := ownSockets()
+	if err != nil {
+		return nil, err
+	}
+	out := []weft.Listener{}
+	for _, f := range []struct {
+		name  string
+		proto weft.Protocol
+		state string
+	}{
+		{"tcp", weft.TCP, tcpListen}, {"tcp6", weft.TCP, tcpListen},
+		{"udp", weft.UDP, tcpClose}, {"udp6", weft.UDP, tcpClose},
+	} {
+		b, err := os.ReadFile("/proc/self/net/" + f.name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // no IPv6
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read sockets: %w", err)
+		}
+		sockets, err := parseSockets(b, f.state)
+		if err != nil {
+			return nil, fmt.Errorf("parse /proc/self/net/%s: %w", f.name, err)
+		}
+		for _, s := range sockets {
+			if !own[s.inode] {
+				out = append(out, weft.Listener{Protocol: f.proto, Port: s.port})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b weft.Listener) int {
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port))
+	})
+	return slices.Compact(out), nil
+}
+
+// ownSockets are the inodes of this process's sockets.
+func ownSockets() (map[uint64]bool, error) {
+	const dir = "/proc/self/fd"
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list own sockets: %w", err)
+	}
+	out := map[uint64]bool{}
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // closed meanwhile
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read own descriptor: %w", err)
+		}
+		if inode, ok := socketInode(target); ok {
+			out[inode] = true
+		}
+	}
+	return out, nil
+}
+
+// socketInode reads "socket:[4026]", the name of a socket in /proc/PID/fd.
+func socketInode(target string) (uint64, bool) {
+	digits, ok := strings.CutPrefix(target, "socket:[")
+	if !ok {
+		return 0, false
+	}
+	if digits, ok = strings.CutSuffix(digits, "]"); !ok {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(digits, 10, 64)
+	return n, err == nil
+}
+
+// socket is one line of /proc/net/tcp or its kin.
+type socket struct {
+	port  uint16
+	inode uint64
+}
+
+// parseSockets returns the sockets in one state from the text of /proc/net/tcp
+// and its kin. A socket without a port is unbound and left out.
+func parseSockets(b []byte, state string) ([]socket, error) {
+	var out []socket
+	sc := bufio.NewScanner(bytes.NewReader(b))
+	sc.Scan() // heading
+	for sc.Scan() {
+		f := strings.Fields(sc.Text())
+		if len(f) < minFields {
+			return nil, fmt.Errorf("line %q has %d fields", sc.Text(), len(f))
+		}
+		if f[fieldState] != state {
+			continue
+		}
+		_, digits, ok := strings.Cut(f[fieldLocal], ":")
+		port, err := strconv.ParseUint(digits, 16, 16)
+		if !ok || err != nil || len(digits) != 4 {
+			return nil, fmt.Errorf("local address %q has no port", f[fieldLocal])
+		}
+		inode, err := strconv.ParseUint(f[fieldInode], 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("inode %q is no number", f[fieldInode])
+		}
+		if port != 0 {
+			out = append(out, socket{uint16(port), inode})
+		}
+	}
+	if err := sc.Err(); err != nil {
+		return nil, err
+	}
+	return out, nil
+}

@@ -1,0 +1,192 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"reflect"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/wire"
+)
+
+// Lines as Linux 6 prints them: a listener on loopback and one on all
+// addresses, an established connection, one in TIME_WAIT (inode 0).
+const procTCP = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 24511 1 0000000000000000 100 0 0 10 0
+   1: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 24512 1 0000000000000000 100 0 0 10 0
+   2: 0100007F:1F90 0100007F:C350 01 00000000:00000000 00:00000000 00000000     0        0 24513 1 0000000000000000 20 4 30 10 -1
+   3: 0100007F:1F90 0100007F:C351 06 00000000:00000000 03:00000A1B 00000000     0        0 0 3 0000000000000000
+`
+
+const procTCP6 = `  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000000000000000000000000000:0016 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 18071 1 0000000000000000 100 0 0 10 0
+   1: 00000000000000000000000001000000:7530 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 18072 1 0000000000000000 100 0 0 10 0
+`
+
+const procUDP = `   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops             
+  373: 00000000:12B5 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 31337 2 0000000000000000 0        
+  412: 3500007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000   102        0 31338 2 0000000000000000 0        
+  500: 0100007F:9C40 0100007F:0035 01 00000000:00000000 00:00000000 00000000     0        0 31339 2 0000000000000000 0        
+`
+
+func TestParseSockets(t *testing.T) {
+	for _, tc := range []struct {
+		name, text, state string
+		want              []socket
+	}{
+		{"tcp", procTCP, tcpListen, []socket{{80, 24511}, {8080, 24512}}},
+		{"tcp6", procTCP6, tcpListen, []socket{{22, 18071}, {30000, 18072}}},
+		{"udp", procUDP, tcpClose, []socket{{4789, 31337}, {53, 31338}}},
+		{"heading only", "  sl  local_address\n", tcpListen, nil},
+		{"empty", "", tcpListen, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := parseSockets([]byte(tc.text), tc.state)
+			if err != nil || !reflect.DeepEqual(got, tc.want) {
+				t.Errorf("got %v, %v, want %v", got, err, tc.want)
+			}
+		})
+	}
+	for name, line := range map[string]string{
+		"cut off":    "   0: 0100007F:0050 00000000:0000 0A 0",
+		"no port":    "   0: 0100007F 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
+		"long port":  "   0: 0100007F:00050 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
+		"no hex":     "   0: 0100007F:00G0 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
+		"odd inode":  "   0: 0100007F:0050 00000000:0000 0A 0:0 00:0 0 0 0 x 1",
+		"empty line": "",
+	} {
+		if got, err := parseSockets([]byte("heading\n"+line+"\n"), tcpListen); err == nil {
+			t.Errorf("%s: read as %v", name, got)
+		}
+	}
+}
+
+func FuzzParseSockets(f *testing.F) {
+	for _, s := range []string{procTCP, procTCP6, procUDP, "", "\n\n", "x\n : : : :"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := parseSockets(b, tcpListen)
+		if err != nil && got != nil {
+			t.Errorf("sockets %v beside error %v", got, err)
+		}
+		for _, s := range got {
+			if s.port == 0 {
+				t.Errorf("port 0 in %v", got)
+			}
+		}
+	})
+}
+
+func TestSocketInode(t *testing.T) {
+	for target, want := range map[string]uint64{"socket:[4026]": 4026, "socket:[]": 0, "socket:[x]": 0, "pipe:[4026]": 0, "/dev/null": 0, "socket:[4": 0} {
+		if got, ok := socketInode(target); got != want || ok != (want != 0) {
+			t.Errorf("%s: %d, %v", target, got, ok)
+		}
+	}
+}
+
+// TestHostListenersLeavesOwnOut: this process's own sockets are no surprise to
+// weft; everybody else's would be in the list.
+func TestHostListenersLeavesOwnOut(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	pc, err := net.ListenPacket("udp6", "[::1]:0")
+	if err != nil {
+		t.Log("no IPv6 here:", err)
+		if pc, err = net.ListenPacket("udp4", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer pc.Close()
+	tcp := weft.Listener{Protocol: weft.TCP, Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
+	udp := weft.Listener{Protocol: weft.UDP, Port: uint16(pc.LocalAddr().(*net.UDPAddr).Port)}
+	own, err := ownSockets()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(own) < 2 {
+		t.Errorf("own sockets %v, want at least the two of this test", own)
+	}
+	got, err := HostListeners()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got == nil || slices.Contains(got, tcp) || slices.Contains(got, udp) {
+		t.Errorf("listeners %v: nil, or with this test's own %v and %v", got, tcp, udp)
+	}
+}
+
+// TestHostListenersSeesOthers: a socket that only another process holds is told.
+func TestHostListenersSeesOthers(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := weft.Listener{Protocol: weft.TCP, Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder := exec.Command("cat") // until its input ends
+	holder.ExtraFiles = []*os.File{f}
+	stdin, err := holder.StdinPipe()
+	if err == nil {
+		err = holder.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(stdin.Close(), holder.Wait()); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := errors.Join(f.Close(), ln.Close()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := HostListeners()
+	if err != nil || !slices.Contains(got, want) {
+		t.Errorf("listeners %v, %v, want %v among them", got, err, want)
+	}
+	if !slices.IsSortedFunc(got, func(a, b weft.Listener) int {
+		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port))
+	}) {
+		t.Errorf("listeners %v are not sorted", got)
+	}
+}
+
+func TestListenersAreReported(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		web, overlay := weft.Listener{Protocol: weft.TCP, Port: 80}, weft.Listener{Protocol: weft.UDP, Port: 4789}
+		r.setListeners([]weft.Listener{web, overlay}, nil)
+		var told [][]weft.Listener
+		r.leader.onReport(func(_ context.Context, rep wire.Report) error {
+			if rep.Listeners != nil {
+				told = append(told, rep.Listeners)
+			}
+			return nil
+		})
+		kill, _ := r.running()
+		settle(10 * time.Second)
+		r.setListeners(nil, errors.New("proc is gone"))
+		settle(10 * time.Second)
+		r.setListeners([]weft.Listener{}, nil)
+		settle(10 * time.Second)
+		kill()
+		// The first may precede the leader's word on the overlay's port.
+		if want := [][]weft.Listener{{web, overlay}, {web}, {}}; !reflect.DeepEqual(told, want) && !reflect.DeepEqual(told, want[1:]) {
+			t.Errorf("told %v, want %v, each once", told, want)
+		}
+	})
+}

@@ -1,0 +1,59 @@
+package netstate
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/dns"
+)
+
+// names are the records of the networks on which a task here may ask. The
+// ingress network has none: it is the way in, not a place to talk.
+func (d *deriver) names() dns.Records {
+	out := dns.Records{Networks: map[weft.ID]dns.Network{}}
+	for _, n := range d.in.Networks {
+		if len(d.local[n.ID]) == 0 || n.Spec.Ingress {
+			continue
+		}
+		nn := dns.Network{Name: n.Spec.Name}
+		for _, s := range n.Spec.Subnets {
+			nn.Subnets = append(nn.Subnets, s.Prefix)
+		}
+		for _, s := range d.services() {
+			i := slices.IndexFunc(s.Networks, func(t weft.NetworkTarget) bool { return t.Network == n.ID })
+			if i >= 0 {
+				nn.Services = append(nn.Services, d.serviceNames(n, s, s.Networks[i].Aliases))
+			}
+		}
+		out.Networks[n.ID] = nn
+	}
+	return out
+}
+
+func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.Service {
+	sn := dns.Service{Name: s.Name, Aliases: aliases}
+	if s.Mode == weft.EndpointVIP {
+		for _, v := range s.VIPs {
+			if v.Network == n.ID {
+				sn.VIP = append(sn.VIP, v.Addr.Addr())
+			}
+		}
+	}
+	for _, e := range d.endpoints[n.ID] {
+		if e.Service != s.ID {
+			continue
+		}
+		task := weft.Task{ID: e.Task, Slot: e.Slot, Node: e.owner}
+		id := weft.ContainerID(e.Task)
+		t := dns.Task{
+			Slot: e.Slot, Addrs: []netip.Addr{e.Addr}, Ready: e.State == weft.EndpointReady,
+			Names: []string{task.Name(s.Name), id[:12], id},
+		}
+		if e.host != "" && e.host != id[:12] {
+			t.Names = append(t.Names, e.host)
+		}
+		sn.Tasks = append(sn.Tasks, t)
+	}
+	return sn
+}

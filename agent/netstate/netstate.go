@@ -1,0 +1,347 @@
+// Package netstate turns what one node knows of the cluster into the values
+// that the data plane takes: overlay state, balancer table and name records.
+//
+// It is pure: the same Input gives the same Output, whatever came before it.
+// Nothing here reads a clock, a kernel or a file, so that a fault in what weft
+// programs can be reproduced from a dump of its Input.
+package netstate
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/dns"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan"
+)
+
+// Input is everything the data plane of one node follows from.
+type Input struct {
+	Self Node
+	// NetNSDir is where the hidden namespaces of networks are named.
+	NetNSDir string
+	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
+	DataPathPort uint16
+	MTU          int
+	Networks     []weft.Network
+	Services     []Service
+	// Nodes are all members, Self included. Endpoints of others are ignored.
+	Nodes []Node
+	Local []LocalTask
+	// Endpoints are what gossip knows of other nodes' tasks; entries owned
+	// by Self are ignored in favour of Local.
+	Endpoints []weft.OwnedEndpoint
+	Gateway   ingress.Gateway
+}
+
+// Node is a member of the cluster.
+type Node struct {
+	ID          weft.ID
+	Hostname    string
+	VTEP        netip.Addr
+	IngressAddr netip.Prefix
+}
+
+// Service is what balancers and names need of a service.
+type Service struct {
+	ID       weft.ID
+	Name     string
+	Mode     weft.EndpointMode
+	VIPs     []weft.VIP
+	Ports    []weft.PortSpec
+	Networks []weft.NetworkTarget
+}
+
+// LocalTask is a task whose sandbox exists on this node.
+type LocalTask struct {
+	Task     weft.Task
+	Hostname string // inside its container
+	NetNS    string
+	State    weft.EndpointState
+}
+
+// Output is the desired state of the node's data plane.
+type Output struct {
+	Overlay vxlan.State
+	Ingress ingress.Table
+	Names   dns.Records
+	// Publish is what this node tells the others.
+	Publish []weft.Endpoint
+}
+
+// Derive computes the desired state. Order within slices is by identifier, so
+// that equal inputs give equal outputs.
+func Derive(in Input) Output {
+	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in)}
+	out := Output{
+		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
+		Publish: publish(in),
+	}
+	for _, n := range sorted(in.Networks, func(n weft.Network) string { return string(n.ID) }) {
+		if !d.carried(n) {
+			continue
+		}
+		out.Overlay.Networks[n.VNI] = d.overlay(n)
+		out.Ingress.Networks = append(out.Ingress.Networks, d.balanced(n))
+		if n.Spec.Ingress {
+			out.Ingress.Published = d.published(n)
+			if in.Self.IngressAddr.IsValid() {
+				out.Ingress.Ingress = ingress.Entry{Link: weft.IngressLeg, Addr: in.Self.IngressAddr}
+			}
+		}
+	}
+	out.Ingress.Gateway = d.gateway()
+	out.Names = d.names()
+	return out
+}
+
+// deriver carries the input and its indexes through one Derive.
+type deriver struct {
+	in        Input
+	endpoints map[weft.ID][]endpoint  // by network: everyone's, ours too
+	local     map[weft.ID][]LocalTask // by network
+}
+
+// endpoint is an endpoint with where it is.
+type endpoint struct {
+	weft.Endpoint
+	owner weft.ID
+	vtep  netip.Addr
+	local bool
+	host  string // the container's own hostname; known of local tasks only
+}
+
+func byNetwork(in Input) map[weft.ID][]endpoint {
+	m := map[weft.ID][]endpoint{}
+	members := map[weft.ID]bool{}
+	for _, n := range in.Nodes {
+		members[n.ID] = true
+	}
+	subnets := map[weft.ID][]weft.Subnet{}
+	for _, n := range in.Networks {
+		subnets[n.ID] = n.Spec.Subnets
+	}
+	for _, e := range in.Endpoints {
+		// A node that was removed from the cluster still has the gossip key.
+		isMember := e.Owner != in.Self.ID && members[e.Owner]
+		if isMember && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addr, subnets[e.Network]) {
+			m[e.Network] = append(m[e.Network], endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP})
+		}
+	}
+	for _, t := range in.Local {
+		for _, a := range t.Task.Attachments {
+			m[a.Network] = append(m[a.Network], endpoint{
+				Endpoint: localEndpoint(t, a), owner: in.Self.ID, vtep: in.Self.VTEP, local: true, host: t.Hostname,
+			})
+		}
+	}
+	for id := range m {
+		m[id] = oneEach(m[id])
+	}
+	return m
+}
+
+// isElsewhere reports whether a tunnel can lead to vtep: it is another host's and
+// of our own family. A node that left and joined again is a second member at our
+// address until somebody removes the first: what that one had is gone.
+func isElsewhere(vtep, own netip.Addr) bool {
+	vtep, own = vtep.Unmap(), own.Unmap()
+	return vtep.IsValid() && vtep != own && vtep.Is4() == own.Is4()
+}
+
+func inside(a netip.Addr, subnets []weft.Subnet) bool {
+	return slices.ContainsFunc(subnets, func(s weft.Subnet) bool { return s.Prefix.Contains(a) })
+}
+
+// oneEach leaves one endpoint for each address: ours, else that of the greater
+// task id. The engines refuse a network in which an address stands twice, and a
+// stale entry must not cost the others their network. The order is by task.
+func oneEach(all []endpoint) []endpoint {
+	slices.SortFunc(all, func(a, b endpoint) int {
+		ours := cmp.Compare(rank(b), rank(a))
+		return cmp.Or(a.Addr.Compare(b.Addr), ours, cmp.Compare(b.Task, a.Task), cmp.Compare(b.owner, a.owner))
+	})
+	all = slices.CompactFunc(all, func(a, b endpoint) bool { return a.Addr == b.Addr })
+	slices.SortFunc(all, func(a, b endpoint) int {
+		return cmp.Or(cmp.Compare(a.Task, b.Task), a.Addr.Compare(b.Addr))
+	})
+	return all
+}
+
+func rank(e endpoint) int {
+	if e.local {
+		return 1
+	}
+	return 0
+}
+
+func localByNetwork(in Input) map[weft.ID][]LocalTask {
+	m := map[weft.ID][]LocalTask{}
+	for _, t := range sorted(in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
+		for _, a := range t.Task.Attachments {
+			m[a.Network] = append(m[a.Network], t)
+		}
+	}
+	return m
+}
+
+func localEndpoint(t LocalTask, a weft.Attachment) weft.Endpoint {
+	return weft.Endpoint{
+		Network: a.Network, Task: t.Task.ID, Service: t.Task.Service, Slot: t.Task.Slot,
+		Addr: a.Addr.Addr(), State: t.State,
+	}
+}
+
+func publish(in Input) []weft.Endpoint {
+	var out []weft.Endpoint
+	for _, t := range sorted(in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
+		for _, a := range t.Task.Attachments {
+			out = append(out, localEndpoint(t, a))
+		}
+	}
+	return out
+}
+
+// carried reports whether this node takes part in a network: it runs a task on
+// it, or it is the ingress network, on which every node answers.
+func (d *deriver) carried(n weft.Network) bool {
+	if n.Spec.Ingress {
+		return d.in.Self.IngressAddr.IsValid()
+	}
+	return len(d.local[n.ID]) > 0
+}
+
+func (d *deriver) overlay(n weft.Network) vxlan.Network {
+	out := vxlan.Network{
+		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
+	}
+	for _, s := range n.Spec.Subnets {
+		out.Subnets = append(out.Subnets, s.Prefix)
+	}
+	for _, t := range d.local[n.ID] {
+		for i, a := range t.Task.Attachments {
+			if a.Network != n.ID {
+				continue
+			}
+			out.Ports = append(out.Ports, vxlan.Port{
+				Task: t.Task.ID, NetNS: t.NetNS, IfName: fmt.Sprintf("eth%d", i),
+				Addr: a.Addr, MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()),
+			})
+		}
+	}
+	for _, e := range d.endpoints[n.ID] {
+		if !e.local {
+			out.Peers = append(out.Peers, vxlan.Peer{Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr), VTEP: e.vtep})
+		}
+	}
+	if n.Spec.Ingress {
+		out.HostLeg = &vxlan.HostLeg{
+			Name: weft.IngressLeg, Addr: d.in.Self.IngressAddr,
+			MAC: weft.NodeMAC(d.in.Self.ID, d.in.Self.IngressAddr.Addr()),
+		}
+		out.Peers = append(out.Peers, d.ingressLegs()...)
+	}
+	for _, s := range d.in.Services {
+		for _, v := range s.VIPs {
+			if v.Network == n.ID {
+				out.VIPs = append(out.VIPs, vxlan.VIP{Addr: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr())})
+			}
+		}
+	}
+	slices.SortFunc(out.Peers, func(a, b vxlan.Peer) int { return a.Addr.Compare(b.Addr) })
+	slices.SortFunc(out.VIPs, func(a, b vxlan.VIP) int { return a.Addr.Compare(b.Addr) })
+	return out
+}
+
+// ingressLegs are the other nodes' own ports on the ingress network: answers to
+// requests that entered there go back to them.
+func (d *deriver) ingressLegs() []vxlan.Peer {
+	var out []vxlan.Peer
+	for _, n := range d.in.Nodes {
+		if n.ID != d.in.Self.ID && n.IngressAddr.IsValid() && isElsewhere(n.VTEP, d.in.Self.VTEP) {
+			a := n.IngressAddr.Addr()
+			out = append(out, vxlan.Peer{Addr: a, MAC: weft.NodeMAC(n.ID, a), VTEP: n.VTEP})
+		}
+	}
+	return out
+}
+
+func (d *deriver) balanced(n weft.Network) ingress.Network {
+	out := ingress.Network{
+		VNI:    n.VNI,
+		NetNS:  filepath.Join(d.in.NetNSDir, weft.OverlayNetNS(d.in.Self.ID, n.VNI)),
+		Bridge: weft.BridgeName(n.VNI),
+	}
+	for _, t := range d.local[n.ID] {
+		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))
+	}
+	for _, s := range d.services() {
+		for _, v := range s.VIPs {
+			if v.Network != n.ID {
+				continue
+			}
+			out.Services = append(out.Services, ingress.Service{
+				ID: s.ID, VIP: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr()),
+				Backends: d.backends(n.ID, s.ID),
+			})
+		}
+	}
+	return out
+}
+
+func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
+	var out []ingress.Backend
+	for _, e := range d.endpoints[network] {
+		if e.Service != service || e.State == weft.EndpointStarting {
+			continue
+		}
+		out = append(out, ingress.Backend{
+			Task: e.Task, Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr),
+			Draining: e.State == weft.EndpointDraining,
+		})
+	}
+	return out
+}
+
+func (d *deriver) published(n weft.Network) []ingress.Published {
+	var out []ingress.Published
+	for _, s := range d.services() {
+		for _, p := range s.Ports {
+			out = append(out, ingress.Published{
+				Service: s.ID, Protocol: p.Protocol, Port: p.Published, Target: p.Target,
+				Backends: d.backends(n.ID, s.ID),
+			})
+		}
+	}
+	slices.SortFunc(out, func(a, b ingress.Published) int {
+		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
+	})
+	return out
+}
+
+// gateway adds what tasks must not reach by way of the host: the overlays'
+// own ranges. A host is not a router between them.
+func (d *deriver) gateway() ingress.Gateway {
+	g := d.in.Gateway
+	g.Protect = slices.Clone(g.Protect)
+	for _, n := range sorted(d.in.Networks, func(n weft.Network) string { return string(n.ID) }) {
+		for _, s := range n.Spec.Subnets {
+			g.Protect = append(g.Protect, s.Prefix)
+		}
+	}
+	return g
+}
+
+func (d *deriver) services() []Service {
+	return sorted(d.in.Services, func(s Service) string { return string(s.ID) })
+}
+
+func sorted[T any](in []T, key func(T) string) []T {
+	out := slices.Clone(in)
+	slices.SortFunc(out, func(a, b T) int { return cmp.Compare(key(a), key(b)) })
+	return out
+}

@@ -1,0 +1,68 @@
+package netstate
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+)
+
+// Union is want plus everything that only have holds. It is the state between
+// two desired states: what is new can be reached before a name or a balancer
+// speaks of it, and what goes is still reachable until none does any more.
+// Where both describe the same thing, want is right.
+func Union(have, want vxlan.State) vxlan.State {
+	out := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	for vni, n := range want.Networks {
+		if old, ok := have.Networks[vni]; ok && old.ID == n.ID {
+			n = unionNetwork(old, n)
+		}
+		out.Networks[vni] = n
+	}
+	for vni, n := range have.Networks {
+		if _, ok := want.Networks[vni]; !ok {
+			out.Networks[vni] = n
+		}
+	}
+	return out
+}
+
+// unionNetwork keeps what have adds, unless want gives its address to another:
+// an address must never stand for two endpoints, not even for a moment.
+func unionNetwork(have, want vxlan.Network) vxlan.Network {
+	type portKey struct {
+		task   weft.ID
+		ifName string
+	}
+	taken := map[netip.Addr]bool{}
+	for _, p := range want.Ports {
+		taken[p.Addr.Addr()] = true
+	}
+	for _, p := range want.Peers {
+		taken[p.Addr] = true
+	}
+	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool { return taken[p.Addr.Addr()] })
+	oldPeers := slices.DeleteFunc(slices.Clone(have.Peers), func(p vxlan.Peer) bool { return taken[p.Addr] })
+	want.Ports = union(oldPorts, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
+	want.Peers = union(oldPeers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })
+	want.VIPs = union(have.VIPs, want.VIPs, func(v vxlan.VIP) netip.Addr { return v.Addr })
+	if want.HostLeg == nil {
+		want.HostLeg = have.HostLeg
+	}
+	return want
+}
+
+func union[T any, K comparable](have, want []T, key func(T) K) []T {
+	seen := map[K]bool{}
+	out := slices.Clone(want)
+	for _, v := range want {
+		seen[key(v)] = true
+	}
+	for _, v := range have {
+		if !seen[key(v)] {
+			out = append(out, v)
+		}
+	}
+	return out
+}

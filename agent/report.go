@@ -1,0 +1,113 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/wire"
+)
+
+// Our own choices.
+const (
+	// reportGap collects the states that follow one another closely.
+	reportGap = 5 * time.Millisecond
+	// reportEvery is the heartbeat: the leader takes a node for down after
+	// several of them are missing.
+	reportEvery = time.Second
+	// listenersEvery bounds the age of the reported host sockets.
+	listenersEvery = 3 * time.Second
+)
+
+// outbox holds task states that the session has not yet reported. Only the
+// newest state of a task counts. What a failed report held is not put back: the
+// next session begins with the state of every task. Safe for concurrent use.
+type outbox struct {
+	wake chan struct{} // capacity 1; never closed
+
+	// mu guards: pending.
+	mu      sync.Mutex
+	pending map[weft.ID]weft.TaskStatus
+}
+
+func newOutbox() *outbox {
+	return &outbox{wake: make(chan struct{}, 1), pending: map[weft.ID]weft.TaskStatus{}}
+}
+
+func (o *outbox) put(task weft.ID, s weft.TaskStatus) {
+	o.mu.Lock()
+	o.pending[task] = s
+	o.mu.Unlock()
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take empties the box.
+func (o *outbox) take() []wire.TaskReport {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := make([]wire.TaskReport, 0, len(o.pending))
+	for id, s := range o.pending {
+		out = append(out, wire.TaskReport{Task: id, Status: s})
+	}
+	clear(o.pending)
+	return out
+}
+
+// runReports sends states as they come and a heartbeat when none do. It lives
+// as long as one session: a failed report ends the session.
+func (a *Agent) runReports(ctx context.Context) error {
+	beat := time.NewTicker(reportEvery)
+	defer beat.Stop()
+	var told []weft.Listener // nil: nothing in this session yet
+	var looked time.Time
+	for {
+		var news []weft.Listener // nil: none
+		if now := time.Now(); now.Sub(looked) >= listenersEvery {
+			looked = now
+			if l := a.listeners(); l != nil && (told == nil || !slices.Equal(l, told)) {
+				news = l
+			}
+		}
+		reports := a.outbox.take()
+		err := a.cfg.Leader.Report(ctx, a.cfg.Node, wire.Report{Tasks: reports, Listeners: news})
+		if err != nil {
+			return fmt.Errorf("report to the leader: %w", err)
+		}
+		if news != nil {
+			told = news
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-beat.C:
+		case <-a.outbox.wake:
+			if !sleep(ctx, reportGap) {
+				return ctx.Err()
+			}
+		}
+	}
+}
+
+// listeners are the host's sockets without those of the overlay: the kernel
+// itself holds the data path's port. nil = they cannot be read now.
+func (a *Agent) listeners() []weft.Listener {
+	list, err := a.cfg.Listeners()
+	if err != nil {
+		a.cfg.Log.Warn("read host listeners", weft.KeyErr, err)
+		return nil
+	}
+	dataPath := weft.Listener{Protocol: weft.UDP, Port: a.model.Load().Cluster.DataPathPort}
+	out := make([]weft.Listener, 0, len(list))
+	for _, l := range list {
+		if l != dataPath {
+			out = append(out, l)
+		}
+	}
+	return out
+}
