@@ -1,0 +1,254 @@
+package api_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/api"
+	"github.com/weftnet/weft/api/apitest"
+)
+
+// serve runs a server over a fake on a Unix socket until the test ends.
+func serve(t *testing.T, c *apitest.Cluster) (socket string) {
+	t.Helper()
+	cfg := c.Config()
+	cfg.Log = slog.New(slog.DiscardHandler)
+	s, err := api.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	return socket
+}
+
+// dockerCLI is the stock docker command against a server of ours.
+type dockerCLI struct {
+	t      *testing.T
+	socket string
+	config string
+}
+
+func newDocker(t *testing.T, c *apitest.Cluster) *dockerCLI {
+	t.Helper()
+	if _, err := exec.LookPath("docker"); err != nil {
+		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "docker") {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	return &dockerCLI{t, serve(t, c), t.TempDir()}
+}
+
+// run gives stdout, stderr and the exit code of one command line.
+func (d *dockerCLI) run(stdin string, args ...string) (stdout, stderr string, code int) {
+	d.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "docker", append([]string{"-H", "unix://" + d.socket}, args...)...)
+	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+d.config, "DOCKER_CLI_HINTS=false")
+	cmd.Stdin = strings.NewReader(stdin)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		d.t.Fatalf("docker %q: %v", args, err)
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+// ok runs a command that must succeed and print what the pattern matches.
+func (d *dockerCLI) ok(pattern string, args ...string) string {
+	d.t.Helper()
+	out, errOut, code := d.run("", args...)
+	if code != 0 {
+		d.t.Fatalf("docker %s: exit %d\n%s%s", strings.Join(args, " "), code, out, errOut)
+	}
+	if !regexp.MustCompile(pattern).MatchString(out) {
+		d.t.Errorf("docker %s: %q not in\n%s%s", strings.Join(args, " "), pattern, out, errOut)
+	}
+	return out
+}
+
+// bad runs a command that must fail with a text.
+func (d *dockerCLI) bad(pattern string, args ...string) {
+	d.t.Helper()
+	out, errOut, code := d.run("", args...)
+	if code == 0 || !regexp.MustCompile(pattern).MatchString(errOut) {
+		d.t.Errorf("docker %s: exit %d, %q not in\n%s%s", strings.Join(args, " "), code, pattern, out, errOut)
+	}
+}
+
+func TestDockerSwarm(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.bad("This node is not a swarm manager", "node", "ls")
+	d.bad("This node is not a swarm manager", "service", "ls")
+	d.ok(`API version: +1\.51`, "version")
+	d.ok("Swarm: inactive", "info")
+	d.ok(`docker swarm join --token SWMTKN-1-ca-worker0 10.99.0.1:2377`, "swarm", "init")
+	d.bad("already part of a swarm", "swarm", "init")
+	d.ok(`Swarm: active[^$]*Managers: 1[^$]*Nodes: 1`, "info")
+	d.ok("SWMTKN-1-ca-manager0", "swarm", "join-token", "manager")
+	d.ok("SWMTKN-1-ca-worker[1-9]", "swarm", "join-token", "--rotate", "-q", "worker")
+	d.ok(`\* +h1 +Ready +Active +Leader +0\.0-test`, "node", "ls")
+	d.ok(`Hostname:\s+h1`, "node", "inspect", "--pretty", "self")
+	d.ok("h1|", "node", "update", "--availability", "drain", "h1")
+	d.ok("drain", "node", "inspect", "-f", "{{.Spec.Availability}}", "h1")
+	d.ok("", "node", "update", "--label-add", "disk=ssd", "--availability", "active", "h1")
+	d.ok("disk:ssd", "node", "inspect", "-f", "{{.Spec.Labels}}", "h1")
+	d.ok("NAME|ID", "node", "ps")
+	d.bad("not down", "node", "rm", "h1")
+	d.bad("EncryptionConfig.AutoLockManagers is not supported yet", "swarm", "update", "--autolock")
+	d.bad("last manager", "swarm", "leave")
+	d.ok("left the swarm", "swarm", "leave", "--force")
+	d.bad("token is not valid", "swarm", "join", "--token", "x", "10.99.0.2:2377")
+	d.ok("joined a swarm as a manager", "swarm", "join", "--token", "SWMTKN-1-a-b", "10.99.0.2:2377")
+}
+
+func TestDockerNetworks(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.bad("not a swarm manager", "network", "create", "-d", "overlay", "n")
+	d.ok("", "swarm", "init")
+	d.bad("use --driver overlay", "network", "create", "n")
+	d.bad("IPv6 is not supported", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
+	d.bad("EnableIPv6", "network", "create", "-d", "overlay", "--ipv6", "n")
+	d.bad(`Options\["encrypted"\]`, "network", "create", "-d", "overlay", "-o", "encrypted", "n")
+	d.bad("IPRange", "network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--ip-range", "10.5.0.0/25", "n")
+	id := strings.TrimSpace(d.ok("^[0-9a-z]{25}\n$", "network", "create", "-d", "overlay", "--attachable",
+		"--subnet", "10.5.0.0/24", "--gateway", "10.5.0.1", "--label", "a=b", "n"))
+	d.bad("already exists", "network", "create", "-d", "overlay", "n")
+	d.ok(`ingress +overlay +swarm\n.* n +overlay +swarm`, "network", "ls")
+	d.ok("^"+id[:12]+"\n$", "network", "ls", "-q", "-f", "name=n", "-f", "label=a")
+	d.ok("10.5.0.0/24 10.5.0.1", "network", "inspect", "-f", "{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}}{{end}}", id[:8])
+	d.ok("", "service", "create", "--name", "s", "--network", "n", "-d", "busybox")
+	d.ok(`"VIP": "10.5.0.2"`, "network", "inspect", "-v", "n")
+	d.ok(`"h1"`, "network", "inspect", "n")
+	d.bad("in use by service s", "network", "rm", "n")
+	d.ok("", "service", "rm", "s")
+	d.ok("n\n", "network", "rm", "n")
+	d.bad("network n not found|No such network: n", "network", "inspect", "n") // older clients say it themselves
+	d.bad("not supported yet", "network", "prune", "-f")
+}
+
+func TestDockerServices(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("", "swarm", "init")
+	d.ok("", "network", "create", "-d", "overlay", "n")
+	// With the progress bar: five seconds of monitoring after it converged.
+	out := d.ok("converged", "service", "create", "--name", "web", "--replicas", "2", "--network", "n",
+		"--publish", "8080:80", "--publish", "81/udp", "--env", "A=b", "--label", "l=m", "--constraint", "node.hostname==h1",
+		"--mount", "type=bind,src=/a,dst=/b,readonly", "--mount", "type=volume,src=vol,dst=/c", "--mount", "type=tmpfs,dst=/d,tmpfs-size=1048576",
+		"--user", "u", "--workdir", "/w", "--hostname", "h", "--limit-cpu", "0.5", "--limit-memory", "64m",
+		"--restart-condition", "on-failure", "--stop-grace-period", "3s", "--endpoint-mode", "vip", "busybox", "sleep", "9")
+	id := out[:25]
+	d.bad("name conflicts", "service", "create", "-d", "--name", "web", "busybox")
+	d.bad("TaskTemplate.ContainerSpec.Healthcheck.Test is not supported yet", "service", "create", "-d", "--health-cmd", "x", "busybox")
+	d.bad("TaskTemplate.LogDriver", "service", "create", "-d", "--log-driver", "syslog", "busybox")
+	d.bad("network nope not found|No such network: nope", "service", "create", "-d", "--network", "nope", "busybox")
+	d.bad("PublishMode", "service", "create", "-d", "--publish", "mode=host,target=80", "busybox")
+	d.ok("web +replicated +2/2 +busybox:latest +.*8080->80/tcp", "service", "ls")
+	d.ok(`web\.1 +busybox:latest +h1 +Running +Running`, "service", "ps", "web")
+	d.ok(`Replicas:\s+2[^$]*Constraints:\s+\[node.hostname==h1\][^$]*PublishedPort = 8080`, "service", "inspect", "--pretty", "web")
+	d.ok("^"+id+"\n$", "service", "inspect", "-f", "{{.ID}}", id[:6])
+	d.ok("converged", "service", "scale", "web=3") // the two tasks that stay count as up to date
+	d.ok("3/3", "service", "ls", "-f", "name=we")
+	d.ok("", "service", "update", "-d", "--image", "other:1", "--env-add", "C=d", "--force", "web")
+	d.ok(`other:1 \[(A=b C=d|C=d A=b)\] 1`, "service", "inspect", "-f",
+		"{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.Spec.TaskTemplate.ContainerSpec.Env}} {{.Spec.TaskTemplate.ForceUpdate}}", "web")
+	d.ok("web", "service", "update", "--replicas", "1", "web") // an update that is complete is not monitored
+	d.bad("rolling a service back", "service", "rollback", "-d", "web")
+	d.ok(`web\.1\.[0-9a-z]+@h1 +\| out of`, "service", "logs", "web")
+	d.ok(`web\.1`, "node", "ps", "self")
+	d.ok("replicated", "service", "ls", "-f", "mode=replicated")
+	d.bad("Invalid filter", "service", "ls", "-f", "nope=1")
+	d.ok("web", "service", "rm", "web")
+	d.bad("no such service: web", "service", "inspect", "web")
+	d.ok("converged", "service", "create", "--mode", "global", "--name", "g", "busybox")
+	d.ok("g +global +1/1", "service", "ls")
+}
+
+func TestDockerContainers(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("^$", "ps", "-q")
+	d.ok("", "swarm", "init")
+	d.ok("", "service", "create", "-d", "--name", "web", "busybox", "sleep", "9")
+	d.ok(`busybox:latest +"sleep 9" .* Up .*web\.1\.`, "ps")
+	id := strings.TrimSpace(d.ok("^[0-9a-f]{64}\n$", "ps", "-q", "--no-trunc"))
+	d.ok("^running /web.1.*4*", "inspect", "-f", "{{.State.Status}} {{.Name}}", id[:10])
+	d.ok("^web$|web", "inspect", "-f", "{{.Spec.Name}}", "web") // a service, after containers, images, networks and volumes
+	d.bad("No such container", "logs", "nope")
+	d.ok("out of", "logs", id)
+	d.ok("^hello\n$", "exec", id, "echo", "hello")
+	out, errOut, code := d.run("to the cat", "exec", "-i", id, "cat")
+	if out != "to the cat" || code != 0 {
+		t.Errorf("exec -i cat: %q %q %d", out, errOut, code)
+	}
+	if out, errOut, _ := d.run("", "exec", id, "warn", "w"); out != "" || errOut != "w\n" {
+		t.Errorf("exec warn: stdout %q stderr %q", out, errOut)
+	}
+	if _, _, code := d.run("", "exec", id, "exit", "7"); code != 7 {
+		t.Errorf("exec exit 7: exit %d", code)
+	}
+	if out, errOut, code := d.run("", "exec", id, "nope"); code != 127 || !strings.Contains(out+errOut, "executable file not found") {
+		t.Errorf("exec of a missing program: %q %q exit %d", out, errOut, code)
+	}
+	d.ok("", "exec", "-d", id, "echo", "x")
+	d.bad("service create", "run", "busybox")
+	d.bad("not supported", "stats", "--no-stream", id)
+	d.bad("container is running", "rm", id)
+	d.ok("", "kill", id)
+	d.bad("not running", "kill", id)
+	d.ok("^137\n$", "wait", id)
+	d.ok(`Exited \(137\)`, "ps", "-a", "-f", "status=exited")
+	d.bad("is not running", "exec", id, "echo")
+	d.ok("", "rm", id)
+	d.ok("^$", "ps", "-aq")
+}
+
+func TestDockerImages(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("REPOSITORY", "images")
+	d.ok("Status: Image is up to date for busybox:1", "pull", "busybox:1")
+	d.bad("manifest unknown", "pull", "missing:1")
+	d.ok("busybox +1 ", "images")
+	d.ok("", "tag", "busybox:1", "mine:2")
+	d.ok("mine +2 ", "images")
+	out, errOut, code := d.run("tar", "load")
+	if code != 0 || !strings.Contains(out, "Loaded image: loaded:latest") {
+		t.Errorf("load: %q %q %d", out, errOut, code)
+	}
+	if _, errOut, code := d.run("broken", "load"); code == 0 || !strings.Contains(errOut, "not a tar") {
+		t.Errorf("load of a broken archive: %q exit %d", errOut, code)
+	}
+	d.ok("amd64", "image", "inspect", "-f", "{{.Architecture}}", "loaded")
+	d.ok("Untagged: loaded:latest", "rmi", "loaded:latest")
+	d.bad("No such image: loaded", "image", "inspect", "loaded")
+	d.ok("", "volume", "ls")
+	d.bad("not supported", "push", "busybox:1")
+	d.ok("", "swarm", "init")
+	d.ok("", "service", "create", "-q", "-d", "--name", "pinned", "busybox:1")
+	d.ok("^busybox:1@sha256:[0-9a-f]{64}\n$", "service", "inspect", "-f", "{{.Spec.TaskTemplate.ContainerSpec.Image}}", "pinned")
+}

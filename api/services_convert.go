@@ -1,0 +1,278 @@
+package api
+
+import (
+	"time"
+
+	"github.com/moby/moby/api/types/mount"
+	"github.com/moby/moby/api/types/network"
+	"github.com/moby/moby/api/types/swarm"
+
+	"github.com/weftnet/weft"
+)
+
+// serviceSpec converts a request that has passed the rules and checkService.
+// Every default that Docker's API leaves open is filled in here, so that what
+// is stored says what runs.
+func serviceSpec(d *swarm.ServiceSpec) weft.ServiceSpec {
+	t := &d.TaskTemplate
+	s := weft.ServiceSpec{
+		Name:   d.Name,
+		Labels: orEmpty(d.Labels),
+		Update: weft.DefaultUpdate,
+		Restart: weft.RestartPolicy{
+			Condition: weft.RestartAny,
+			Delay:     weft.DefaultRestartDelay,
+		},
+		ForceUpdate: t.ForceUpdate,
+		Container:   containerSpec(t.ContainerSpec),
+	}
+	switch {
+	case d.Mode.Global != nil:
+		s.Mode = weft.ModeGlobal
+	case d.Mode.Replicated != nil && d.Mode.Replicated.Replicas != nil:
+		s.Replicas = *d.Mode.Replicated.Replicas
+	default:
+		s.Replicas = 1
+	}
+	if r := t.Resources; r != nil {
+		if r.Limits != nil {
+			s.Limits = weft.Resources{NanoCPUs: r.Limits.NanoCPUs, MemoryBytes: r.Limits.MemoryBytes}
+		}
+		if r.Reservations != nil {
+			s.Reservations = weft.Resources{NanoCPUs: r.Reservations.NanoCPUs, MemoryBytes: r.Reservations.MemoryBytes}
+		}
+	}
+	if p := t.RestartPolicy; p != nil {
+		s.Restart = restartPolicy(p)
+	}
+	if t.Placement != nil {
+		s.Constraints = t.Placement.Constraints
+	}
+	for _, n := range t.Networks {
+		s.Networks = append(s.Networks, weft.NetworkTarget{Network: weft.ID(n.Target), Aliases: n.Aliases})
+	}
+	if e := d.EndpointSpec; e != nil {
+		if e.Mode == swarm.ResolutionModeDNSRR {
+			s.EndpointMode = weft.EndpointDNSRR
+		}
+		for _, p := range e.Ports {
+			s.Ports = append(s.Ports, portSpec(p))
+		}
+	}
+	return s
+}
+
+func portSpec(p swarm.PortConfig) weft.PortSpec {
+	out := weft.PortSpec{
+		Name:      p.Name,
+		Protocol:  weft.Protocol(p.Protocol),
+		Target:    uint16(p.TargetPort),
+		Published: uint16(p.PublishedPort),
+	}
+	if out.Protocol == "" {
+		out.Protocol = weft.TCP
+	}
+	return out
+}
+
+func restartPolicy(p *swarm.RestartPolicy) weft.RestartPolicy {
+	out := weft.RestartPolicy{Delay: weft.DefaultRestartDelay}
+	switch p.Condition {
+	case swarm.RestartPolicyConditionNone:
+		out.Condition = weft.RestartNone
+	case swarm.RestartPolicyConditionOnFailure:
+		out.Condition = weft.RestartOnFailure
+	}
+	if p.Delay != nil {
+		out.Delay = *p.Delay
+	}
+	if p.MaxAttempts != nil {
+		out.MaxAttempts = *p.MaxAttempts
+	}
+	if p.Window != nil {
+		out.Window = *p.Window
+	}
+	return out
+}
+
+func containerSpec(c *swarm.ContainerSpec) weft.ContainerSpec {
+	out := weft.ContainerSpec{
+		Image:      c.Image,
+		Entrypoint: c.Command, // Docker's Command overrides the image's entry point
+		Args:       c.Args,
+		Env:        c.Env,
+		Dir:        c.Dir,
+		User:       c.User,
+		Hostname:   c.Hostname,
+		Labels:     orEmpty(c.Labels),
+		StopSignal: c.StopSignal,
+		StopGrace:  weft.DefaultStopGrace,
+		TTY:        c.TTY,
+		ReadOnly:   c.ReadOnly,
+	}
+	if c.StopGracePeriod != nil {
+		out.StopGrace = *c.StopGracePeriod
+	}
+	for _, m := range c.Mounts {
+		w := weft.Mount{Type: weft.MountType(m.Type), Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly}
+		if w.Type == "" {
+			w.Type = weft.MountVolume
+		}
+		if m.TmpfsOptions != nil {
+			w.TmpfsSize = m.TmpfsOptions.SizeBytes
+		}
+		out.Mounts = append(out.Mounts, w)
+	}
+	return out
+}
+
+// dockerSpec is serviceSpec backwards; what it makes passes the rules again,
+// because clients send back what they were given.
+func dockerSpec(s *weft.ServiceSpec) swarm.ServiceSpec {
+	out := swarm.ServiceSpec{
+		Annotations:  swarm.Annotations{Name: s.Name, Labels: orEmpty(s.Labels)},
+		TaskTemplate: dockerTaskSpec(s),
+		UpdateConfig: &swarm.UpdateConfig{
+			Parallelism:   s.Update.Parallelism,
+			Delay:         s.Update.Delay,
+			FailureAction: swarm.UpdateFailureActionPause,
+			Monitor:       s.Update.Monitor,
+			Order:         swarm.UpdateOrderStopFirst,
+		},
+		EndpointSpec: &swarm.EndpointSpec{Mode: swarm.ResolutionModeVIP, Ports: dockerPorts(s.Ports)},
+	}
+	if s.Update.StartFirst {
+		out.UpdateConfig.Order = swarm.UpdateOrderStartFirst
+	}
+	if s.EndpointMode == weft.EndpointDNSRR {
+		out.EndpointSpec.Mode = swarm.ResolutionModeDNSRR
+	}
+	if s.Mode == weft.ModeGlobal {
+		out.Mode.Global = &swarm.GlobalService{}
+	} else {
+		replicas := s.Replicas
+		out.Mode.Replicated = &swarm.ReplicatedService{Replicas: &replicas}
+	}
+	return out
+}
+
+func dockerTaskSpec(s *weft.ServiceSpec) swarm.TaskSpec {
+	delay, attempts, window := s.Restart.Delay, s.Restart.MaxAttempts, s.Restart.Window
+	t := swarm.TaskSpec{
+		ContainerSpec: dockerContainer(&s.Container),
+		Resources: &swarm.ResourceRequirements{
+			Limits:       &swarm.Limit{NanoCPUs: s.Limits.NanoCPUs, MemoryBytes: s.Limits.MemoryBytes},
+			Reservations: &swarm.Resources{NanoCPUs: s.Reservations.NanoCPUs, MemoryBytes: s.Reservations.MemoryBytes},
+		},
+		RestartPolicy: &swarm.RestartPolicy{
+			Condition:   swarm.RestartPolicyCondition([...]string{"any", "on-failure", "none"}[s.Restart.Condition%3]),
+			Delay:       &delay,
+			MaxAttempts: &attempts,
+			Window:      &window,
+		},
+		Placement:   &swarm.Placement{Constraints: s.Constraints},
+		ForceUpdate: s.ForceUpdate,
+		Runtime:     swarm.RuntimeContainer,
+	}
+	for _, n := range s.Networks {
+		t.Networks = append(t.Networks, swarm.NetworkAttachmentConfig{Target: string(n.Network), Aliases: n.Aliases})
+	}
+	return t
+}
+
+func dockerContainer(c *weft.ContainerSpec) *swarm.ContainerSpec {
+	grace := c.StopGrace
+	out := &swarm.ContainerSpec{
+		Image:           c.Image,
+		Labels:          c.Labels,
+		Command:         c.Entrypoint,
+		Args:            c.Args,
+		Hostname:        c.Hostname,
+		Env:             c.Env,
+		Dir:             c.Dir,
+		User:            c.User,
+		StopSignal:      c.StopSignal,
+		TTY:             c.TTY,
+		ReadOnly:        c.ReadOnly,
+		StopGracePeriod: &grace,
+		DNSConfig:       &swarm.DNSConfig{},
+		Isolation:       "default",
+	}
+	for _, m := range c.Mounts {
+		d := mount.Mount{Type: mount.Type(m.Type), Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly}
+		if m.TmpfsSize != 0 {
+			d.TmpfsOptions = &mount.TmpfsOptions{SizeBytes: m.TmpfsSize}
+		}
+		out.Mounts = append(out.Mounts, d)
+	}
+	return out
+}
+
+func dockerPorts(ports []weft.PortSpec) []swarm.PortConfig {
+	var out []swarm.PortConfig
+	for _, p := range ports {
+		out = append(out, swarm.PortConfig{
+			Name:          p.Name,
+			Protocol:      network.IPProtocol(p.Protocol),
+			TargetPort:    uint32(p.Target),
+			PublishedPort: uint32(p.Published),
+			PublishMode:   swarm.PortConfigPublishModeIngress,
+		})
+	}
+	return out
+}
+
+// dockerService makes the answer for one service. The status is added by the
+// list that was asked for it.
+func dockerService(s *weft.Service) swarm.Service {
+	out := swarm.Service{ID: string(s.ID), Meta: dockerMeta(s.Meta), Spec: dockerSpec(&s.Spec)}
+	if s.Previous != nil {
+		p := dockerSpec(s.Previous)
+		out.PreviousSpec = &p
+	}
+	out.Endpoint = swarm.Endpoint{Spec: *out.Spec.EndpointSpec, Ports: dockerPorts(s.Ports)}
+	for _, v := range s.VIPs {
+		out.Endpoint.VirtualIPs = append(out.Endpoint.VirtualIPs,
+			swarm.EndpointVirtualIP{NetworkID: string(v.Network), Addr: v.Addr})
+	}
+	out.UpdateStatus = dockerUpdateStatus(s.Update)
+	return out
+}
+
+func dockerUpdateStatus(u weft.UpdateStatus) *swarm.UpdateStatus {
+	var state swarm.UpdateState
+	switch u.State {
+	case weft.UpdateRunning:
+		state = swarm.UpdateStateUpdating
+	case weft.UpdatePaused:
+		state = swarm.UpdateStatePaused
+	case weft.UpdateDone:
+		state = swarm.UpdateStateCompleted
+	default:
+		return nil
+	}
+	out := &swarm.UpdateStatus{State: state, Message: u.Message, StartedAt: optionalTime(u.StartedAt)}
+	if u.State == weft.UpdateDone {
+		out.CompletedAt = optionalTime(u.EndedAt)
+	}
+	return out
+}
+
+func dockerMeta(m weft.Meta) swarm.Meta {
+	return swarm.Meta{Version: swarm.Version{Index: m.Index}, CreatedAt: m.CreatedAt, UpdatedAt: m.UpdatedAt}
+}
+
+func optionalTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
+}
+
+// orEmpty: a map in an answer is {}, never null.
+func orEmpty(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return m
+}
