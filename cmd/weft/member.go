@@ -1,0 +1,349 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent"
+	"github.com/weftnet/weft/agent/runtime/containerd"
+	"github.com/weftnet/weft/agent/sandbox"
+	"github.com/weftnet/weft/dns"
+	"github.com/weftnet/weft/gossip"
+	"github.com/weftnet/weft/ingress/nft"
+	"github.com/weftnet/weft/orchestrator"
+	"github.com/weftnet/weft/orchestrator/ca"
+	"github.com/weftnet/weft/orchestrator/wire"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/linux"
+)
+
+// member is this node as part of one cluster: everything that runs between
+// joining and leaving. It is made by membership and run once.
+type member struct {
+	cfg    daemonConfig
+	log    *slog.Logger
+	creds  *ca.Credentials
+	client *wire.Client
+	peers  *wire.Peers
+
+	manager *orchestrator.Manager // nil on workers
+	raft    *wire.Raft
+	server  *wire.Server
+	ln      net.Listener
+	gossip  *gossip.Gossip
+	agent   *agent.Agent
+	boxes   *sandbox.Linux
+	engine  *nft.Engine
+
+	learned chan struct{} // closed by the first word from the leader
+	// retiring is closed by retire, retired by runAgent at its end.
+	retiring, retired chan struct{}
+	retireOnce        sync.Once
+
+	// mu guards: state, heard.
+	mu    sync.Mutex
+	state memberState
+	heard bool
+}
+
+// newMember composes the node's parts and takes its port; nothing runs yet.
+// boot is set by the one who initialises a cluster.
+func (ms *membership) newMember(ctx context.Context, state memberState, boot *orchestrator.Bootstrap) (*member, error) {
+	m, err := ms.compose(ctx, state)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.makeServer(boot); err != nil {
+		return nil, err
+	}
+	if m.ln, err = wire.Listen(ctx, state.Listen); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// compose makes a member that has no port: enough to remove what it left.
+func (ms *membership) compose(ctx context.Context, state memberState) (*member, error) {
+	cfg, d := ms.cfg, ms.driver
+	bundle, err := ca.Load(pkiDir(cfg.DataRoot))
+	if err != nil {
+		return nil, err
+	}
+	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
+		return nil, err
+	}
+	m.peers = wire.NewPeers(m.creds)
+	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+		return nil, err
+	}
+	if err := m.makeNode(ctx, d); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// makeNode composes what every node has.
+func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
+	s := m.state
+	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
+	overlay, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	if err != nil {
+		return err
+	}
+	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
+		return err
+	}
+	m.engine = nft.New(netnsDir)
+	if err := m.engine.Probe(ctx); err != nil {
+		return fmt.Errorf("service engine nft: %w", err)
+	}
+	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse())
+	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
+	if err != nil {
+		return err
+	}
+	m.gossip, err = gossip.New(gossip.Config{
+		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
+		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
+		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	m.agent, err = agent.New(agent.Config{
+		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
+		VTEP: s.DataPath, Addr: s.Advertise.Addr(), MTU: m.taskMTU,
+		Runtime: d, Execer: d, Logs: d, Images: d,
+		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
+	})
+	return err
+}
+
+// makeServer composes the cluster port and, on a manager, what answers there.
+func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
+	sc := wire.ServerConfig{Credentials: m.creds, Agent: agentLogs{m.agent}, Log: m.log}
+	if m.state.Role == weft.RoleManager {
+		m.raft = wire.NewRaft(m.creds, m.state.Advertise)
+		mgr, err := orchestrator.New(orchestrator.Config{
+			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
+			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Log: m.log,
+		})
+		if err != nil {
+			return err
+		}
+		m.manager = mgr
+		sc.Control, sc.Dispatcher, sc.Membership, sc.Raft = mgr, mgr, mgr, m.raft
+		sc.Check = mgr.Check
+		sc.Join = wire.AdmitVia(mgr, m.client)
+	}
+	var err error
+	m.server, err = wire.NewServer(sc)
+	return err
+}
+
+// run serves until ctx ends or a part fails for good.
+func (m *member) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return m.server.Run(ctx, m.ln) })
+	g.Go(func() error { return m.client.Run(ctx) })
+	g.Go(func() error { return m.peers.Run(ctx) })
+	if m.manager != nil {
+		g.Go(func() error { return m.manager.Run(ctx) })
+	}
+	g.Go(func() error { return m.gossip.Run(ctx) })
+	g.Go(func() error { return m.runAgent(ctx) })
+	g.Go(func() error { return m.renew(ctx) })
+	return g.Wait()
+}
+
+// runAgent runs the agent until ctx ends or retire is called.
+func (m *member) runAgent(ctx context.Context) error {
+	defer close(m.retired)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		select {
+		case <-ctx.Done():
+		case <-m.retiring:
+		}
+		return errRetired // ends the agent's context
+	})
+	g.Go(func() error { return m.agent.Run(ctx) })
+	if err := g.Wait(); !errors.Is(err, errRetired) {
+		return err
+	}
+	return nil
+}
+
+var errRetired = errors.New("the agent is not wanted any more")
+
+// retire ends the agent alone, while the rest of the member goes on: a node
+// that has said that it leaves must not be heard of again. It is called by
+// Leave only.
+func (m *member) retire(ctx context.Context) error {
+	m.retireOnce.Do(func() { close(m.retiring) })
+	select {
+	case <-m.retired:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("end the agent: %w", ctx.Err())
+	}
+}
+
+// remove takes away everything that the node made on its host.
+func (m *member) remove(ctx context.Context) error {
+	return errors.Join(m.agent.RemoveAll(ctx), m.engine.Close(ctx), m.boxes.Close(ctx))
+}
+
+// learn takes the leader's view of the cluster and keeps it for the next start.
+func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.heard {
+		m.heard = true
+		close(m.learned)
+	}
+	next := m.state
+	if len(managers) > 0 {
+		next.Managers = managers
+	}
+	next.Cluster = c
+	if sameManagers(next.Managers, m.state.Managers) && next.Cluster.DataPathPort == m.state.Cluster.DataPathPort {
+		return
+	}
+	m.state = next
+	if err := next.save(m.cfg.DataRoot); err != nil {
+		m.log.Error("remember managers", weft.KeyErr, err)
+	}
+}
+
+func sameManagers(a, b []netip.AddrPort) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		if a[i] != b[i] {
+			return false
+		}
+	}
+	return true
+}
+
+func (m *member) managers() []netip.AddrPort {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state.Managers
+}
+
+// seeds are the gossip ports of the managers and of all nodes last heard of, but
+// our own. The only manager has no other way to find its nodes again: they do
+// not look for one that was away too shortly to be missed.
+func (m *member) seeds() []netip.AddrPort {
+	known := m.agent.Peers()
+	for _, a := range m.managers() {
+		known = append(known, a.Addr())
+	}
+	var out []netip.AddrPort
+	for _, a := range known {
+		s := netip.AddrPortFrom(a, weft.GossipPort)
+		if a != m.state.Advertise.Addr() && !slices.Contains(out, s) {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// agentOf reaches the agent of a node for the leader.
+func (m *member) agentOf(_ context.Context, n weft.Node) (wire.Agent, error) {
+	if !n.Status.Addr.IsValid() {
+		return nil, fmt.Errorf("%w: node %s has no address", weft.ErrUnavailable, n.Description.Hostname)
+	}
+	port := weft.ClusterPort
+	if n.Manager != nil {
+		port = n.Manager.Addr.Port()
+	}
+	return m.peers.Agent(n.ID, netip.AddrPortFrom(n.Status.Addr, port)), nil
+}
+
+// describe says what this node is and which of its host's ranges are in use.
+func (m *member) describe() (weft.NodeDescription, error) {
+	d, err := describeNode(m.cfg)
+	if err != nil {
+		return d, err
+	}
+	d.UsedPrefixes, err = linux.HostPrefixes()
+	return d, err
+}
+
+func describeNode(cfg daemonConfig) (weft.NodeDescription, error) {
+	d, err := agent.DescribeHost(cfg.Hostname)
+	d.OverlayEngine, d.ServiceEngine = "bridge", "nft"
+	return d, err
+}
+
+// taskMTU is what fits into one packet of the underlay behind VXLAN's headers.
+func (m *member) taskMTU() (int, error) {
+	mtu, err := linux.UnderlayMTU(m.state.DataPath)
+	if err != nil {
+		return 0, err
+	}
+	return vxlan.MTU(mtu, m.state.DataPath)
+}
+
+// renew replaces the node's certificate at half of its life.
+func (m *member) renew(ctx context.Context) error {
+	for {
+		notBefore, notAfter := m.creds.Validity()
+		wait := time.Until(ca.RenewAt(notBefore, notAfter, jitter()))
+		if wait < renewRetry {
+			wait = renewRetry
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
+		if err := m.renewOnce(ctx); err != nil && ctx.Err() == nil {
+			m.log.Error("renew certificate", "expires", notAfter, weft.KeyErr, err)
+		}
+	}
+}
+
+// renewRetry is the pause after a failed renewal; half a certificate's life is
+// left for it.
+const renewRetry = time.Minute
+
+func (m *member) renewOnce(ctx context.Context) error {
+	_, notAfter := m.creds.Validity()
+	notBefore, _ := m.creds.Validity()
+	if time.Now().Before(ca.RenewAt(notBefore, notAfter, 0)) {
+		return nil
+	}
+	key, csr, err := ca.NewCSR()
+	if err != nil {
+		return err
+	}
+	cert, err := m.client.Renew(ctx, m.state.Node, csr)
+	if err != nil {
+		return err
+	}
+	b := ca.Bundle{Cert: cert, Key: key, CA: m.creds.CA()}
+	if err := ca.Save(pkiDir(m.cfg.DataRoot), b); err != nil {
+		return err
+	}
+	return m.creds.Swap(b)
+}

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/runtime/containerd"
+	"github.com/weftnet/weft/orchestrator/wire"
+)
+
+// membership is this node's way in and out of a cluster. It owns the one member
+// that runs, if any, and implements api.Swarm (init.go, join.go).
+//
+//	inactive ── Init, Join ──────────► active ── Leave ──► inactive
+//	start with membership on disk ──►     │
+//	                            ▲─ retry ─┘ a part failed
+//
+// run is called once; all other methods from any goroutine.
+type membership struct {
+	cfg    daemonConfig
+	driver *containerd.Driver
+	log    *slog.Logger
+
+	// change is held by Init, Join and Leave: one at a time.
+	change sync.Mutex
+	// starts hands a member to run. Never closed.
+	starts chan *member
+
+	// mu guards: current, stop, ended, failure.
+	mu      sync.Mutex
+	current *member
+	stop    context.CancelFunc // ends current
+	ended   chan struct{}      // closed by run when current has ended
+	failure error              // why there is membership on disk but no member
+}
+
+func newMembership(cfg daemonConfig, d *containerd.Driver, log *slog.Logger) (*membership, error) {
+	return &membership{cfg: cfg, driver: d, log: log, starts: make(chan *member)}, nil
+}
+
+// memberRetry is the pause before a member that failed is tried again.
+const memberRetry = time.Second
+
+// run resumes the membership found on disk and runs members as they come. A
+// member that fails does not end the daemon: its containers are still there,
+// and the API says what is wrong.
+func (ms *membership) run(ctx context.Context) error {
+	next := ms.resume(ctx)
+	for {
+		if next == nil {
+			timer := time.NewTimer(memberRetry)
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return nil
+			case next = <-ms.starts:
+				timer.Stop()
+			case <-timer.C:
+				if ms.failed() != nil {
+					next = ms.resume(ctx)
+				}
+				continue
+			}
+		}
+		ms.serve(ctx, next)
+		if ctx.Err() != nil {
+			return nil
+		}
+		next = nil
+	}
+}
+
+// resume makes the member that the disk describes; nil when there is none, or
+// when it cannot be made now.
+func (ms *membership) resume(ctx context.Context) *member {
+	state, err := loadMember(ms.cfg.DataRoot)
+	var m *member
+	if err == nil && state != nil {
+		m, err = ms.newMember(ctx, *state, nil)
+	}
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	if err != nil && ctx.Err() == nil && (ms.failure == nil || ms.failure.Error() != err.Error()) {
+		ms.log.Error("resume cluster membership", weft.KeyErr, err)
+	}
+	ms.failure = err
+	return m
+}
+
+// serve runs one member to its end.
+func (ms *membership) serve(ctx context.Context, m *member) {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan struct{})
+	ms.mu.Lock()
+	ms.current, ms.stop, ms.ended, ms.failure = m, stop, ended, nil
+	ms.mu.Unlock()
+
+	err := m.run(ctx)
+
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	ms.current = nil
+	if err != nil && ctx.Err() == nil {
+		ms.failure = err
+		ms.log.Error("cluster membership failed", weft.KeyErr, err)
+	}
+	close(ended)
+}
+
+func (ms *membership) failed() error {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.failure
+}
+
+// member returns the running member, or ErrUnavailable with Docker's sentence.
+func (ms *membership) member() (*member, error) {
+	ms.mu.Lock()
+	m, failure := ms.current, ms.failure
+	ms.mu.Unlock()
+	switch {
+	case m != nil:
+		return m, nil
+	case failure != nil:
+		return nil, fmt.Errorf("%w: this node is a member of a cluster but cannot take part: %w", weft.ErrUnavailable, failure)
+	case ms.onDisk() != nil:
+		return nil, fmt.Errorf("%w: this node is taking up its place in the cluster; try again", weft.ErrUnavailable)
+	}
+	return nil, &notMember{}
+}
+
+// onDisk is the membership that the disk describes, for the moments in which no
+// member runs: the daemon has just started, or the node is joining or leaving.
+// nil = none. What is wrong with the file is run's to say.
+func (ms *membership) onDisk() *memberState {
+	s, err := loadMember(ms.cfg.DataRoot)
+	if err != nil {
+		return nil
+	}
+	return s
+}
+
+// notMember is the answer of a node outside any cluster; its text is exactly
+// the sentence that Docker's clients know.
+type notMember struct{}
+
+func (*notMember) Error() string { return weft.NotInCluster }
+func (*notMember) Unwrap() error { return weft.ErrUnavailable }
+
+// start hands m to run and waits until it is taken.
+func (ms *membership) start(ctx context.Context, m *member) error {
+	select {
+	case ms.starts <- m:
+		return nil
+	case <-ctx.Done():
+		return errors.Join(ctx.Err(), m.ln.Close())
+	}
+}
+
+// end stops the running member and waits until all of it has ended.
+func (ms *membership) end(ctx context.Context) error {
+	ms.mu.Lock()
+	stop, ended, running := ms.stop, ms.ended, ms.current != nil
+	ms.mu.Unlock()
+	if !running {
+		return nil
+	}
+	stop()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("end cluster membership: %w", ctx.Err())
+	}
+}
+
+// control is the way to the leader.
+func (ms *membership) control() (wire.Control, error) {
+	m, err := ms.member()
+	if err != nil {
+		return nil, err
+	}
+	return m.client, nil
+}

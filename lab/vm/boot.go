@@ -1,0 +1,104 @@
+package vm
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// waitAfterKill bounds the wait for QEMU's output to end once it was killed.
+const waitAfterKill = 5 * time.Second
+
+// resultMark begins a line of the console that carries a result:
+// "WEFT-RESULT name value".
+const resultMark = "WEFT-RESULT "
+
+// Result is what one boot has said.
+type Result struct {
+	// Values of the lines "WEFT-RESULT name value" that the init script
+	// printed. A name may come once.
+	Values map[string]string
+	// Console is everything, for the message of a failure.
+	Console string
+	// Took is from the start of QEMU to its end.
+	Took time.Duration
+}
+
+// Boot runs the guest until it powers itself off. args are words of the
+// kernel's command line, which the init script finds in /proc/cmdline. The disk
+// keeps its content from boot to boot. When ctx ends the guest loses power, and
+// the error comes with what it had said.
+func (m *Machine) Boot(ctx context.Context, log func(string), args ...string) (Result, error) {
+	qemu, err := findTool("qemu-system-x86_64")
+	if err != nil {
+		return Result{}, err
+	}
+	cmd := exec.CommandContext(ctx, qemu, m.qemuArgs(args)...)
+	cmd.WaitDelay = waitAfterKill
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return Result{}, fmt.Errorf("start qemu: %w", err)
+	}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return Result{}, fmt.Errorf("start qemu: %w", err)
+	}
+	var console strings.Builder
+	values := map[string]string{}
+	sc := bufio.NewScanner(out)
+	sc.Buffer(nil, 1<<20)
+	for sc.Scan() {
+		line := strings.TrimRight(sc.Text(), "\r")
+		console.WriteString(line + "\n")
+		if log != nil {
+			log(line)
+		}
+		if err := note(values, line); err != nil {
+			return Result{}, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+		}
+	}
+	err = errors.Join(sc.Err(), cmd.Wait(), context.Cause(ctx))
+	r := Result{Values: values, Console: console.String(), Took: time.Since(start)}
+	if werr := os.WriteFile(filepath.Join(m.cfg.Dir, "console.log"), []byte(r.Console), 0o644); werr != nil {
+		err = errors.Join(err, werr)
+	}
+	if err != nil {
+		return r, fmt.Errorf("run qemu: %w: %s", err, stderr.String())
+	}
+	return r, nil
+}
+
+// note keeps a result line.
+func note(values map[string]string, line string) error {
+	_, rest, ok := strings.Cut(line, resultMark)
+	if !ok {
+		return nil
+	}
+	name, value, _ := strings.Cut(strings.TrimSpace(rest), " ")
+	if _, twice := values[name]; twice || name == "" {
+		return fmt.Errorf("console: result %q comes twice or has no name", line)
+	}
+	values[name] = value
+	return nil
+}
+
+func (m *Machine) qemuArgs(args []string) []string {
+	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
+	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
+	return []string{
+		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs),
+		"-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+		"-kernel", m.kernel, "-initrd", m.initrd, "-append", cmdline,
+		// unsafe: the disk outlives the guest, not this machine.
+		"-drive", "file=" + m.disk + ",if=virtio,format=raw,cache=unsafe", "-device", "virtio-rng-pci",
+	}
+}

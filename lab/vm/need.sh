@@ -1,0 +1,74 @@
+#!/bin/bash
+# Makes sure that what the arguments name is on this machine:
+#   runc gcc qemu busybox   installed with apt-get where the command is missing
+#   docker                  where there is no docker command, the client of Debian's
+#                           package, unpacked to bin/cache/docker (no engine is started)
+#   kernel                  Debian's cloud kernel, unpacked to bin/cache/kernel (not installed)
+# Prints nothing when all is there. Exit code 1 names what could not be had.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PATH=$PATH:/usr/sbin:/sbin
+cache=$PWD/bin/cache
+sudo=; [ "$(id -u)" = 0 ] || sudo=sudo
+updated=
+
+fail() { echo "need.sh: $*" >&2; exit 1; }
+
+update() {
+  [ -z "$updated" ] || return 0
+  updated=yes
+  $sudo apt-get -q update >/dev/null || fail "apt-get update failed"
+}
+
+# install COMMAND PACKAGE
+install() {
+  command -v "$1" >/dev/null && return 0
+  command -v apt-get >/dev/null || fail "no $1, and no apt-get to install $2 with"
+  update
+  echo "installing $2" >&2
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends "$2" >/dev/null ||
+    fail "could not install $2"
+}
+
+# unpack PACKAGE DIR: downloads and unpacks without installing
+unpack() {
+  local tmp; tmp=$(mktemp -d)
+  (cd "$tmp" && apt-get -q download "$1" >/dev/null) || { rm -rf "$tmp"; return 1; }
+  mkdir -p "$2"
+  dpkg-deb -x "$tmp"/*.deb "$2" || { rm -rf "$tmp"; return 1; }
+  rm -rf "$tmp"
+}
+
+docker_client() {
+  command -v docker >/dev/null && return 0
+  [ -x "$cache/docker/usr/bin/docker" ] && return 0
+  update
+  # Newer releases have the client in a package of its own.
+  unpack docker-cli "$cache/docker" 2>/dev/null || unpack docker.io "$cache/docker" || fail "could not fetch a docker client"
+  [ -x "$cache/docker/usr/bin/docker" ] || unpack docker.io "$cache/docker" || fail "could not fetch a docker client"
+}
+
+kernel() {
+  [ "$(uname -m)" = x86_64 ] || fail "the VM lane knows amd64 only, this machine is $(uname -m)"
+  ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1 && return 0
+  update
+  local package
+  package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image-/ {print $2; exit}')
+  [ -n "$package" ] || fail "apt-cache knows no linux-image-cloud-amd64"
+  echo "unpacking $package" >&2
+  rm -rf "$cache/kernel.new"
+  unpack "$package" "$cache/kernel.new" || fail "could not fetch $package"
+  mv "$cache/kernel.new" "$cache/kernel"
+}
+
+for need in "$@"; do
+  case $need in
+    runc) install runc runc ;;
+    gcc) install gcc gcc; [ -e /usr/include/stdlib.h ] || { update; $sudo apt-get -q -y install --no-install-recommends libc6-dev >/dev/null; } ;;
+    qemu) install qemu-system-x86_64 qemu-system-x86; install mke2fs e2fsprogs ;;
+    busybox) install busybox busybox-static ;;
+    docker) docker_client ;;
+    kernel) kernel ;;
+    *) fail "do not know how to get $need" ;;
+  esac
+done

@@ -1,0 +1,108 @@
+#!/bin/bash
+# Runs every test tier that this machine can run, one after the other, and ends
+# with a table: what ran, how many tests passed, failed and were skipped, how
+# long it took, and what could not run and why. Exit code 0 only if nothing
+# failed and nothing that WEFT_TEST_REQUIRE names (userns,root,vm,docker) was
+# left out.
+#   TAGS            build tags of the product (from the Makefile)
+#   WEFT_TEST_ONLY  run only tiers whose name contains this
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+PATH=$PATH:/usr/sbin:/sbin:/usr/local/go/bin
+logs=$PWD/bin/test-logs
+mkdir -p "$logs"
+require=,${WEFT_TEST_REQUIRE:-},
+TAGS=${TAGS:-}
+STATICCHECK=honnef.co/go/tools/cmd/staticcheck@v0.8.2
+table=()
+failed=0
+
+required() { [[ $require == *,$1,* ]]; }
+
+# row NAME RESULT SECONDS DETAIL
+row() { table+=("$(printf '%-12s %-8s %5ss  %s' "$1" "$2" "$3" "$4")"); }
+
+chosen() { [[ $1 == *"${WEFT_TEST_ONLY:-}"* ]]; }
+
+# without NAME REQUIRED-WORD REASON
+without() {
+  if required "$2"; then
+    failed=1
+    row "$1" FAILED 0 "required, but could not run: $3"
+  else
+    row "$1" "not run" 0 "$3"
+  fi
+}
+
+# counts LOG: passed, failed and skipped tests, subtests not counted
+counts() {
+  awk '/^--- PASS/ {p++} /^--- FAIL/ {f++} /^--- SKIP/ {s++} END {printf "%d passed, %d failed, %d skipped", p, f, s}' "$1"
+}
+
+# tier NAME COMMAND...
+tier() {
+  local name=$1 start=$SECONDS detail log
+  shift
+  chosen "$name" || return 0
+  log=$logs/$name.log
+  echo "=== $name: $*"
+  if "$@" >"$log" 2>&1; then
+    grep -E '^(ok|---|    --- SKIP)|^\?' "$log" | grep -v 'no test files' | grep -E '^ok|SKIP' || true
+    detail=; [[ $1 == *go && $2 == test || $* == *"go test"* ]] && detail=$(counts "$log")
+    row "$name" ok $((SECONDS - start)) "$detail"
+    return 0
+  fi
+  failed=1
+  # What failed, then the end of the log, which has the reason of a build error.
+  grep -E '^(FAIL|panic:)|--- FAIL' "$log" | head -n 50
+  tail -n 80 "$log"
+  row "$name" FAILED $((SECONDS - start)) "see $log"
+  return 1
+}
+
+need() { lab/vm/need.sh "$@" 2>"$logs/need.log" || { reason=$(tail -n 1 "$logs/need.log"); return 1; }; }
+
+gofmt_clean() {
+  local files; files=$(git ls-files '*.go' | xargs gofmt -l) || return 1
+  [ -z "$files" ] || { echo "not gofmt'ed: $files"; return 1; }
+}
+
+# Where the docker command was unpacked, if this machine has none.
+need docker && docker=yes || { docker=; docker_reason=$reason; }
+export PATH=$PATH:$PWD/bin/cache/docker/usr/bin
+
+tier gofmt gofmt_clean
+tier build make -s build
+tier vet go vet -tags "$TAGS lab vm" ./...
+tier staticcheck go run "$STATICCHECK" -tags "${TAGS// /,},lab,vm" ./...
+tier 0+1 env CGO_ENABLED=0 go test -count=1 -v -timeout 5m -tags "$TAGS" ./...
+
+# Race-built shims of real containers start so slowly that the runtime's own
+# limits end them; the driver's concurrency is the lab's to test.
+if need gcc; then
+  raced=$(go list -tags "$TAGS" ./... | grep -v /agent/runtime/containerd)
+  tier 0+1-race env CGO_ENABLED=1 go test -race -count=1 -v -timeout 8m -tags "$TAGS" $raced
+else
+  without 0+1-race userns "$reason"
+fi
+
+if [ "$(id -u)" != 0 ]; then
+  without 2-lab root "needs root"
+elif [ -z "$docker" ]; then
+  without 2-lab docker "$docker_reason"
+elif need runc busybox; then
+  tier 2-lab env CGO_ENABLED=0 go test -count=1 -v -timeout 15m -tags "$TAGS lab" -run 'Lab|Faults' ./lab/...
+else
+  without 2-lab root "$reason"
+fi
+
+if need runc qemu busybox kernel; then
+  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 12m -tags "$TAGS vm" ./lab/vm
+else
+  without 3-vm vm "$reason"
+fi
+
+echo
+printf '%-12s %-8s %6s  %s\n' TIER RESULT TIME DETAIL
+printf '%s\n' "${table[@]}"
+exit $failed
