@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Our own choices.
+const (
+	// defaultRounds is the least number from which a median says something.
+	defaultRounds = 5
+	// maxRounds bounds a run: the slowest benchmark takes a minute per round.
+	maxRounds = 100
+	// caseTimeout bounds one run of one case. It is several times what any
+	// case takes on two busy cores.
+	caseTimeout = 2 * time.Minute
+	// settle is the rest before each case: the kernel removes namespaces and
+	// cgroups of the case before after their last user has gone, and a case
+	// must not pay for its forerunner.
+	settle = time.Second
+	// closeTimeout bounds the cleaning up, also after Ctrl-C.
+	closeTimeout = 2 * time.Minute
+)
+
+// benchmark is one entry of `bench list`.
+type benchmark struct {
+	Name  string
+	About string // one sentence: what is measured against what
+	// Prepare makes what the cases need. On error it has cleaned up.
+	Prepare func(context.Context, *rig) (plan, error)
+}
+
+// variant is one case, or the baseline. Run does everything once and yields
+// one value per metric; what it needs before and after is not in the values.
+type variant struct {
+	Name string
+	Run  func(context.Context) (sample, error)
+}
+
+// plan is what a benchmark wants to have run.
+type plan struct {
+	Metrics  []metric
+	Baseline variant
+	Cases    []variant
+	Limits   []limit
+	// Close removes what Prepare and the cases made; nil when there is
+	// nothing. It is called once, whatever happened.
+	Close func(context.Context) error
+}
+
+// slots is the order of one round, as indexes: 0 is the baseline, 1 to cases
+// are the cases, cases+1 is the baseline again. Every other round runs
+// backwards, and every two rounds start one place later: what a case leaves
+// behind on the machine then falls on its neighbours on both sides alike, and
+// no case is always the first.
+func slots(cases, round int) []int {
+	n := cases + 2
+	out := make([]int, n)
+	for i := range out {
+		out[i] = (i + round/2) % n
+	}
+	if round%2 == 1 {
+		slices.Reverse(out)
+	}
+	return out
+}
+
+// measure runs all rounds, one case at a time, and tells progress.
+func (p plan) measure(ctx context.Context, bench string, rounds int, progress io.Writer) (series, error) {
+	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name}
+	for _, c := range p.Cases {
+		s.Cases = append(s.Cases, c.Name)
+	}
+	for n := range rounds {
+		r := round{Cases: make([]sample, len(p.Cases))}
+		for _, slot := range slots(len(p.Cases), n) {
+			v, into := p.Baseline, &r.Baseline
+			switch {
+			case slot == len(p.Cases)+1:
+				into = &r.Again
+			case slot > 0:
+				v, into = p.Cases[slot-1], &r.Cases[slot-1]
+			}
+			fmt.Fprintf(progress, "round %d of %d: %s ... ", n+1, rounds, v.Name)
+			got, err := v.run(ctx)
+			if err != nil {
+				fmt.Fprintln(progress, "failed")
+				return series{}, fmt.Errorf("round %d of %d, case %q: %w", n+1, rounds, v.Name, err)
+			}
+			fmt.Fprintln(progress, p.describe(got))
+			*into = got
+		}
+		s.Rounds = append(s.Rounds, r)
+	}
+	return s, nil
+}
+
+// run rests, and runs the case in bounded time.
+func (v variant) run(ctx context.Context) (sample, error) {
+	if err := pause(ctx, settle); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
+	defer cancel()
+	return v.Run(ctx)
+}
+
+// pause waits for d, or for the end of ctx, whose cause it returns.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
+}
+
+// describe is a sample on one line, in the order of the metrics.
+func (p plan) describe(got sample) string {
+	var out []string
+	for _, m := range p.Metrics {
+		if v, ok := got[m.Name]; ok {
+			out = append(out, fmt.Sprintf("%s %s %s", m.Name, number(v), m.Unit))
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+// number is a value as people read it: four digits, never an exponent.
+func number(v float64) string {
+	short, err := strconv.ParseFloat(strconv.FormatFloat(v, 'g', 4, 64), 64)
+	if err != nil {
+		short = v
+	}
+	return strconv.FormatFloat(short, 'f', -1, 64)
+}

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+)
+
+// unitRatio is the unit of rows that were divided by the baseline.
+const unitRatio = "ratio"
+
+// Row is one line of a result. A row with an empty Baseline is in the unit of
+// its metric; one with a Baseline is the case's value divided by the
+// baseline's of the same round, and a row whose Case is its Baseline is the
+// noise: the baseline measured a second time in each round, divided by the
+// first.
+type Row struct {
+	Bench    string  `json:"bench"`
+	Case     string  `json:"case"`
+	Metric   string  `json:"metric"`
+	Baseline string  `json:"baseline"`
+	Median   float64 `json:"median"`
+	Min      float64 `json:"min"`
+	Max      float64 `json:"max"`
+	Rounds   int     `json:"rounds"`
+	Unit     string  `json:"unit"`
+}
+
+// Verdict compares one raw row with the limit that was set for it: its median,
+// or its maximum where the limit must hold in every round. A limit that is
+// missed is a result, not a failure of the benchmark.
+type Verdict struct {
+	Case   string  `json:"case"`
+	Metric string  `json:"metric"`
+	Limit  float64 `json:"limit"`
+	Of     string  `json:"of"` // "median" or "max"
+	Value  float64 `json:"value"`
+	Unit   string  `json:"unit"`
+	Held   bool    `json:"held"`
+}
+
+// metric is one thing that cases yield.
+type metric struct {
+	Name string
+	Unit string
+	// IsRatio: also divide by the baseline, which must then never yield 0.
+	IsRatio bool
+}
+
+// limit is the largest value of a case's metric that is wanted, in the metric's
+// unit: of the median, or of every round. The latter is for counts of what must
+// not happen: a median of 0 would hide two rounds of five with failures.
+type limit struct {
+	Case, Metric string
+	Most         float64
+	EveryRound   bool
+}
+
+// sample is what one run of a case yields: metric name to value.
+type sample map[string]float64
+
+// round holds the samples of one round. Again is the second run of the
+// baseline.
+type round struct {
+	Baseline sample
+	Again    sample
+	Cases    []sample
+}
+
+// series is everything that was measured, with the names that rows carry.
+type series struct {
+	Bench    string
+	Metrics  []metric
+	Baseline string
+	Cases    []string
+	Rounds   []round
+}
+
+// spread is the median of values with the extremes.
+func spread(values []float64) (median, low, high float64) {
+	v := slices.Sorted(slices.Values(values))
+	n := len(v)
+	if n == 0 {
+		return 0, 0, 0
+	}
+	// Halved before they are added: the sum of two large values may overflow.
+	return v[(n-1)/2]/2 + v[n/2]/2, v[0], v[n-1]
+}
+
+// significant rounds to six digits: more were never measured.
+func significant(v float64) float64 {
+	r, err := strconv.ParseFloat(strconv.FormatFloat(v, 'g', 6, 64), 64)
+	if err != nil {
+		return v // NaN and infinities were refused before
+	}
+	return r
+}
+
+// rows summarises a series: the raw rows of the baseline and of every case,
+// then for every metric that is divided the noise row and the ratios.
+func (s series) rows() ([]Row, error) {
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	var out []Row
+	for _, m := range s.Metrics {
+		for i := -1; i < len(s.Cases); i++ {
+			values, ok := s.values(i, m.Name)
+			if ok {
+				out = append(out, s.row(i, m, "", values))
+			}
+		}
+	}
+	for _, m := range s.Metrics {
+		base, ok := s.values(-1, m.Name)
+		if !m.IsRatio || !ok {
+			continue
+		}
+		again := make([]float64, len(s.Rounds))
+		for i, r := range s.Rounds {
+			again[i] = r.Again[m.Name]
+		}
+		noise, err := divide(again, base)
+		if err != nil {
+			return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, s.Baseline, err)
+		}
+		out = append(out, s.row(-1, m, s.Baseline, noise))
+		for i, name := range s.Cases {
+			values, ok := s.values(i, m.Name)
+			if !ok {
+				continue
+			}
+			ratios, err := divide(values, base)
+			if err != nil {
+				return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, name, err)
+			}
+			out = append(out, s.row(i, m, s.Baseline, ratios))
+		}
+	}
+	return out, nil
+}
+
+// row makes the row of case i; -1 is the baseline.
+func (s series) row(i int, m metric, baseline string, values []float64) Row {
+	r := Row{Bench: s.Bench, Case: s.caseName(i), Metric: m.Name, Baseline: baseline, Rounds: len(values), Unit: m.Unit}
+	if baseline != "" {
+		r.Unit = unitRatio
+	}
+	median, low, high := spread(values)
+	r.Median, r.Min, r.Max = significant(median), significant(low), significant(high)
+	return r
+}
+
+func (s series) caseName(i int) string {
+	if i < 0 {
+		return s.Baseline
+	}
+	return s.Cases[i]
+}
+
+// values of case i, one per round; false when the case does not yield m.
+func (s series) values(i int, m string) ([]float64, bool) {
+	var out []float64
+	for _, r := range s.Rounds {
+		smp := r.Baseline
+		if i >= 0 {
+			smp = r.Cases[i]
+		}
+		v, ok := smp[m]
+		if !ok {
+			return nil, false
+		}
+		out = append(out, v)
+	}
+	return out, len(out) > 0
+}
+
+// check refuses a series with holes: a case must yield the same metrics in
+// every round, all of them declared, all of them finite and not negative.
+func (s series) check() error {
+	declared := map[string]bool{}
+	for _, m := range s.Metrics {
+		declared[m.Name] = true
+	}
+	for n, r := range s.Rounds {
+		if len(r.Cases) != len(s.Cases) {
+			return fmt.Errorf("round %d has %d cases, %d expected", n+1, len(r.Cases), len(s.Cases))
+		}
+		first := s.Rounds[0]
+		if err := checkSample(r.Again, first.Baseline, declared); err != nil {
+			return fmt.Errorf("round %d, case %q again: %w", n+1, s.Baseline, err)
+		}
+		for i := -1; i < len(s.Cases); i++ {
+			got, want := r.Baseline, first.Baseline
+			if i >= 0 {
+				got, want = r.Cases[i], first.Cases[i]
+			}
+			if err := checkSample(got, want, declared); err != nil {
+				return fmt.Errorf("round %d, case %q: %w", n+1, s.caseName(i), err)
+			}
+		}
+	}
+	return nil
+}
+
+// checkSample wants the metrics of like, which must be declared, and sane
+// values.
+func checkSample(got, like sample, declared map[string]bool) error {
+	if !slices.Equal(sortedKeys(got), sortedKeys(like)) {
+		return fmt.Errorf("metrics %q, in the first round %q", sortedKeys(got), sortedKeys(like))
+	}
+	for _, m := range sortedKeys(got) {
+		switch v := got[m]; {
+		case !declared[m]:
+			return fmt.Errorf("metric %q is not declared", m)
+		case math.IsNaN(v) || math.IsInf(v, 0) || v < 0:
+			return fmt.Errorf("metric %q is %v: want a finite value of at least 0", m, v)
+		}
+	}
+	return nil
+}
+
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }
+
+// divide gives a/b for every round.
+func divide(a, b []float64) ([]float64, error) {
+	out := make([]float64, len(a))
+	for i := range a {
+		if b[i] == 0 {
+			return nil, fmt.Errorf("the baseline is 0 in round %d", i+1)
+		}
+		if out[i] = a[i] / b[i]; math.IsInf(out[i], 0) {
+			return nil, fmt.Errorf("the baseline %v of round %d is too small to divide by", b[i], i+1)
+		}
+	}
+	return out, nil
+}
+
+// judge compares raw rows with the limits. A limit on a row that is not there
+// is an error: it would hold of nothing.
+func judge(rows []Row, limits []limit) ([]Verdict, error) {
+	var out []Verdict
+	for _, l := range limits {
+		i := slices.IndexFunc(rows, func(r Row) bool { return r.Baseline == "" && r.Case == l.Case && r.Metric == l.Metric })
+		if i < 0 {
+			return nil, fmt.Errorf("limit on metric %q of case %q: no such row", l.Metric, l.Case)
+		}
+		v := Verdict{Case: l.Case, Metric: l.Metric, Limit: l.Most, Of: "median", Value: rows[i].Median, Unit: rows[i].Unit}
+		if l.EveryRound {
+			v.Of, v.Value = "max", rows[i].Max
+		}
+		v.Held = v.Value <= v.Limit
+		out = append(out, v)
+	}
+	return out, nil
+}
