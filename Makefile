@@ -1,0 +1,43 @@
+# make demo    three hosts on this machine, step by step, each step checked
+# make test    every test tier this machine can run; says which it could not
+# make build   bin/weft     make soak    the long "must hold" runs
+# make bench   benchmarks   make clean   removes bin/
+# Assumed: Debian, git, make and Go. demo and test install what else they need.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+# The first five leave parts of containerd out that weft does not use.
+TAGS    := no_cri no_btrfs no_devmapper no_zfs no_tracing
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X github.com/weftnet/weft.Version=$(VERSION)
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+export GOFLAGS ?= -trimpath
+
+.PHONY: build
+build:
+	CGO_ENABLED=0 go build -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o bin/weft ./cmd/weft
+
+.PHONY: demo
+demo:
+	@lab/vm/need.sh runc
+	@$(MAKE) --no-print-directory build
+	$(SUDO) bin/weft lab demo
+
+.PHONY: test
+test:
+	@TAGS='$(TAGS)' lab/vm/tiers.sh
+
+.PHONY: soak
+soak: build
+	$(SUDO) env WEFT_SOAK=1 PATH="$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) lab' -run Soak ./lab/...
+
+.PHONY: bench
+bench: build
+	go run -tags '$(TAGS)' ./bench list
+
+.PHONY: clean
+clean:
+	rm -rf bin
