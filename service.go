@@ -65,7 +65,7 @@ type ContainerSpec struct {
 	Labels     map[string]string
 	Mounts     []Mount
 	StopSignal string
-	StopGrace  time.Duration // SIGTERM to SIGKILL; default DefaultStopGrace
+	StopGrace  time.Duration // SIGTERM to SIGKILL; 0 = at once
 	TTY        bool
 	ReadOnly   bool
 }
