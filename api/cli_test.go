@@ -17,6 +17,7 @@ import (
 
 	"github.com/weftnet/weft/api"
 	"github.com/weftnet/weft/api/apitest"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // serve runs a server over a fake on a Unix socket until the test ends.
@@ -55,10 +56,7 @@ type dockerCLI struct {
 func newDocker(t *testing.T, c *apitest.Cluster) *dockerCLI {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
-		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "docker") {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		netnstest.Missing(t, "docker", err)
 	}
 	return &dockerCLI{t, serve(t, c), t.TempDir()}
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/weftnet/weft/agent/runtime/imagetest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Tier 2: every word of services, networks, nodes, containers and images that
@@ -158,7 +159,7 @@ func (w *words) busyboxTar() string {
 		w.t.Fatal(err)
 	}
 	if err := errors.Join(imagetest.Busybox(f), f.Close()); err != nil {
-		skipOrFail(w.t, "root", err)
+		netnstest.Missing(w.t, "root", err)
 	}
 	return f.Name()
 }
