@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -157,6 +158,24 @@ func TestDrainOrder(t *testing.T) {
 			t.Errorf("state %v", got.State)
 		}
 	})
+}
+
+// TestStopGrace: the time asked for is the time given, none at all included.
+func TestStopGrace(t *testing.T) {
+	for _, grace := range []time.Duration{0, time.Second, weft.DefaultStopGrace} {
+		bubble(t, func(t *testing.T, r *rig) {
+			one := testTask(1, front)
+			m := full(one)
+			m.Specs[0].Spec.Container.StopGrace = grace
+			r.start()
+			s := <-r.leader.sessions
+			s.send <- m
+			settle(time.Second)
+			s.send <- wire.Assignments{Seq: 2, Tasks: []weft.Task{desired(one, weft.TaskShutdown)}}
+			settle(time.Second)
+			r.journal.inOrder(t, fmt.Sprintf("stop t1 within %s", grace))
+		})
+	}
 }
 
 // TestRemovedNetworkStaysForItsLastTask: a network can be removed while tasks of

@@ -73,7 +73,7 @@ func (l *loggedRuntime) Start(ctx context.Context, task weft.ID) (int, error) {
 }
 
 func (l *loggedRuntime) Stop(ctx context.Context, task weft.ID, grace time.Duration) (runtime.Exit, error) {
-	l.journal.add("stop %s", task.Short()[:2])
+	l.journal.add("stop %s within %s", task.Short()[:2], grace)
 	return l.Memory.Stop(ctx, task, grace)
 }
 
