@@ -43,6 +43,7 @@ type member struct {
 	ln      net.Listener
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
+	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
 
@@ -51,7 +52,8 @@ type member struct {
 	retiring, retired chan struct{}
 	retireOnce        sync.Once
 
-	// mu guards: state, heard.
+	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
+	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
 	heard bool
@@ -86,6 +88,9 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	}
 	m.peers = wire.NewPeers(m.creds)
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+		return nil, err
+	}
+	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if err := m.makeNode(ctx, d); err != nil {
@@ -165,7 +170,7 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
-	g.Go(func() error { return m.renew(ctx) })
+	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }
 
@@ -223,7 +228,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	if sameManagers(next.Managers, m.state.Managers) && next.Cluster.DataPathPort == m.state.Cluster.DataPathPort {
 		return
 	}
-	m.state = next
+	m.state.Managers, m.state.Cluster = next.Managers, next.Cluster
 	if err := next.save(m.cfg.DataRoot); err != nil {
 		m.log.Error("remember managers", weft.KeyErr, err)
 	}
@@ -302,48 +307,14 @@ func (m *member) taskMTU() (int, error) {
 	return vxlan.MTU(mtu, m.state.DataPath)
 }
 
-// renew replaces the node's certificate at half of its life.
-func (m *member) renew(ctx context.Context) error {
-	for {
-		notBefore, notAfter := m.creds.Validity()
-		wait := time.Until(ca.RenewAt(notBefore, notAfter, jitter()))
-		if wait < renewRetry {
-			wait = renewRetry
+// sign has the cluster sign a request of this node.
+func (m *member) sign(ctx context.Context, csr []byte) ([]byte, error) {
+	if m.manager != nil {
+		// A start is no failure to report: it takes an election.
+		if err := m.manager.Await(ctx); err != nil {
+			return nil, err
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		if err := m.renewOnce(ctx); err != nil && ctx.Err() == nil {
-			m.log.Error("renew certificate", "expires", notAfter, weft.KeyErr, err)
-		}
+		return wire.RenewVia(m.manager, m.client, m.state.Node)(ctx, csr)
 	}
-}
-
-// renewRetry is the pause after a failed renewal; half a certificate's life is
-// left for it.
-const renewRetry = time.Minute
-
-func (m *member) renewOnce(ctx context.Context) error {
-	_, notAfter := m.creds.Validity()
-	notBefore, _ := m.creds.Validity()
-	if time.Now().Before(ca.RenewAt(notBefore, notAfter, 0)) {
-		return nil
-	}
-	key, csr, err := ca.NewCSR()
-	if err != nil {
-		return err
-	}
-	cert, err := m.client.Renew(ctx, m.state.Node, csr)
-	if err != nil {
-		return err
-	}
-	b := ca.Bundle{Cert: cert, Key: key, CA: m.creds.CA()}
-	if err := ca.Save(pkiDir(m.cfg.DataRoot), b); err != nil {
-		return err
-	}
-	return m.creds.Swap(b)
+	return m.client.Renew(ctx, m.state.Node, csr)
 }

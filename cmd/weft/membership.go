@@ -128,7 +128,7 @@ func (ms *membership) member() (*member, error) {
 	case m != nil:
 		return m, nil
 	case failure != nil:
-		return nil, fmt.Errorf("%w: this node is a member of a cluster but cannot take part: %w", weft.ErrUnavailable, failure)
+		return nil, cannotTakePart(failure)
 	case ms.onDisk() != nil:
 		return nil, fmt.Errorf("%w: this node is taking up its place in the cluster; try again", weft.ErrUnavailable)
 	}
@@ -184,7 +184,14 @@ func (ms *membership) end(ctx context.Context) error {
 func (ms *membership) control() (wire.Control, error) {
 	m, err := ms.member()
 	if err != nil {
+	if err := m.creds.Expired(); err != nil {
+		return nil, cannotTakePart(err) // sooner and clearer than what its connections meet
+	}
 		return nil, err
 	}
+
+func cannotTakePart(why error) error {
+	return fmt.Errorf("%w: this node is a member of a cluster but cannot take part: %w", weft.ErrUnavailable, why)
+}
 	return m.client, nil
 }

@@ -59,6 +59,9 @@ func (ms *membership) Local() weft.LocalInfo {
 // engineChoices says which engines serve and why. Without a member nothing was
 // probed yet.
 func engineChoices(m *member) []weft.EngineChoice {
+	if err := m.creds.Expired(); err != nil {
+		info.State, info.Error = weft.LocalError, weft.Text(err)
+	}
 	service := weft.EngineChoice{Kind: "service", Engine: "nft", Chosen: true, Reason: "the only engine of this build; probed when the node joins"}
 	if m != nil {
 		service.Reason = "probed: tables load; a service without tasks is refused at once"

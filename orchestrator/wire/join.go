@@ -245,6 +245,19 @@ func AdmitVia(local Membership, c *Client) AdmitFunc {
 	}
 }
 
+// RenewVia is AdmitVia for this node's own certificate. A manager that leads signs
+// without a connection, so that the only manager of a cluster can replace a
+// certificate that has expired: no connection would be made with it.
+func RenewVia(local Membership, c *Client, node weft.ID) func(ctx context.Context, csr []byte) (cert []byte, err error) {
+	return func(ctx context.Context, csr []byte) ([]byte, error) {
+		cert, err := local.Renew(ctx, node, csr)
+		if _, ok := asNotLeader(err); ok {
+			return c.Renew(ctx, node, csr)
+		}
+		return cert, err
+	}
+}
+
 // A frame is a length (4 bytes, big endian) and that many bytes of CBOR.
 
 func writeFrame(w io.Writer, v any) error {
