@@ -80,7 +80,7 @@ func joiner(v *state.Snapshot, r wire.AdmitRequest, remote netip.Addr, role weft
 		ID:          weft.NewID(),
 		Spec:        weft.NodeSpec{Role: role, Availability: r.Availability},
 		Description: weft.NodeDescription{Hostname: r.Hostname},
-		Status:      weft.NodeStatus{Addr: adv.Addr()},
+		Status:      weft.NodeStatus{Addr: adv.Addr(), ClusterPort: adv.Port()},
 		DataPath:    r.DataPath,
 	}
 	if !n.DataPath.IsValid() || n.DataPath.IsUnspecified() {

@@ -110,6 +110,7 @@ func (t *term) found(ctx context.Context) error {
 	if !node.Status.Addr.IsValid() {
 		node.Status.Addr = t.m.cfg.Addr.Addr()
 	}
+	node.Status.ClusterPort = t.m.cfg.Addr.Port()
 	if !node.DataPath.IsValid() {
 		node.DataPath = node.Status.Addr
 	}

@@ -129,10 +129,10 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
-		VTEP: s.DataPath, Addr: s.Advertise.Addr(), MTU: m.taskMTU,
+		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
-		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
+		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
 }
@@ -272,14 +272,21 @@ func (m *member) seeds() []netip.AddrPort {
 
 // agentOf reaches the agent of a node for the leader.
 func (m *member) agentOf(_ context.Context, n weft.Node) (wire.Agent, error) {
-	if !n.Status.Addr.IsValid() {
+	addr := n.ClusterAddr()
+	if !addr.IsValid() {
 		return nil, fmt.Errorf("%w: node %s has no address", weft.ErrUnavailable, n.Description.Hostname)
 	}
-	port := weft.ClusterPort
-	if n.Manager != nil {
-		port = n.Manager.Addr.Port()
+	return m.peers.Agent(n.ID, addr), nil
+}
+
+// listeners are the host's, and this node's cluster port where it is not the one
+// it advertises: a forwarded port says nothing of what is taken here.
+func (m *member) listeners() ([]weft.Listener, error) {
+	list, err := agent.HostListeners()
+	if port := m.state.Listen.Port(); err == nil && port != m.state.Advertise.Port() {
+		list = append(list, weft.Listener{Protocol: weft.TCP, Port: port})
 	}
-	return m.peers.Agent(n.ID, netip.AddrPortFrom(n.Status.Addr, port)), nil
+	return list, err
 }
 
 // describe says what this node is and which of its host's ranges are in use.

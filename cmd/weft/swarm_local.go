@@ -53,15 +53,15 @@ func (ms *membership) Local() weft.LocalInfo {
 	if m.heard {
 		info.State = weft.LocalActive
 	}
+	if err := m.creds.Expired(); err != nil {
+		info.State, info.Error = weft.LocalError, weft.Text(err)
+	}
 	return info
 }
 
 // engineChoices says which engines serve and why. Without a member nothing was
 // probed yet.
 func engineChoices(m *member) []weft.EngineChoice {
-	if err := m.creds.Expired(); err != nil {
-		info.State, info.Error = weft.LocalError, weft.Text(err)
-	}
 	service := weft.EngineChoice{Kind: "service", Engine: "nft", Chosen: true, Reason: "the only engine of this build; probed when the node joins"}
 	if m != nil {
 		service.Reason = "probed: tables load; a service without tasks is refused at once"
@@ -82,12 +82,13 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if r.ForceNewCluster {
 		return "", fmt.Errorf("ForceNewCluster: %w yet", weft.ErrUnsupported)
 	}
-	advertise, err := advertiseAddr(r.AdvertiseAddr)
+	listen := listenAddr(r.ListenAddr)
+	advertise, err := advertiseAddr(r.AdvertiseAddr, listen)
 	if err != nil {
 		return "", err
 	}
 	state := memberState{Version: memberVersion, Node: weft.NewID(), Role: weft.RoleManager,
-		Listen: listenAddr(r.ListenAddr), Advertise: advertise, DataPath: r.DataPathAddr, Managers: []netip.AddrPort{advertise}}
+		Listen: listen, Advertise: advertise, DataPath: r.DataPathAddr, Managers: []netip.AddrPort{advertise}}
 	if !state.DataPath.IsValid() {
 		state.DataPath = advertise.Addr()
 	}
@@ -206,7 +207,11 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		if f := ms.failed(); f != nil {
 			return f
 		}
-		return fmt.Errorf("%w: the leader sent this node nothing within %s; see the daemon's log", weft.ErrUnavailable, limit)
+		hint := ""
+		if state.Advertise.Port() != state.Listen.Port() {
+			hint = fmt.Sprintf("; nodes dial %s (--advertise-addr), this one listens on %s", state.Advertise, state.Listen)
+		}
+		return fmt.Errorf("%w: the leader sent this node nothing within %s%s; see the daemon's log", weft.ErrUnavailable, limit, hint)
 	}
 }
 
@@ -221,7 +226,8 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 	if err := ms.checkPorts(state); err != nil {
 		return err
 	}
-	if vtep := explicitDataPath(r); vtep.IsValid() {
+	advertise := joinAddr(r.AdvertiseAddr, state.Listen)
+	if vtep := explicitDataPath(r.DataPathAddr, advertise); vtep.IsValid() {
 		if err := checkDataPath(vtep); err != nil {
 			return err
 		}
@@ -231,16 +237,15 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 		return err
 	}
 	joined, err := wire.Join(ctx, wire.JoinParams{
-		Remotes: r.Remotes, Token: r.Token, Hostname: d.Hostname, Advertise: r.AdvertiseAddr,
+		Remotes: r.Remotes, Token: r.Token, Hostname: d.Hostname, Advertise: advertise,
 		DataPath: r.DataPathAddr, Availability: r.Availability,
 	})
 	if err != nil {
 		return err
 	}
 	state.Node, state.Role, state.Cluster = joined.Node, joined.Role, joined.Cluster
-	state.Advertise = r.AdvertiseAddr
-	if !state.Advertise.IsValid() {
-		state.Advertise = netip.AddrPortFrom(joined.Addr, state.Listen.Port())
+	if state.Advertise = advertise; advertise.Addr().IsUnspecified() {
+		state.Advertise = netip.AddrPortFrom(joined.Addr, advertise.Port())
 	}
 	if state.DataPath = r.DataPathAddr; !state.DataPath.IsValid() {
 		state.DataPath = state.Advertise.Addr()
@@ -258,11 +263,11 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 
 // explicitDataPath is the VTEP that a join request names; invalid when it leaves
 // that to the manager, which takes the address it sees.
-func explicitDataPath(r weft.JoinRequest) netip.Addr {
-	if r.DataPathAddr.IsValid() {
-		return r.DataPathAddr
+func explicitDataPath(told netip.Addr, advertise netip.AddrPort) netip.Addr {
+	if told.IsValid() || advertise.Addr().IsUnspecified() {
+		return told
 	}
-	return r.AdvertiseAddr.Addr()
+	return advertise.Addr()
 }
 
 // checkDataPath refuses a VTEP that no link of this host has: VXLAN would send
@@ -415,24 +420,34 @@ func listenAddr(a netip.AddrPort) netip.AddrPort {
 	return a
 }
 
-// advertiseAddr completes the address that others dial: the one given, or the
-// only one the host has.
-func advertiseAddr(a netip.AddrPort) (netip.AddrPort, error) {
-	if a.Addr().IsValid() {
-		if a.Port() == 0 {
-			a = netip.AddrPortFrom(a.Addr(), weft.ClusterPort)
-		}
+// advertiseAddr is what others dial: the address given, else the one listened on,
+// else the only one the host has; the port is that listened on unless one is
+// given.
+func advertiseAddr(told, listen netip.AddrPort) (netip.AddrPort, error) {
+	if a := joinAddr(told, listen); !a.Addr().IsUnspecified() {
 		return a, nil
 	}
 	candidates, err := linux.AddrCandidates()
 	if err != nil {
-		return a, err
+		return netip.AddrPort{}, err
 	}
 	switch len(candidates) {
 	case 1:
-		return netip.AddrPortFrom(candidates[0], weft.ClusterPort), nil
+		return netip.AddrPortFrom(candidates[0], listen.Port()), nil
 	case 0:
-		return a, fmt.Errorf("%w: this host has no address that others could reach: give one with --advertise-addr", weft.ErrInvalid)
+		return netip.AddrPort{}, fmt.Errorf("%w: this host has no address that others could reach: give one with --advertise-addr", weft.ErrInvalid)
 	}
-	return a, fmt.Errorf("%w: this host has several addresses (%v): choose one with --advertise-addr", weft.ErrInvalid, candidates)
+	return netip.AddrPort{}, fmt.Errorf("%w: this host has several addresses (%v): choose one with --advertise-addr", weft.ErrInvalid, candidates)
+}
+
+// joinAddr is advertiseAddr for a node that joins: an unspecified address stands
+// for the one that the manager sees.
+func joinAddr(told, listen netip.AddrPort) netip.AddrPort {
+	switch {
+	case !told.Addr().IsValid():
+		return listen
+	case told.Port() == 0:
+		return netip.AddrPortFrom(told.Addr(), listen.Port())
+	}
+	return told
 }

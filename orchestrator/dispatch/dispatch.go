@@ -144,7 +144,7 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	d.cfg.Seen(node)
 	err := d.cfg.Propose(ctx, []state.Change{{NodeStatus: &state.NodeStatus{
 		Node: node, State: &ready, Description: &r.Description,
-		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath},
+		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath, Port: r.Port},
 	}}})
 	if err != nil {
 		return fmt.Errorf("open session of node %s: %w", node, err)

@@ -69,7 +69,7 @@ type NodeStatus struct {
 }
 
 // NodeSession is the addresses that a node gave when its session opened; an
-// invalid one leaves the stored value.
+// invalid one leaves the stored value, and so does port 0.
 type NodeSession struct {
 	Addr     netip.Addr
 	DataPath netip.Addr
@@ -79,6 +79,7 @@ type NodeSession struct {
 type ServiceUpdate struct {
 	Service weft.ID
 	// SpecVersion is the version that the progress is about; skipped when
+	Port     uint16 `cbor:",omitempty"` // of the cluster port at Addr
 	// the service has a newer one by now.
 	SpecVersion uint64
 	Update      weft.UpdateStatus

@@ -32,7 +32,7 @@ type JoinParams struct {
 	Remotes      []string // HOST[:PORT] of managers, tried in order; default port weft.ClusterPort
 	Token        string
 	Hostname     string
-	Advertise    netip.AddrPort // invalid = the manager takes the address it sees
+	Advertise    netip.AddrPort // an unspecified address = the one that the manager sees; invalid = that at weft.ClusterPort
 	DataPath     netip.Addr     // invalid = as Advertise
 	Availability weft.Availability
 	Now          func() time.Time // nil = time.Now
@@ -95,7 +95,7 @@ func Join(ctx context.Context, p JoinParams) (Joined, error) {
 	if otherCluster {
 		return Joined{}, fmt.Errorf("join cluster: %w than the manager at that address; ask for the token with 'weft swarm join-token' there (%s): %w", ca.ErrOtherCluster, causes, weft.ErrInvalid)
 	}
-	return Joined{}, fmt.Errorf("join cluster: no manager could be reached (%s); check the addresses, that weft runs there and that TCP port %d is open: %w", causes, weft.ClusterPort, weft.ErrUnavailable)
+	return Joined{}, fmt.Errorf("join cluster: no manager could be reached (%s); check addresses and ports, that weft runs there and that no firewall is in between: %w", causes, weft.ErrUnavailable)
 }
 
 func withPort(remote string) (string, error) {
