@@ -48,6 +48,7 @@ type member struct {
 	engine  *nft.Engine
 
 	learned chan struct{} // closed by the first word from the leader
+	ended   chan struct{} // closed by membership.serve when run has returned
 	// retiring is closed by retire, retired by runAgent at its end.
 	retiring, retired chan struct{}
 	retireOnce        sync.Once
@@ -82,7 +83,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}

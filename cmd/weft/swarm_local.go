@@ -5,11 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/orchestrator"
@@ -23,6 +26,9 @@ const (
 	initTimeout  = 20 * time.Second // a manager alone elects itself in about a second
 	joinTimeout  = 30 * time.Second // until the leader has sent the first assignments
 	leaveTimeout = 60 * time.Second // until all containers are gone
+	// departTimeout is for telling the leader, without whom a node leaves as
+	// well.
+	departTimeout = 5 * time.Second
 )
 
 // Local implements api.Swarm.
@@ -177,7 +183,11 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		if err != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
 			defer cancel()
-			err = errors.Join(err, ms.end(undo), forgetMember(ms.cfg.DataRoot))
+			// The second end is for one that was resumed before it was forgotten.
+			err = errors.Join(err, ms.end(undo), forgetMember(ms.cfg.DataRoot), ms.end(undo))
+			if boot.Cluster.ID == "" {
+				ms.giveBack(undo, state, boot.bundle)
+			}
 		}
 	}()
 	if err := ca.Save(pkiDir(ms.cfg.DataRoot), boot.bundle); err != nil {
@@ -203,6 +213,11 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 			return m.manager.AwaitVote(ctx)
 		}
 		return nil
+	case <-m.ended:
+		if f := ms.failed(); f != nil {
+			return f
+		}
+		return fmt.Errorf("%w: the daemon is stopping", weft.ErrUnavailable)
 	case <-ctx.Done():
 		if f := ms.failed(); f != nil {
 			return f
@@ -213,6 +228,35 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		}
 		return fmt.Errorf("%w: the leader sent this node nothing within %s%s; see the daemon's log", weft.ErrUnavailable, limit, hint)
 	}
+}
+
+// giveBack tells the cluster that a node which it has admitted does not come: its
+// address, and a manager's place in the Raft group, are then free for the next
+// try. Without an answer the node stays listed until somebody removes it.
+func (ms *membership) giveBack(ctx context.Context, state memberState, b ca.Bundle) {
+	ctx, cancel := context.WithTimeout(ctx, departTimeout)
+	defer cancel()
+	creds, err := ca.NewCredentials(b, time.Now)
+	if err == nil {
+		err = depart(ctx, state, creds, ms.log)
+	}
+	if err != nil {
+		ms.log.Warn("tell the leader that this node does not join", weft.KeyNode, state.Node, weft.KeyErr, err)
+	}
+}
+
+// depart tells the leader, by connections of its own, that this node leaves.
+func depart(ctx context.Context, state memberState, creds *ca.Credentials, log *slog.Logger) error {
+	client, err := wire.NewClient(wire.ClientConfig{Credentials: creds, Managers: func() []netip.AddrPort { return state.Managers }, Log: log})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return client.Run(ctx) })
+	err = client.Depart(ctx, state.Node)
+	cancel()
+	return errors.Join(err, g.Wait())
 }
 
 // Join implements api.Swarm.
@@ -303,7 +347,7 @@ func (ms *membership) Leave(ctx context.Context, force bool) error {
 	if err != nil {
 		return ms.leaveDead(ctx, *state)
 	}
-	departCtx, done := context.WithTimeout(ctx, 5*time.Second)
+	departCtx, done := context.WithTimeout(ctx, departTimeout)
 	if err := m.agent.Withdraw(departCtx); err != nil {
 		ms.log.Warn("withdraw endpoints", weft.KeyErr, err)
 	}
