@@ -56,6 +56,18 @@ func TestTaskComesToLife(t *testing.T) {
 	})
 }
 
+// The leader must be able to dial the node: a session tells the whole address.
+func TestSessionTellsItsClusterPort(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		r.running()
+		r.leader.mu.Lock()
+		defer r.leader.mu.Unlock()
+		if h := r.leader.hello; h.Addr != vtepA || h.Port != portA || h.DataPath != vtepA || h.Version != wire.ProtocolVersion {
+			t.Errorf("the session began with %+v", h)
+		}
+	})
+}
+
 func TestLearnedAndHeartbeat(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		_, s := r.running()

@@ -343,6 +343,7 @@ type fakeLeader struct {
 	history []wire.TaskReport
 	last    wire.Report
 	reports int
+	hello   wire.SessionRequest                            // the last
 	refuse  error                                          // of OpenSession
 	report  func(ctx context.Context, r wire.Report) error // nil: takes it
 }
@@ -360,6 +361,9 @@ func (l *fakeLeader) OpenSession(ctx context.Context, r wire.SessionRequest) (wi
 	if err != nil {
 		return nil, err
 	}
+	l.mu.Lock()
+	l.hello = r
+	l.mu.Unlock()
 	s := &fakeSession{ctx: ctx, send: make(chan wire.Assignments, 16), end: make(chan error, 1)}
 	l.sessions <- s
 	return s, ctx.Err()
