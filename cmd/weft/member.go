@@ -38,12 +38,10 @@ type member struct {
 	peers  *wire.Peers
 
 	manager *orchestrator.Manager // nil on workers
-	raft    *wire.Raft
 	server  *wire.Server
 	ln      net.Listener
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
-	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
 
@@ -89,9 +87,6 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	}
 	m.peers = wire.NewPeers(m.creds)
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
-		return nil, err
-	}
-	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if err := m.makeNode(ctx, d); err != nil {
@@ -142,16 +137,16 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 	sc := wire.ServerConfig{Credentials: m.creds, Agent: agentLogs{m.agent}, Log: m.log}
 	if m.state.Role == weft.RoleManager {
-		m.raft = wire.NewRaft(m.creds, m.state.Advertise)
+		raft := wire.NewRaft(m.creds, m.state.Advertise)
 		mgr, err := orchestrator.New(orchestrator.Config{
-			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
+			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{raft},
 			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Log: m.log,
 		})
 		if err != nil {
 			return err
 		}
 		m.manager = mgr
-		sc.Control, sc.Dispatcher, sc.Membership, sc.Raft = mgr, mgr, mgr, m.raft
+		sc.Control, sc.Dispatcher, sc.Membership, sc.Raft = mgr, mgr, mgr, raft
 		sc.Check = mgr.Check
 		sc.Join = wire.AdmitVia(mgr, m.client)
 	}
@@ -162,6 +157,10 @@ func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 
 // run serves until ctx ends or a part fails for good.
 func (m *member) run(ctx context.Context) error {
+	renewal, err := ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(m.cfg.DataRoot), Sign: m.sign, Log: m.log})
+	if err != nil {
+		return errors.Join(err, m.ln.Close())
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.server.Run(ctx, m.ln) })
 	g.Go(func() error { return m.client.Run(ctx) })
@@ -171,7 +170,7 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
-	g.Go(func() error { return m.renewal.Run(ctx) })
+	g.Go(func() error { return renewal.Run(ctx) })
 	return g.Wait()
 }
 
