@@ -208,12 +208,12 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		return err
 	}
 	select {
-	case <-m.learned:
+	case <-m.stage.learned:
 		if m.manager != nil {
 			return m.manager.AwaitVote(ctx)
 		}
 		return nil
-	case <-m.ended:
+	case <-m.stage.ended:
 		if f := ms.failed(); f != nil {
 			return f
 		}
