@@ -38,7 +38,7 @@ type Cluster struct {
 	// ULA is the random /48 that IPv6 subnets are cut from (RFC 4193
 	// section 3.2); made at init, or by the first network that needs it in a
 	// cluster that is older than it.
-	ULA          netip.Prefix `cbor:",omitzero"`
+	ULA          netip.Prefix `json:",omitzero" cbor:",omitzero"`
 	DataPathPort uint16
 	// CACert (PEM) is the trust root; CAKey (PEM) stays on managers and is
 	// empty in every answer of the API.

@@ -25,8 +25,8 @@ type NetworkSpec struct {
 	Options    map[string]string
 	// IPv6 asks for IPv6 addresses; NoIPv4 for no IPv4 ones (then IPv6 must
 	// be set). A stored network says by them what its Subnets hold.
-	IPv6   bool `cbor:",omitzero"`
-	NoIPv4 bool `cbor:",omitzero"`
+	IPv6   bool `json:",omitzero" cbor:",omitzero"`
+	NoIPv4 bool `json:",omitzero" cbor:",omitzero"`
 }
 
 // Subnet is one address range of a network.
@@ -76,7 +76,7 @@ type Endpoint struct {
 	Service ID
 	Slot    uint64
 	Addr    netip.Addr // as Attachment.Addr
-	Addr6   netip.Addr // as Attachment.Addr6; invalid without
+	Addr6   netip.Addr `json:",omitzero"` // as Attachment.Addr6; invalid without
 	State   EndpointState
 }
 

@@ -107,7 +107,7 @@ type Node struct {
 	IngressAddr netip.Prefix
 	// IngressAddr6 is its IPv6 twin; invalid where the ingress network has
 	// no IPv6 (clusters made before it had, until somebody adds it).
-	IngressAddr6 netip.Prefix `cbor:",omitzero"`
+	IngressAddr6 netip.Prefix `json:",omitzero" cbor:",omitzero"`
 	// Manager is nil on workers.
 	Manager *ManagerStatus
 }

@@ -179,7 +179,7 @@ type Service struct {
 type VIP struct {
 	Network ID
 	Addr    netip.Prefix // the first address with its subnet's length, as Attachment.Addr
-	Addr6   netip.Prefix `cbor:",omitzero"` // as Attachment.Addr6
+	Addr6   netip.Prefix `json:",omitzero" cbor:",omitzero"` // as Attachment.Addr6
 }
 
 // Addrs are the addresses of the service, the first one first.

@@ -93,7 +93,7 @@ type Attachment struct {
 	// IPv6 on a network without IPv4.
 	Addr netip.Prefix
 	// Addr6 is its IPv6 address beside an IPv4 one; invalid otherwise.
-	Addr6 netip.Prefix `cbor:",omitzero"`
+	Addr6 netip.Prefix `json:",omitzero" cbor:",omitzero"`
 }
 
 // Addrs are the addresses of the attachment, the first one first.

@@ -140,7 +140,7 @@ type NodeView struct {
 	DataPath    netip.Addr
 	IngressAddr netip.Prefix
 	// IngressAddr6 is invalid where the ingress network has no IPv6.
-	IngressAddr6 netip.Prefix
+	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
 	Manager      netip.AddrPort // cluster port; invalid on workers
 }
 
