@@ -89,7 +89,7 @@ func EndpointMAC(task ID, addr netip.Addr) net.HardwareAddr {
 // address of each family apart from each other.
 func VIPMAC(service ID, addr netip.Addr) net.HardwareAddr {
 	if addr.Unmap().Is6() {
-		return derivedMAC(0x12, string(service), addr)
+		return derivedMAC(0x0e, string(service), addr)
 	}
 	return derivedMAC(0x06, string(service), addr)
 }
