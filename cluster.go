@@ -1,6 +1,8 @@
 package weft
 
 import (
+	"crypto/rand"
+	"fmt"
 	"net/netip"
 	"time"
 )
@@ -49,6 +51,17 @@ type Cluster struct {
 	// GossipKey encrypts membership traffic: 32 bytes, handed to nodes over
 	// their authenticated session.
 	GossipKey []byte
+}
+
+// NewULA draws the /48 of a cluster: fd and 40 random bits (RFC 4193 section
+// 3.2.2). Called where NewID is.
+func NewULA() netip.Prefix {
+	var a [16]byte
+	a[0] = 0xfd
+	if _, err := rand.Read(a[1:6]); err != nil {
+		panic(fmt.Sprintf("read random bytes: %v", err)) // the kernel's source cannot fail after boot
+	}
+	return netip.PrefixFrom(netip.AddrFrom16(a), 48)
 }
 
 // JoinTokens admit nodes: SWMTKN-1-<digest of the CA>-<secret>.

@@ -49,7 +49,7 @@ func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr
 	if err != nil {
 		return none, fmt.Errorf("join: choose ingress address: %w", err)
 	}
-	n.IngressAddr = at[0].Addr
+	n.IngressAddr, n.IngressAddr6 = at[0].Addr, at[0].Addr6
 	if err := t.prop.one(ctx, []state.Change{{Node: &n}}); err != nil {
 		t.alloc.release(n.ID)
 		return none, fmt.Errorf("join: store node: %w", err)
