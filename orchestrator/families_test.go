@@ -181,3 +181,22 @@ func TestOldClusterGetsItsRange(t *testing.T) {
 		}
 	})
 }
+
+func TestJoinNeedsTheFamilyOfTheOthers(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1) // its tunnel address is of IPv4
+		admit := func(advertise, dataPath string) error {
+			req := wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("c"), Advertise: netip.MustParseAddrPort(advertise)}
+			if dataPath != "" {
+				req.DataPath = netip.MustParseAddr(dataPath)
+			}
+			_, err := r.leader().Admit(r.ctx, req, netip.Addr{})
+			return err
+		}
+		wantErr(t, "advertised", admit("[fd00::2]:2377", ""), weft.ErrInvalid, "DataPathAddr", "fd00::2", "m1", "give an IPv4 address")
+		wantErr(t, "data path", admit("10.99.1.2:2377", "fd00::2"), weft.ErrInvalid, "DataPathAddr")
+		r.must(admit("10.99.1.2:2377", ""))
+		r.must(admit("[fd00::2]:2377", "10.99.1.3")) // control over IPv6, overlay over IPv4
+		r.must(admit("[::ffff:10.99.1.4]:2377", ""))
+	})
+}
