@@ -125,7 +125,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 func newCluster(r weft.InitRequest, state *memberState) (*clusterBoot, error) {
 	c := weft.Cluster{
 		ID: weft.NewID(), Spec: weft.DefaultClusterSpec(), AddrPools: r.AddrPools, MaskLength: r.MaskLength,
-		DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
+		ULA: weft.NewULA(), DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
 	}
 	if len(c.AddrPools) == 0 {
 		c.AddrPools = weft.DefaultAddrPools()
