@@ -88,13 +88,8 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 		}
 	}
 	if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
-		tunnelIndex, n.Encrypted = up.Index, true
-		if flags[up.Index] == tunnelPort() && up.MasterIndex == br.Index && up.Flags&unix.IFF_UP != 0 && k.routerSound(vni, up) {
-			n.VTEP = netip.IPv4Unspecified() // see vxlan.Diff
-		}
-		if up.MTU != br.MTU {
-			n.MTU = 0
-		}
+		tunnelIndex = up.Index
+		k.readUplink(&n, up, br, flags[up.Index] == tunnelPort())
 	}
 	local, err := readTables(h.conn, br.Index, tunnelIndex, &tables)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -89,6 +90,17 @@ func (k *Kernel) openCrypt() (*netns.Handle, *conn, error) {
 		return nil, nil, errors.Join(err, ns.Close())
 	}
 	return ns, c, nil
+}
+
+// readUplink fills in what the uplink says of the network.
+func (k *Kernel) readUplink(n *vxlan.Network, up *netlink.Veth, br *netlink.Bridge, flagsFit bool) {
+	n.Encrypted = true
+	if flagsFit && up.MasterIndex == br.Index && up.Flags&unix.IFF_UP != 0 && k.routerSound(n.VNI, up) {
+		n.VTEP = netip.IPv4Unspecified() // see vxlan.Diff
+	}
+	if up.MTU != br.MTU {
+		n.MTU = 0
+	}
 }
 
 // routerSound reports whether the other end of an uplink is there, up, and has
