@@ -24,6 +24,8 @@ type Table struct {
 	Ingress Entry
 	// Gateway is the tasks' way out of the host.
 	Gateway Gateway
+	// Router is the way of encrypted networks to other nodes.
+	Router Router
 }
 
 // Network is one overlay network's balancing table.
@@ -71,6 +73,18 @@ type Published struct {
 type Entry struct {
 	Link string       // weft.IngressLeg; "" = no ingress network on this node yet
 	Addr netip.Prefix // requests are sent on from this address (client address rewritten)
+}
+
+// Router is the namespace through which packets of encrypted networks leave the
+// node, routed by their address alone. One to a service address arrives there
+// with the hardware address of the backend that was chosen for it; the engine
+// gives it the backend's address, and the answer the service's.
+type Router struct {
+	NetNS string // path; "" = no encrypted network on this node
+	// VNIs of the networks; their packets come in by weft.RouterName.
+	VNIs []uint32
+	// Backends are those on other nodes, of all encrypted networks.
+	Backends []Backend
 }
 
 // Gateway is the per-host bridge for traffic to the outside.
