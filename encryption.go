@@ -7,8 +7,9 @@ import (
 )
 
 // WireGuardPort and the port after it are the two UDP ports of encrypted
-// networks, one for each of the two devices between which keys are changed.
-// They are open only while a node carries an encrypted network.
+// networks unless a node says otherwise, one for each of the two devices between
+// which keys are changed. They are open only while a node carries an encrypted
+// network.
 const WireGuardPort uint16 = 51820
 
 // OptionEncrypted is the driver option of a network whose traffic between
@@ -27,11 +28,25 @@ type PublicKey [32]byte
 // String is the key in base64, as the wg command prints it.
 func (k PublicKey) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
 
-// NodeKey is the public half of a node's key of one epoch. The private half
-// never leaves the node.
+// MarshalText implements encoding.TextMarshaler, for JSON.
+func (k PublicKey) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText is the inverse of MarshalText; what is no key is ErrInvalid.
+func (k *PublicKey) UnmarshalText(b []byte) error {
+	raw, err := base64.StdEncoding.DecodeString(string(b))
+	if err != nil || len(raw) != len(k) {
+		return fmt.Errorf("public key %q is not 32 bytes in base64: %w", b, ErrInvalid)
+	}
+	copy(k[:], raw)
+	return nil
+}
+
+// NodeKey is the public half of a node's key of one epoch, and the UDP port
+// where it is used. The private half never leaves the node.
 type NodeKey struct {
 	Epoch  uint64
 	Public PublicKey
+	Port   uint16
 }
 
 // KeySlots is how many keys a node has in use at once: that of the current

@@ -10,8 +10,6 @@ import (
 // Encryption is what a node's encrypted networks share: the other nodes and
 // their keys. Which addresses are behind a node follows from the networks.
 type Encryption struct {
-	// Port is the UDP port of slot 0; slot 1 has the one after it.
-	Port uint16
 	// Epoch is the cluster's current generation of keys.
 	Epoch uint64
 	Peers []EncryptionPeer

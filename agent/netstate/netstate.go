@@ -27,8 +27,10 @@ type Input struct {
 	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
 	DataPathPort uint16
 	MTU          int
-	Networks     []weft.Network
-	Services     []Service
+	// KeyEpoch is the cluster's generation of keys for encrypted networks.
+	KeyEpoch uint64
+	Networks []weft.Network
+	Services []Service
 	// Nodes are all members, Self included. Endpoints of others are ignored.
 	Nodes []Node
 	Local []LocalTask
@@ -44,6 +46,8 @@ type Node struct {
 	Hostname    string
 	VTEP        netip.Addr
 	IngressAddr netip.Prefix
+	// Keys are its public keys for encrypted networks.
+	Keys []weft.NodeKey
 }
 
 // Service is what balancers and names need of a service.
@@ -94,6 +98,7 @@ func Derive(in Input) Output {
 			}
 		}
 	}
+	d.encrypt(&out)
 	out.Ingress.Gateway = d.gateway()
 	out.Names = d.names()
 	return out
@@ -218,6 +223,9 @@ func (d *deriver) carried(n weft.Network) bool {
 func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
 		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
+	}
+	if n.Spec.Encrypted() {
+		out.Encrypted, out.MTU = true, vxlan.EncryptedFrom(d.in.MTU, d.in.Self.VTEP)
 	}
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"time"
@@ -32,6 +33,9 @@ type Config struct {
 	RunDir string
 	// KeyFile holds the private keys; it outlives a reboot.
 	KeyFile string
+	// Port is the UDP port of slot 0, slot 1 has the one after it; 0 is
+	// weft.WireGuardPort.
+	Port uint16
 	// Engine forces one of the engines; "" is the first that can be made.
 	Engine string
 	// Bridge makes everything but what encrypted networks need behind their
@@ -60,6 +64,12 @@ func New(cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("configure encryption: node, folders, key file, bridge engine and log are needed: %w", weft.ErrInvalid)
 	case cfg.Engine != "" && cfg.Engine != EngineKernel && cfg.Engine != EngineUser && cfg.Engine != EngineNone:
 		return nil, fmt.Errorf("configure encryption: engine %q is not %s, %s or %s: %w", cfg.Engine, EngineKernel, EngineUser, EngineNone, weft.ErrInvalid)
+	}
+	if cfg.Port == 0 {
+		cfg.Port = weft.WireGuardPort
+	}
+	if cfg.Port == math.MaxUint16 {
+		return nil, fmt.Errorf("configure encryption: port %d has none after it, and two are needed: %w", cfg.Port, weft.ErrInvalid)
 	}
 	return &Engine{cfg: cfg, keys: keys{path: cfg.KeyFile}, reason: errors.New("no engine was looked for")}, nil
 }
@@ -123,7 +133,7 @@ func (e *Engine) Keys(epoch uint64) ([]weft.NodeKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ring.public()
+	return ring.public(e.cfg.Port)
 }
 
 // Read implements vxlan.Kernel.
@@ -195,7 +205,7 @@ func (e *Engine) prepare(ctx context.Context, want vxlan.State) error {
 	if err := c.sysctls(); err != nil {
 		return err
 	}
-	return e.driver.ensure(ctx, path, want.Encryption.Port)
+	return e.driver.ensure(ctx, path, e.cfg.Port)
 }
 
 // lead writes keys, peers and routes.
@@ -219,7 +229,7 @@ func (e *Engine) lead(ctx context.Context, want vxlan.State) error {
 // configure makes both devices as wanted and returns what they hold then.
 func (e *Engine) configure(ctx context.Context, want vxlan.State, ring keyring) ([weft.KeySlots]device, error) {
 	var have [weft.KeySlots]device
-	for slot, w := range wanted(want, ring) {
+	for slot, w := range wanted(want, ring, e.cfg.Port) {
 		h, err := e.driver.read(ctx, slot)
 		if err != nil {
 			return have, err

@@ -103,8 +103,8 @@ func (k *keys) ensure(epoch uint64) (keyring, error) {
 	return next, nil
 }
 
-// public is what others may know, by epoch.
-func (r keyring) public() ([]weft.NodeKey, error) {
+// public is what others may know, by epoch; port is that of slot 0.
+func (r keyring) public(port uint16) ([]weft.NodeKey, error) {
 	var out []weft.NodeKey
 	for _, k := range r {
 		if k == nil {
@@ -114,7 +114,9 @@ func (r keyring) public() ([]weft.NodeKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, weft.NodeKey{Epoch: k.Epoch, Public: p})
+		n := weft.NodeKey{Epoch: k.Epoch, Public: p}
+		n.Port = port + uint16(n.Slot())
+		out = append(out, n)
 	}
 	if len(out) == weft.KeySlots && out[0].Epoch > out[1].Epoch {
 		out[0], out[1] = out[1], out[0]

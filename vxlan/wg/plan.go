@@ -74,11 +74,11 @@ func newest(p vxlan.EncryptionPeer) [weft.KeySlots]*weft.NodeKey {
 // wanted are the two devices. A slot for which this node has no key yet has no
 // peers. Both know every peer and all its addresses, so that a packet is taken
 // from whichever the sender chose.
-func wanted(st vxlan.State, ring keyring) [weft.KeySlots]device {
+func wanted(st vxlan.State, ring keyring, port uint16) [weft.KeySlots]device {
 	var out [weft.KeySlots]device
 	addrs := behind(st)
 	for slot := range out {
-		out[slot] = device{port: st.Encryption.Port + uint16(slot), peers: map[weft.PublicKey]peer{}}
+		out[slot] = device{port: port + uint16(slot), peers: map[weft.PublicKey]peer{}}
 		if ring[slot] == nil {
 			continue
 		}
@@ -88,7 +88,7 @@ func wanted(st vxlan.State, ring keyring) [weft.KeySlots]device {
 			// Nodes that share no encrypted network stay strangers.
 			if k := newest(p)[slot]; k != nil && len(addrs[vtep]) > 0 {
 				out[slot].peers[k.Public] = peer{
-					endpoint: netip.AddrPortFrom(vtep, out[slot].port), allowed: addrs[vtep],
+					endpoint: netip.AddrPortFrom(vtep, k.Port), allowed: addrs[vtep],
 				}
 			}
 		}

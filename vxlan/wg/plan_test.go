@@ -276,8 +276,8 @@ func TestKeys(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(ring, before) {
 		t.Fatalf("read back %v, %v; want %v", ring, err, before)
 	}
-	pub, err := ring.public()
-	if err != nil || len(pub) != 2 || pub[0].Epoch != 1 || pub[1].Epoch != 2 || pub[0].Public == pub[1].Public {
+	pub, err := ring.public(51820)
+	if err != nil || len(pub) != 2 || pub[0].Epoch != 1 || pub[1].Epoch != 2 || pub[0].Port != 51821 || pub[1].Port != 51820 || pub[0].Public == pub[1].Public {
 		t.Errorf("public halves %v, %v", pub, err)
 	}
 	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {

@@ -27,6 +27,7 @@ import (
 // is 10.100.<v>.0/24 with VNI 5000+v; host i's task on it has .10*i, and on
 // network 2 fd77::/64 with the same last part.
 const (
+	// testPort and ten for each host: nodes need not agree on it.
 	testPort = 51820
 	underMTU = 1500
 	testMTU  = underMTU - 60
@@ -117,7 +118,7 @@ func (h *host) restart(engine string) {
 	nsDir := filepath.Join(h.dir, "netns")
 	bridge, err := linux.New(linux.Config{Node: h.node, NetNSDir: nsDir, Log: log})
 	must(h.t, err)
-	h.e, err = New(Config{Node: h.node, NetNSDir: nsDir, RunDir: filepath.Join(h.dir, "wg"), KeyFile: filepath.Join(h.dir, "keys.json"), Engine: engine, Bridge: bridge, Log: log})
+	h.e, err = New(Config{Node: h.node, NetNSDir: nsDir, RunDir: filepath.Join(h.dir, "wg"), KeyFile: filepath.Join(h.dir, "keys.json"), Port: uint16(testPort + 10*h.i), Engine: engine, Bridge: bridge, Log: log})
 	must(h.t, err)
 	must(h.t, h.ns.Do(func() error { return h.e.Probe(context.Background()) }))
 }
@@ -147,7 +148,7 @@ func (h *host) keys(epoch uint64) []weft.NodeKey {
 // state is what host h wants of the networks, when the others have published
 // the keys in known.
 func (h *host) state(hosts []*host, epoch uint64, known map[*host][]weft.NodeKey, nets ...int) vxlan.State {
-	st := vxlan.State{Networks: map[uint32]vxlan.Network{}, Encryption: vxlan.Encryption{Port: testPort, Epoch: epoch}}
+	st := vxlan.State{Networks: map[uint32]vxlan.Network{}, Encryption: vxlan.Encryption{Epoch: epoch}}
 	for _, v := range nets {
 		n := vxlan.Network{ID: weft.ID(fmt.Sprintf("net%d", v)), VNI: uint32(5000 + v), MTU: testMTU, VTEP: vtep(h.i), Port: 4789, Encrypted: true,
 			Subnets: []netip.Prefix{h.tasks[v].Addr.Masked()}, Ports: []vxlan.Port{h.tasks[v]}}
