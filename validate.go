@@ -2,7 +2,6 @@ package weft
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -312,8 +311,8 @@ func (n NetworkSpec) Validate() error {
 	if n.Ingress && (n.Internal || n.Attachable) {
 		return invalid("Ingress", "the ingress network is neither internal nor attachable")
 	}
-	for _, key := range slices.Sorted(maps.Keys(n.Options)) {
-		return at(fmt.Sprintf("Options[%q]", key), fmt.Errorf("%w: this version has no network options", ErrUnsupported))
+	if err := n.CheckOptions(); err != nil {
+		return err
 	}
 	for i, s := range n.Subnets {
 		if err := s.validate(fmt.Sprintf("IPAM.Config[%d]", i)); err != nil {

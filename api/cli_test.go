@@ -135,7 +135,11 @@ func TestDockerNetworks(t *testing.T) {
 	d.bad("use --driver overlay", "network", "create", "n")
 	d.bad("IPv6 is not supported", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
 	d.bad("EnableIPv6", "network", "create", "-d", "overlay", "--ipv6", "n")
-	d.bad(`Options\["encrypted"\]`, "network", "create", "-d", "overlay", "-o", "encrypted", "n")
+	d.bad(`Options\["color"\]: .*no such option`, "network", "create", "-d", "overlay", "-o", "color=red", "n")
+	d.bad(`Options\["com.docker.network.driver.mtu"\]: .*65536`, "network", "create", "-d", "overlay", "-o", "com.docker.network.driver.mtu=65536", "n")
+	d.ok("", "network", "create", "-d", "overlay", "-o", "com.docker.network.driver.mtu=1400", "m")
+	d.ok("^1400\n$", "network", "inspect", "-f", `{{index .Options "com.docker.network.driver.mtu"}}`, "m")
+	d.ok("^m\n$", "network", "rm", "m")
 	d.bad("IPRange", "network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--ip-range", "10.5.0.0/25", "n")
 	id := strings.TrimSpace(d.ok("^[0-9a-z]{25}\n$", "network", "create", "-d", "overlay", "--attachable",
 		"--subnet", "10.5.0.0/24", "--gateway", "10.5.0.1", "--label", "a=b", "n"))

@@ -21,7 +21,7 @@ import (
 // networkRules: what network create honours.
 func networkRules() ruleSet {
 	r := ruleSet{}
-	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels",
+	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels", "Options",
 		"IPAM.Config[].Subnet", "IPAM.Config[].Gateway")
 	r["Scope"] = only("", "swarm")
 	r["EnableIPv4"] = only(true)
@@ -86,7 +86,7 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 	})
 	out := weft.NetworkSpec{
 		Name: d.Name, Labels: orEmpty(d.Labels), Driver: d.Driver,
-		Internal: d.Internal, Attachable: d.Attachable,
+		Internal: d.Internal, Attachable: d.Attachable, Options: d.Options,
 	}
 	if d.IPAM != nil {
 		for i, cfg := range d.IPAM.Config {
@@ -97,7 +97,10 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 			out.Subnets = append(out.Subnets, weft.Subnet{Prefix: cfg.Subnet, Gateway: cfg.Gateway})
 		}
 	}
-	return out, joined(weft.ErrInvalid, faults)
+	if len(faults) > 0 {
+		return out, joined(weft.ErrInvalid, faults)
+	}
+	return out, out.CheckOptions()
 }
 
 // checkSubnet returns what is wrong with one address range, "" when nothing.
@@ -369,7 +372,7 @@ func swarmNetwork(n *weft.Network) swarm.Network {
 		ID: string(n.ID), Meta: dockerMeta(n.Meta),
 		Spec: swarm.NetworkSpec{
 			Annotations:         swarm.Annotations{Name: n.Spec.Name, Labels: orEmpty(n.Spec.Labels)},
-			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver},
+			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver, Options: n.Spec.Options},
 			Internal:            n.Spec.Internal, Attachable: n.Spec.Attachable, Ingress: n.Spec.Ingress,
 			IPAMOptions: &swarm.IPAMOptions{Driver: swarm.Driver{Name: "default"}},
 			Scope:       "swarm",
