@@ -22,6 +22,15 @@ func (s NetworkSpec) Encrypted() bool {
 	return ok && (v == "" || v == "true")
 }
 
+// checkEncrypted takes what Encrypted takes and nothing else. Docker encrypts
+// with any value, "false" too; here that is refused and not guessed at.
+func checkEncrypted(_ *NetworkSpec, value string) error {
+	if value != "" && value != "true" {
+		return fmt.Errorf("%w: %q: leave the value out, or leave the option out for a network that is not encrypted", ErrInvalid, value)
+	}
+	return nil
+}
+
 // PublicKey is a Curve25519 public key (RFC 7748), as WireGuard uses it.
 type PublicKey [32]byte
 
