@@ -21,6 +21,7 @@ import (
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan: the underlay is 10.99.8.0/24 and host i has .i in it. Network v
@@ -32,15 +33,6 @@ const (
 	underMTU = 1500
 	testMTU  = underMTU - 60
 )
-
-// skip is a failure where CI requires TUN devices.
-func skip(t *testing.T, err error) {
-	t.Helper()
-	if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "tun") {
-		t.Fatal(err)
-	}
-	t.Skip(err)
-}
 
 // host is one node in a namespace of its own.
 type host struct {
@@ -60,7 +52,7 @@ func vtep(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 99, 8, byte(i)}
 func rig(t *testing.T, n int, engine string) []*host {
 	t.Helper()
 	if err := probeUser(t.TempDir()); errors.Is(err, weft.ErrUnsupported) {
-		skip(t, err)
+		netnstest.Missing(t, "root", err)
 	}
 	dir, err := os.MkdirTemp("/run", "wg")
 	must(t, err)
