@@ -112,6 +112,9 @@ type Node struct {
 	// which requests to published ports enter the overlay; unset until the
 	// leader has allocated it.
 	IngressAddr netip.Prefix
+	// IngressAddr6 is its IPv6 twin; invalid where the ingress network has
+	// no IPv6 (clusters made before it had, until somebody adds it).
+	IngressAddr6 netip.Prefix `json:",omitzero" cbor:",omitzero"`
 	// Manager is nil on workers.
 	Manager *ManagerStatus
 }

@@ -306,7 +306,9 @@ func (m *model) view(t weft.Task) dns.View {
 			continue
 		}
 		v.Networks = append(v.Networks, at.Network)
-		v.Self.Addrs = append(v.Self.Addrs, at.Addr.Addr())
+		for _, a := range at.Addrs() {
+			v.Self.Addrs = append(v.Self.Addrs, a.Addr())
+		}
 		if !known || !n.Spec.Internal {
 			v.Internal = false
 		}

@@ -111,7 +111,7 @@ func (c *controller) hostname() string {
 // sandbox is what surrounds the container. A task has a way out unless all its
 // networks are internal; one without networks has nothing else.
 func (c *controller) sandbox(m *model) sandbox.Spec {
-	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string]netip.Addr{}}
+	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string][]netip.Addr{}}
 	own := 0
 	for _, at := range c.task.Attachments {
 		n, known := m.Networks[at.Network]
@@ -120,7 +120,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		}
 		own++
 		if _, named := s.Hosts[s.Hostname]; !named {
-			s.Hosts[s.Hostname] = at.Addr.Addr()
+			for _, a := range at.Addrs() {
+				s.Hosts[s.Hostname] = append(s.Hosts[s.Hostname], a.Addr())
+			}
 		}
 		if !known || !n.Spec.Internal {
 			s.Gateway = true
@@ -130,7 +132,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		s.Gateway = true
 	}
 	for _, v := range m.Services[c.task.Service].VIPs {
-		s.VIPs = append(s.VIPs, v.Addr.Addr())
+		for _, a := range v.Addrs() {
+			s.VIPs = append(s.VIPs, a.Addr())
+		}
 	}
 	return s
 }

@@ -23,7 +23,7 @@ func (d *deriver) encrypt(out *Output) {
 		for _, e := range d.endpoints[n.ID] {
 			if !e.local && e.Service != "" {
 				r.Backends = append(r.Backends, ingress.Backend{
-					Task: e.Task, Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr),
+					Task: e.Task, Addr: e.Addr, Addr6: e.Addr6, MAC: weft.EndpointMAC(e.Task, e.Addr),
 					Draining: e.State == weft.EndpointDraining,
 				})
 			}

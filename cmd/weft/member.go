@@ -49,17 +49,22 @@ type member struct {
 	engine  *nft.Engine
 	crypt   *wg.Engine
 
-	learned chan struct{} // closed by the first word from the leader
-	ended   chan struct{} // closed by membership.serve when run has returned
-	// retiring is closed by retire, retired by runAgent at its end.
-	retiring, retired chan struct{}
-	retireOnce        sync.Once
+	stage stage
 
 	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
 	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
 	heard bool
+}
+
+// stage tells how far a member's life has come.
+type stage struct {
+	learned chan struct{} // closed by the first word from the leader
+	ended   chan struct{} // closed by membership.serve when run has returned
+	// retiring is closed by retire, retired by runAgent at its end.
+	retiring, retired chan struct{}
+	retireOnce        sync.Once
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -85,7 +90,9 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, stage: stage{
+		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
+	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
@@ -189,12 +196,12 @@ func (m *member) run(ctx context.Context) error {
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.retired)
+	defer close(m.stage.retired)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.retiring:
+		case <-m.stage.retiring:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -211,9 +218,9 @@ var errRetired = errors.New("the agent is not wanted any more")
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.retireOnce.Do(func() { close(m.retiring) })
+	m.stage.retireOnce.Do(func() { close(m.stage.retiring) })
 	select {
-	case <-m.retired:
+	case <-m.stage.retired:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -231,7 +238,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	defer m.mu.Unlock()
 	if !m.heard {
 		m.heard = true
-		close(m.learned)
+		close(m.stage.learned)
 	}
 	next := m.state
 	if len(managers) > 0 {

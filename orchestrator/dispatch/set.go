@@ -72,7 +72,7 @@ func share(v *state.Snapshot) *shared {
 func NodeView(n weft.Node) wire.NodeView {
 	v := wire.NodeView{
 		ID: n.ID, Hostname: n.Description.Hostname, Addr: n.Status.Addr,
-		DataPath: n.DataPath, IngressAddr: n.IngressAddr, Keys: n.Status.Keys,
+		DataPath: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Status.Keys,
 	}
 	if n.Manager != nil {
 		v.Manager = n.Manager.Addr

@@ -142,9 +142,11 @@ type NodeView struct {
 	Addr        netip.Addr
 	DataPath    netip.Addr
 	IngressAddr netip.Prefix
-	Manager     netip.AddrPort // cluster port; invalid on workers
 	// Keys for encrypted networks; see weft.NodeStatus.
 	Keys []weft.NodeKey `cbor:",omitempty" json:",omitempty"`
+	// IngressAddr6 is invalid where the ingress network has no IPv6.
+	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
+	Manager      netip.AddrPort // cluster port; invalid on workers
 }
 
 // ClusterView is what every node knows of the cluster.

@@ -273,10 +273,14 @@ func derivePaths(st vxlan.State, slots map[netip.Addr]int) paths {
 			p.neighs = append(p.neighs, neigh{link: router, addr: a, mac: mac})
 		}
 		for _, port := range n.Ports {
-			local(port.Addr.Addr(), vxlan.MACOf(port.MAC))
+			for _, a := range port.Addrs() {
+				local(a.Addr(), vxlan.MACOf(port.MAC))
+			}
 		}
 		if n.HostLeg != nil {
-			local(n.HostLeg.Addr.Addr(), vxlan.MACOf(n.HostLeg.MAC))
+			for _, a := range n.HostLeg.Addrs() {
+				local(a.Addr(), vxlan.MACOf(n.HostLeg.MAC))
+			}
 		}
 		for _, q := range n.Peers {
 			if slot, ok := slots[q.VTEP.Unmap()]; ok {
