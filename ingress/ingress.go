@@ -26,6 +26,8 @@ type Table struct {
 	Gateway Gateway
 	// Router is the way of encrypted networks to other nodes.
 	Router Router
+	// Underlay is who may send overlay packets to this node.
+	Underlay Underlay
 }
 
 // Network is one overlay network's balancing table.
@@ -81,6 +83,13 @@ type Entry struct {
 	// Addr6 is the same for IPv6; invalid = published ports are answered on
 	// IPv4 only.
 	Addr6 netip.Prefix
+}
+
+// Underlay names the members of the cluster by the addresses of their tunnels.
+// A VXLAN packet from any other address is dropped, whatever network it claims.
+type Underlay struct {
+	Port    uint16 // UDP port of VXLAN; 0 = not known yet, nothing is dropped
+	Members []netip.Addr
 }
 
 // Router is the namespace through which packets of encrypted networks leave the

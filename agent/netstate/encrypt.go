@@ -2,6 +2,7 @@ package netstate
 
 import (
 	"cmp"
+	"net/netip"
 	"path/filepath"
 	"slices"
 
@@ -9,6 +10,23 @@ import (
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/vxlan"
 )
+
+// underlay are all members, those that are down, too: they may have come back.
+// Before any is known nobody is kept out.
+func (d *deriver) underlay() ingress.Underlay {
+	if len(d.in.Nodes) == 0 {
+		return ingress.Underlay{}
+	}
+	u := ingress.Underlay{Port: d.in.DataPathPort}
+	for _, n := range append(slices.Clone(d.in.Nodes), d.in.Self) {
+		if n.VTEP.IsValid() {
+			u.Members = append(u.Members, n.VTEP.Unmap())
+		}
+	}
+	slices.SortFunc(u.Members, netip.Addr.Compare)
+	u.Members = slices.Compact(u.Members)
+	return u
+}
 
 // encrypt adds what the node's encrypted networks share: the other nodes' keys,
 // and how a balancer reaches tasks there.

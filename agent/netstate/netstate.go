@@ -102,6 +102,7 @@ func Derive(in Input) Output {
 		}
 	}
 	d.encrypt(&out)
+	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()
 	out.Names = d.names()
 	return out
