@@ -85,6 +85,9 @@ func (l *Lab) daemonArgs(h Host, r record) []string {
 	if r.ServiceEngine != "" {
 		args = append(args, "--service-engine", r.ServiceEngine)
 	}
+	if r.CryptEngine != "" {
+		args = append(args, "--encryption-engine", r.CryptEngine)
+	}
 	return args
 }
 
