@@ -26,6 +26,7 @@ import (
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // member is this node as part of one cluster: everything that runs between
@@ -38,24 +39,32 @@ type member struct {
 	peers  *wire.Peers
 
 	manager *orchestrator.Manager // nil on workers
+	raft    *wire.Raft
 	server  *wire.Server
 	ln      net.Listener
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
+	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
+	crypt   *wg.Engine
 
-	learned chan struct{} // closed by the first word from the leader
-	ended   chan struct{} // closed by membership.serve when run has returned
-	// retiring is closed by retire, retired by runAgent at its end.
-	retiring, retired chan struct{}
-	retireOnce        sync.Once
+	stage stage
 
 	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
 	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
 	heard bool
+}
+
+// stage tells how far a member's life has come.
+type stage struct {
+	learned chan struct{} // closed by the first word from the leader
+	ended   chan struct{} // closed by membership.serve when run has returned
+	// retiring is closed by retire, retired by runAgent at its end.
+	retiring, retired chan struct{}
+	retireOnce        sync.Once
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -81,12 +90,17 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, stage: stage{
+		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
+	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
 	m.peers = wire.NewPeers(m.creds)
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+		return nil, err
+	}
+	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if err := m.makeNode(ctx, d); err != nil {
@@ -99,8 +113,18 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
 	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
-	overlay, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	bridge, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
 	if err != nil {
+		return err
+	}
+	m.crypt, err = wg.New(wg.Config{
+		Node: s.Node, NetNSDir: netnsDir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: bridge, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := m.crypt.Probe(ctx); err != nil {
 		return err
 	}
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
@@ -127,7 +151,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
 		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -137,16 +161,16 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 	sc := wire.ServerConfig{Credentials: m.creds, Agent: agentLogs{m.agent}, Log: m.log}
 	if m.state.Role == weft.RoleManager {
-		raft := wire.NewRaft(m.creds, m.state.Advertise)
+		m.raft = wire.NewRaft(m.creds, m.state.Advertise)
 		mgr, err := orchestrator.New(orchestrator.Config{
-			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{raft},
+			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
 			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Log: m.log,
 		})
 		if err != nil {
 			return err
 		}
 		m.manager = mgr
-		sc.Control, sc.Dispatcher, sc.Membership, sc.Raft = mgr, mgr, mgr, raft
+		sc.Control, sc.Dispatcher, sc.Membership, sc.Raft = mgr, mgr, mgr, m.raft
 		sc.Check = mgr.Check
 		sc.Join = wire.AdmitVia(mgr, m.client)
 	}
@@ -157,10 +181,6 @@ func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 
 // run serves until ctx ends or a part fails for good.
 func (m *member) run(ctx context.Context) error {
-	renewal, err := ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(m.cfg.DataRoot), Sign: m.sign, Log: m.log})
-	if err != nil {
-		return errors.Join(err, m.ln.Close())
-	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.server.Run(ctx, m.ln) })
 	g.Go(func() error { return m.client.Run(ctx) })
@@ -170,18 +190,18 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
-	g.Go(func() error { return renewal.Run(ctx) })
+	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.retired)
+	defer close(m.stage.retired)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.retiring:
+		case <-m.stage.retiring:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -198,9 +218,9 @@ var errRetired = errors.New("the agent is not wanted any more")
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.retireOnce.Do(func() { close(m.retiring) })
+	m.stage.retireOnce.Do(func() { close(m.stage.retiring) })
 	select {
-	case <-m.retired:
+	case <-m.stage.retired:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -218,7 +238,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	defer m.mu.Unlock()
 	if !m.heard {
 		m.heard = true
-		close(m.learned)
+		close(m.stage.learned)
 	}
 	next := m.state
 	if len(managers) > 0 {

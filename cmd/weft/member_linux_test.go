@@ -86,7 +86,7 @@ func TestMemberRenewsItsCertificate(t *testing.T) {
 	done := make(chan error, 1) // the one result of run
 	go func() { done <- m.run(running) }()
 	select {
-	case <-m.learned: // over a connection with the new certificate
+	case <-m.stage.learned: // over a connection with the new certificate
 	case err := <-done:
 		t.Fatalf("the member ended: %v", err)
 	case <-ctx.Done():
