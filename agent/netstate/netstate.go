@@ -312,6 +312,7 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 		VNI:    n.VNI,
 		NetNS:  filepath.Join(d.in.NetNSDir, weft.OverlayNetNS(d.in.Self.ID, n.VNI)),
 		Bridge: weft.BridgeName(n.VNI),
+		IPv6:   n.Spec.IPv6,
 	}
 	for _, t := range d.local[n.ID] {
 		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))
