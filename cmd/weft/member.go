@@ -122,7 +122,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err := m.engine.Probe(ctx); err != nil {
 		return fmt.Errorf("service engine nft: %w", err)
 	}
-	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse())
+	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse(), "publishes_on_ipv6", m.engine.CanPublish6())
 	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
 	if err != nil {
 		return err
@@ -137,7 +137,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
-		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
+		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU, NoIPv6: !linux.HasIPv6(),
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,

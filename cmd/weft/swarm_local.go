@@ -74,6 +74,9 @@ func engineChoices(m *member) []weft.EngineChoice {
 		if !m.engine.CanRefuse() {
 			service.Reason = "probed: tables load; this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
 		}
+		if !m.engine.CanPublish6() {
+			service.Reason += "; it does not translate IPv6, so ports are published on IPv4 only"
+		}
 	}
 	return []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
 }
