@@ -38,8 +38,6 @@ type Config struct {
 	Addr netip.AddrPort
 	// MTU of the tasks' ports, read anew at each pass of the data plane.
 	MTU func() (int, error)
-	// NoIPv6 says that the host's kernel has no IPv6.
-	NoIPv6 bool
 
 	Runtime  runtime.Runtime
 	Execer   runtime.Execer

@@ -49,7 +49,6 @@ type plane struct {
 	names    *dns.Server
 	gossip   gossip.Table
 	mtu      func() (int, error)
-	noIPv6   bool
 	log      *slog.Logger
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
@@ -79,7 +78,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, mtu: cfg.MTU, noIPv6: cfg.NoIPv6, log: cfg.Log,
+		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, mtu: cfg.MTU, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		gone: map[weft.ID]weft.Network{},
 	}
@@ -330,7 +329,7 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, uint64) 
 // readHost adds what the host itself says.
 func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	var err error
-	in.NoIPv6 = p.noIPv6
+	in.NoIPv6 = !hasIPv6()
 	if in.MTU, err = p.mtu(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
 	}

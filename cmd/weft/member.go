@@ -75,7 +75,7 @@ func (ms *membership) newMember(ctx context.Context, state memberState, boot *or
 	if err := m.makeServer(boot); err != nil {
 		return nil, err
 	}
-	if m.ln, err = wire.Listen(ctx, state.Listen); err != nil {
+	if m.ln, err = wire.Listen(ctx, state.bind()); err != nil {
 		return nil, err
 	}
 	return m, nil
@@ -128,7 +128,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.gossip, err = gossip.New(gossip.Config{
-		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
+		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
 		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
 	})
@@ -137,7 +137,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
-		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU, NoIPv6: !linux.HasIPv6(),
+		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,

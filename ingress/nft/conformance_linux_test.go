@@ -14,6 +14,7 @@ import (
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestConformance runs the suite of all engines on a bridge with real tasks.
@@ -40,7 +41,7 @@ func testConformance(t *testing.T, is6 bool) {
 	}
 	if is6 {
 		if !e.CanPublish6() {
-			t.Skip("this kernel does not translate IPv6:", weft.ErrUnsupported)
+			netnstest.Missing(t, "userns", fmt.Errorf("this kernel does not translate IPv6: %w", weft.ErrUnsupported))
 		}
 		bed.Network.IPv6, bed.Entry.Addr6 = true, netip.MustParsePrefix(leg6Text+"/64")
 		bed.Inside, bed.Host = twin("10.0.16.50"), netip.MustParseAddr(host6Text)

@@ -458,7 +458,7 @@ func TestPublishedPortIPv6(t *testing.T) {
 	e := New(f.dir)
 	must(t, e.Probe(t.Context()))
 	if !e.CanPublish6() {
-		t.Skip("this kernel does not translate IPv6:", weft.ErrUnsupported)
+		netnstest.Missing(t, "userns", fmt.Errorf("this kernel does not translate IPv6: %w", weft.ErrUnsupported))
 	}
 	must(t, addAddr("lo", "2001:db8:1::1/128"))
 	a := f.task(11)

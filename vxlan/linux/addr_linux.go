@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 
@@ -125,13 +124,6 @@ func AddrCandidates() ([]netip.Addr, error) {
 	})
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out), err
-}
-
-// HasIPv6 reports whether the kernel speaks IPv6 at all (it does not with
-// ipv6.disable=1).
-func HasIPv6() bool {
-	_, err := os.Stat("/proc/net/if_inet6")
-	return err == nil
 }
 
 func eachAddr(f func(netlink.Link, netip.Prefix)) error {
