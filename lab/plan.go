@@ -193,6 +193,8 @@ type Spec struct {
 	ServiceEngine string
 	// Underlay is UnderlayIPv4 or UnderlayIPv6; fixed when the lab is made.
 	Underlay string
+	// EncryptionEngine likewise.
+	EncryptionEngine string
 }
 
 // recordVersion of lab.json. A reader refuses other versions.
@@ -206,6 +208,7 @@ type record struct {
 	MTU           int                `json:"mtu"`
 	OverlayEngine string             `json:"overlayEngine,omitempty"`
 	ServiceEngine string             `json:"serviceEngine,omitempty"`
+	CryptEngine   string             `json:"encryptionEngine,omitempty"`
 	Underlay      string             `json:"underlay,omitempty"` // "" = UnderlayIPv4
 	Nodes         map[string]weft.ID `json:"nodes,omitempty"`    // host name to node id, once it is a member
 	HostMTU       map[string]int     `json:"hostMTU,omitempty"`
@@ -266,7 +269,7 @@ func merge(old *record, s Spec) (record, error) {
 	if old == nil {
 		r := record{
 			Version: recordVersion, Hosts: or(s.Hosts, DefaultHosts), Managers: or(s.Managers, 1), MTU: or(s.MTU, DefaultMTU),
-			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine, Underlay: s.Underlay,
+			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine, CryptEngine: s.EncryptionEngine, Underlay: s.Underlay,
 		}
 		return r, r.validate()
 	}
@@ -287,6 +290,8 @@ func merge(old *record, s Spec) (record, error) {
 		return record{}, fixed("service-engine", s.ServiceEngine, or(r.ServiceEngine, "the daemon's choice"))
 	case s.Underlay != "" && s.Underlay != or(r.Underlay, UnderlayIPv4):
 		return record{}, fixed("underlay", s.Underlay, or(r.Underlay, UnderlayIPv4))
+	case s.EncryptionEngine != "" && s.EncryptionEngine != r.CryptEngine:
+		return record{}, fixed("encryption-engine", s.EncryptionEngine, or(r.CryptEngine, "the daemon's choice"))
 	}
 	r.Hosts = max(r.Hosts, s.Hosts)
 	return r, r.validate()

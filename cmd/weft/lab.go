@@ -90,6 +90,7 @@ func labUp(f *labFlags, log *slog.Logger) *cobra.Command {
 	c.Flags().StringVar(&s.Underlay, "underlay", "", "what the hosts speak to each other: ipv4 (default), or ipv6, with no IPv4 address at all")
 	c.Flags().StringVar(&s.OverlayEngine, "overlay-engine", "", "force the overlay engine of all hosts")
 	c.Flags().StringVar(&s.ServiceEngine, "service-engine", "", "force the service engine of all hosts")
+	c.Flags().StringVar(&s.EncryptionEngine, "encryption-engine", "", "force the engine of encrypted networks of all hosts")
 	return c
 }
 

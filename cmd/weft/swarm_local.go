@@ -79,7 +79,11 @@ func engineChoices(m *member) []weft.EngineChoice {
 			service.Reason += "; it does not translate IPv6, so ports are published on IPv4 only"
 		}
 	}
-	return []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	out := []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	if m != nil {
+		out = append(out, m.crypt.Choices()...)
+	}
+	return out
 }
 
 // Init implements api.Swarm.

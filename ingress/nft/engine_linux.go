@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -36,6 +38,9 @@ type Engine struct {
 	// tracked is what the last Apply left for connection tracking to lead
 	// datagrams to; nil before the first. Owned by Apply.
 	tracked *trackable
+	// routed are the backends behind the router after the last Apply; nil
+	// before the first. Owned by Apply.
+	routed map[netip.Addr]bool
 }
 
 // New returns an engine that has done nothing yet. scratchDir is a folder in
@@ -95,6 +100,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	var errs []error
 	if err := e.applyHost(t); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
+	}
+	if err := e.applyRouter(t.Router); err != nil {
+		for _, vni := range t.Router.VNIs {
+			errs = append(errs, &ingress.NetworkError{VNI: vni, Err: fmt.Errorf("apply service addresses behind the router: %w", err)})
+		}
 	}
 	kept := map[string]map[string]bool{}
 	for _, n := range t.Networks {
@@ -163,10 +173,11 @@ func (e *Engine) applyHost(t ingress.Table) error {
 	return legErr
 }
 
-// applyHost6 makes the IPv6 table where the host can be asked over IPv6, and
-// removes it where not.
+// applyHost6 makes the IPv6 table where the host can be asked over IPv6, or where
+// the overlay's packets come over it, and removes it where not.
 func (e *Engine) applyHost6(conn *nftables.Conn, t ingress.Table) error {
-	if t.Ingress.Addr6.IsValid() && e.ip6 {
+	under6 := slices.ContainsFunc(t.Underlay.Members, func(a netip.Addr) bool { return a.Unmap().Is6() })
+	if (t.Ingress.Addr6.IsValid() || under6) && e.ip6 {
 		e.without6 = false
 		return converge(conn, hostRules6(t))
 	}

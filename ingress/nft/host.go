@@ -34,7 +34,7 @@ func hostRules(t ingress.Table) ruleset {
 	r.chains = append(r.chains,
 		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: postroutingChain(t)},
 		chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, rules: forwardChain(t)},
-		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: inputChain(t)},
+		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: ipv4.inputChain(t)},
 	)
 	return r
 }
@@ -46,7 +46,7 @@ func hostRules6(t ingress.Table) ruleset {
 	r.chains = append(r.chains,
 		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: ipv6.entryRules(t.Ingress.Link, t.Ingress.Addr6.Addr())},
 		chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, rules: forwardChain6(t)},
-		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: inputChain(t)},
+		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: ipv6.inputChain(t)},
 	)
 	return r
 }
@@ -61,7 +61,7 @@ func (f *family) publishedRules(t ingress.Table) ruleset {
 	for _, p := range t.Published {
 		f.fillPublished(slots, p)
 	}
-	r.sets = slots
+	r.sets = append(slots, f.members(t.Underlay))
 	dnat := f.publishedChain()
 	r.chains = []chain{
 		{name: "prerouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityNATDest, rules: dnat},
@@ -154,7 +154,7 @@ func (f *family) notLoopback() []expr.Any {
 // entryRules give requests that enter the overlay by link the host's own address
 // there.
 func (f *family) entryRules(link string, addr netip.Addr) []rule {
-	if link == "" {
+	if link == "" || !addr.IsValid() {
 		return nil
 	}
 	return []rule{{"to a backend: from " + addr.String() + " on " + link, join(
@@ -225,13 +225,35 @@ func dropped() []expr.Any {
 
 // inputChain keeps the host's own sockets out of the tasks' reach by way of the
 // ingress leg, which tasks on internal networks have, too: to the host it
-// brings answers only.
-func inputChain(t ingress.Table) []rule {
-	if t.Ingress.Link == "" {
-		return nil
+// brings answers only. And it keeps strangers from sending into the overlay.
+func (f *family) inputChain(t ingress.Table) []rule {
+	var rules []rule
+	if t.Underlay.Port != 0 {
+		rules = append(rules, rule{fmt.Sprintf("VXLAN (udp %d) from no member: drop", t.Underlay.Port), join([]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(t.Underlay.Port)},
+			f.load(f.hostAddr, f.source),
+			&expr.Lookup{SourceRegister: f.hostAddr, SetName: "members", Invert: true},
+		}, dropped())})
 	}
-	return []rule{{"from " + t.Ingress.Link + " new: drop", join(
-		inLink(t.Ingress.Link), unasked(), dropped())}}
+	if t.Ingress.Link != "" {
+		rules = append(rules, rule{"from " + t.Ingress.Link + " new: drop", join(inLink(t.Ingress.Link), unasked(), dropped())})
+	}
+	return rules
+}
+
+// members are the tunnel addresses that VXLAN is taken from.
+func (f *family) members(u ingress.Underlay) set {
+	s := f.addressSet("members")
+	s.name = "members" // the families have tables of their own here
+	for _, a := range u.Members {
+		if a = a.Unmap(); f.has(a) {
+			s.elements[raw(a)] = ""
+		}
+	}
+	return s
 }
 
 // unasked matches packets that belong to no connection seen before.

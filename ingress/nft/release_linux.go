@@ -112,10 +112,21 @@ func (k trackable) release() error {
 			back:    back.Unmap(),
 		}, local)
 	})
-	for _, f := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		if f == unix.AF_INET6 && !k.leg6.IsValid() {
-			break
-		}
+	if err := forget(match, k.leg6.IsValid()); err != nil {
+		return fmt.Errorf("forget datagrams tracked to backends that are gone: %w", err)
+	}
+	return nil
+}
+
+// forget deletes the tracked flows of the calling namespace that match, of IPv4
+// and with6 of IPv6.
+func forget(match netlink.CustomConntrackFilter, with6 bool) error {
+	all := []netlink.InetFamily{unix.AF_INET}
+	if with6 {
+		all = append(all, unix.AF_INET6)
+	}
+	for _, f := range all {
+		var err error
 		for range dumpTries {
 			_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, match)
 			if !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -123,7 +134,7 @@ func (k trackable) release() error {
 			}
 		}
 		if err != nil {
-			return fmt.Errorf("forget datagrams tracked to backends that are gone: %w", err)
+			return err
 		}
 	}
 	return nil
