@@ -25,6 +25,8 @@ const (
 	// minSubnetHostBits: network, broadcast, gateway and a service address
 	// leave four addresses for tasks in a /29.
 	minSubnetHostBits = 3
+	// minSubnetBits: hardware addresses hold the last 24 bits of an address.
+	minSubnetBits = 8
 )
 
 // weftLabelPrefix is kept for labels that weft itself obeys.
@@ -339,14 +341,16 @@ func (s *Subnet) validate(field string) error {
 		return invalid(field+".Subnet", "%s has host bits set: use %s", p, p.Masked())
 	case p.Bits() > 32-minSubnetHostBits:
 		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, 32-minSubnetHostBits)
+	case p.Bits() < minSubnetBits:
+		return invalid(field+".Subnet", "%s is too large: use /%d or smaller", p, minSubnetBits)
 	case !g.IsValid():
 		return nil
 	case !p.Contains(g):
-		return invalid(field+".Gateway", "%s is not in subnet %s", g, p)
+		return invalid(field+".Gateway", "%s is not in subnet %s: use an address of it, such as %s", g, p, p.Addr().Next())
 	case g == p.Addr():
-		return invalid(field+".Gateway", "%s is the network address of %s", g, p)
+		return invalid(field+".Gateway", "%s is the network address of %s: use another, such as %s", g, p, p.Addr().Next())
 	case g == broadcast(p):
-		return invalid(field+".Gateway", "%s is the broadcast address of %s", g, p)
+		return invalid(field+".Gateway", "%s is the broadcast address of %s: use another, such as %s", g, p, p.Addr().Next())
 	}
 	return nil
 }
