@@ -49,7 +49,8 @@ type Config struct {
 	Gossip   gossip.Table
 	Leader   Leader
 
-	// Describe says what this node is; called when a session opens.
+	// Describe says what this node is; called when a session opens, and every
+	// few seconds for the ranges that the host uses.
 	Describe func() (weft.NodeDescription, error)
 	// Listeners reads the ports that other programs of the host hold;
 	// HostListeners is one.
@@ -89,6 +90,7 @@ func New(cfg Config) (*Agent, error) {
 	a.model.Store(newModel())
 	a.linger = newLinger(cfg.Node, cfg.Gossip, a.endpointsPath(), cfg.Log)
 	a.plane = newPlane(cfg, a.linger)
+	a.plane.applied = a.outbox.kick
 	a.tasks = newTasks(a)
 	return a, nil
 }

@@ -29,6 +29,7 @@ type rig struct {
 	ctx      context.Context
 	log      *slog.Logger
 	managers []*member
+	pools    []netip.Prefix // of the cluster; nil = the default
 	logs     func(ctx context.Context, n weft.Node) (wire.Agent, error)
 }
 
@@ -152,7 +153,11 @@ func (r *rig) boot(n int) {
 	r.t.Helper()
 	first := &member{id: weft.NewID(), addr: managerAddr(1), stores: memStores()}
 	r.managers = append(r.managers, first)
-	r.start(first, &Bootstrap{Cluster: testCluster(), Node: weft.Node{ID: first.id, Description: weft.NodeDescription{Hostname: "m1"}}})
+	c := testCluster()
+	if r.pools != nil {
+		c.AddrPools = r.pools
+	}
+	r.start(first, &Bootstrap{Cluster: c, Node: weft.Node{ID: first.id, Description: weft.NodeDescription{Hostname: "m1"}}})
 	r.must(first.Await(r.within(10 * time.Second)))
 	for i := 2; i <= n; i++ {
 		r.join(i)
@@ -264,6 +269,9 @@ type agent struct {
 	mu     sync.Mutex
 	tasks  map[weft.ID]weft.Task
 	states map[weft.ID]weft.TaskState // last to report
+	index  uint64                     // of the assignments that are carried out
+	newest uint64                     // and of those that were heard
+	frozen bool                       // the data plane stands still
 	cancel context.CancelFunc
 	done   chan struct{}
 }
@@ -335,6 +343,9 @@ func (a *agent) take(s wire.Assignments) error {
 			a.states[t.ID] = weft.TaskRunning
 		}
 	}
+	if a.newest = s.Index; !a.frozen {
+		a.index = s.Index
+	}
 	for _, id := range s.GoneTasks {
 		delete(a.tasks, id)
 		delete(a.states, id)
@@ -351,6 +362,7 @@ func (a *agent) reports(ctx context.Context) {
 		}
 		rep := wire.Report{Listeners: []weft.Listener{{Protocol: weft.TCP, Port: 22}}}
 		a.mu.Lock()
+		rep.Applied = a.index
 		for id, s := range a.states {
 			rep.Tasks = append(rep.Tasks, wire.TaskReport{Task: id, Status: weft.TaskStatus{State: s, At: time.Unix(1, 0), Message: "by the fake"}})
 		}

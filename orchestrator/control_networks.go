@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ipam"
@@ -53,14 +52,12 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	if _, taken := v.NetworkByName(spec.Name); taken {
 		return none, fmt.Errorf("network with name %s already exists: %w", spec.Name, weft.ErrConflict)
 	}
-	now := time.Now()
-	t.alloc.follow(v, now) // the loop may not have seen the newest removal
-	subnet, err := t.chooseSubnet(v, &spec, now)
+	subnet, err := chooseSubnet(v, &spec)
 	if err != nil {
 		return none, err
 	}
 	spec.Subnets = []weft.Subnet{subnet}
-	vni, err := t.chooseVNI(v, now)
+	vni, err := chooseVNI(v)
 	if err != nil {
 		return none, fmt.Errorf("network %s: choose VNI: %w", spec.Name, err)
 	}
@@ -75,7 +72,7 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	return n, nil
 }
 
-func (t *term) chooseSubnet(v *state.Snapshot, spec *weft.NetworkSpec, now time.Time) (weft.Subnet, error) {
+func chooseSubnet(v *state.Snapshot, spec *weft.NetworkSpec) (weft.Subnet, error) {
 	used := usedPrefixes(v)
 	if len(spec.Subnets) == 1 && spec.Subnets[0].Prefix.IsValid() {
 		s := spec.Subnets[0]
@@ -100,25 +97,28 @@ func (t *term) chooseSubnet(v *state.Snapshot, spec *weft.NetworkSpec, now time.
 		in = append(in, u.Prefix)
 	}
 	careful := slices.Clone(in)
-	for _, n := range t.alloc.rested(now) {
-		careful = append(careful, n.Spec.Subnets[0].Prefix)
+	for _, n := range v.RestingNetworks() {
+		for _, s := range n.Subnets {
+			careful = append(careful, s.Prefix)
+		}
 	}
 	p, err := pools.Pick(careful)
 	if err != nil {
-		p, err = pools.Pick(in) // better a subnet that has not rested than none
-	}
-	if err != nil {
+		if p, soon := pools.Pick(in); soon == nil {
+			return weft.Subnet{}, fmt.Errorf("network %s: choose subnet: %s is free but rests: its network was removed a moment ago and nodes may hold tunnels of it, for %s at most; try again, or give the subnet: %w",
+				spec.Name, p, restBound, weft.ErrUnavailable)
+		}
 		return weft.Subnet{}, fmt.Errorf("network %s: choose subnet: %w", spec.Name, err)
 	}
 	return weft.Subnet{Prefix: p, Gateway: p.Addr().Next()}, nil
 }
 
-func (t *term) chooseVNI(v *state.Snapshot, now time.Time) (uint32, error) {
+func chooseVNI(v *state.Snapshot) (uint32, error) {
 	used := map[uint32]bool{weft.IngressVNI: true}
 	for _, n := range v.Networks() {
 		used[n.VNI] = true
 	}
-	for _, n := range t.alloc.rested(now) {
+	for _, n := range v.RestingNetworks() {
 		used[n.VNI] = true
 	}
 	return ipam.PickVNI(used)

@@ -1,0 +1,279 @@
+package orchestrator
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// tiny is a network that has five addresses to give, and a spec on it.
+func (r *rig) tiny() (weft.Network, func(name string, replicas uint64) weft.ServiceSpec) {
+	r.t.Helper()
+	n, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "tiny", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.70.0.0/29")}}})
+	r.must(err)
+	return n, func(name string, replicas uint64) weft.ServiceSpec {
+		s := webSpec(name, replicas)
+		s.Networks = []weft.NetworkTarget{{Network: "tiny"}}
+		return s
+	}
+}
+
+// freeze stops a node's data plane: it goes on reporting, and carries nothing
+// out any more.
+func (a *agent) freeze(is bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.frozen = is
+	if !is {
+		a.index = a.newest
+	}
+}
+
+func (r *rig) resting(network weft.ID) int {
+	r.t.Helper()
+	t, err := r.leader().leading()
+	r.must(err)
+	return len(t.store.View().Resting(network))
+}
+
+func TestFullNetworkIsAnErrorOfTheCall(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1)
+		w := r.worker(1)
+		defer w.crash()
+		_, on := r.tiny()
+		create := func(s weft.ServiceSpec) error {
+			_, err := r.leader().CreateService(r.ctx, s)
+			return err
+		}
+		wantErr(t, "too many tasks", create(on("web", 5)), weft.ErrUnavailable,
+			"service web", "network tiny", "10.70.0.0/29", "the 6 addresses", "of 5 addresses 0 are in use, 0 rest, 5 are free", "holders: none", "larger subnet")
+		web, err := r.leader().CreateService(r.ctx, on("web", 3))
+		r.must(err)
+		r.waitRunning(web.ID, 3)
+		wantErr(t, "second service", create(on("db", 1)), weft.ErrUnavailable,
+			"service db", "of 5 addresses 4 are in use, 0 rest, 1 are free", "holders: service web 4")
+		dnsrr := on("db", 1)
+		dnsrr.EndpointMode = weft.EndpointDNSRR
+		r.must(create(dnsrr)) // without an address of its own it fits
+		scale := func(n uint64, image string) error {
+			cur, err := r.leader().Service(r.ctx, "web")
+			r.must(err)
+			cur.Spec.Replicas, cur.Spec.Container.Image = n, image
+			_, err = r.leader().UpdateService(r.ctx, web.ID, cur.Meta.Index, cur.Spec)
+			return err
+		}
+		r.eventually(5*time.Second, "the network is full", func() error {
+			if err := scale(4, "weft/whoami"); err == nil || !strings.Contains(err.Error(), "5 are in use, 0 rest, 0 are free; holders: service web 4, service db 1") {
+				return fmt.Errorf("scaling up: %w", err)
+			}
+			return nil
+		})
+		r.must(scale(3, "weft/whoami:2")) // every task is replaced, each when there is room
+		r.eventually(time.Minute, "all tasks are replaced", func() error {
+			s, err := r.leader().Service(r.ctx, "web")
+			r.must(err)
+			if s.Update.State != weft.UpdateDone {
+				return fmt.Errorf("update is %+v", s.Update)
+			}
+			return nil
+		})
+		r.checkAllocator()
+	})
+}
+
+func TestFreedAddressesRestUntilTheyAreDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1)
+		a, b := r.worker(1), r.worker(2)
+		defer a.crash()
+		defer b.crash()
+		n, on := r.tiny()
+		web, err := r.leader().CreateService(r.ctx, on("web", 4))
+		r.must(err)
+		r.waitRunning(web.ID, 4, a, b)
+		b.freeze(true)
+		r.must(r.leader().RemoveService(r.ctx, web.ID))
+		r.eventually(5*time.Second, "all addresses rest", func() error {
+			if got := r.resting(n.ID); got != 5 {
+				return fmt.Errorf("%d rest", got)
+			}
+			return nil
+		})
+		time.Sleep(100 * time.Millisecond) // the leader's loop has seen it, too
+		_, err = r.leader().CreateService(r.ctx, on("db", 4))
+		wantErr(t, "only resting addresses", err, weft.ErrUnavailable, "network tiny", "of 5 addresses 0 are in use, 5 rest", "every node has dropped them, within 1m0s", "0 are free")
+		time.Sleep(50 * time.Second)
+		if got := r.resting(n.ID); got != 5 {
+			t.Fatalf("%d of 5 addresses rest while a node has not dropped them", got)
+		}
+		b.freeze(false)
+		r.eventually(time.Second, "the node's word ends the rest", func() error {
+			if got := r.resting(n.ID); got != 0 {
+				return fmt.Errorf("%d rest", got)
+			}
+			return nil
+		})
+		db, err := r.leader().CreateService(r.ctx, on("db", 4))
+		r.must(err)
+		r.waitRunning(db.ID, 4)
+		r.checkAllocator()
+
+		// A node that never says so is waited for as long as the bound, one
+		// that is down not at all.
+		b.freeze(true)
+		r.must(r.leader().RemoveService(r.ctx, db.ID))
+		start := time.Now()
+		r.eventually(70*time.Second, "the rest is over", func() error {
+			if got := r.resting(n.ID); got != 0 {
+				return fmt.Errorf("%d rest", got)
+			}
+			return nil
+		})
+		if d := time.Since(start); d < restBound-time.Second {
+			t.Errorf("addresses rested for %s only", d)
+		}
+		b.freeze(false)
+		last, err := r.leader().CreateService(r.ctx, on("last", 4))
+		r.must(err)
+		r.waitRunning(last.ID, 4, a, b)
+		b.crash()
+		r.eventually(30*time.Second, "the silent node is down", func() error {
+			nodes, err := r.leader().Nodes(r.ctx)
+			r.must(err)
+			for _, n := range nodes {
+				if n.ID == b.id && n.Status.State == weft.NodeDown {
+					return nil
+				}
+			}
+			return errors.New("it is not")
+		})
+		r.must(r.leader().RemoveService(r.ctx, last.ID))
+		r.eventually(2*time.Second, "the addresses of the live node's tasks are free", func() error {
+			lead, err := r.leader().leading()
+			r.must(err)
+			if u := lead.alloc.usage(n); u != (usage{size: 5, held: 2}) { // a lost node's tasks may run on
+				return fmt.Errorf("usage is %+v", u)
+			}
+			return nil
+		})
+		b.start()
+	})
+}
+
+func TestRestSurvivesTheLeader(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(3)
+		a := r.worker(1)
+		defer a.crash()
+		n, on := r.tiny()
+		web, err := r.leader().CreateService(r.ctx, on("web", 4))
+		r.must(err)
+		r.waitRunning(web.ID, 4, a)
+		a.freeze(true)
+		r.must(r.leader().RemoveService(r.ctx, web.ID))
+		r.eventually(5*time.Second, "all addresses rest", func() error {
+			if got := r.resting(n.ID); got != 5 {
+				return fmt.Errorf("%d rest", got)
+			}
+			return nil
+		})
+		r.stop(r.leader())
+		if got := r.resting(n.ID); got != 5 {
+			t.Fatalf("%d of 5 addresses rest under the next leader", got)
+		}
+		_, err = r.leader().CreateService(r.ctx, on("db", 1))
+		wantErr(t, "only resting addresses", err, weft.ErrUnavailable, "5 rest")
+		r.checkAllocator()
+		time.Sleep(30 * time.Second)
+		if got := r.resting(n.ID); got != 5 {
+			t.Fatalf("%d of 5 addresses rest while a node has not dropped them", got)
+		}
+		a.freeze(false)
+		r.eventually(5*time.Second, "the node's word ends the rest", func() error {
+			if got := r.resting(n.ID); got != 0 {
+				return fmt.Errorf("%d rest", got)
+			}
+			return nil
+		})
+		db, err := r.leader().CreateService(r.ctx, on("db", 4))
+		r.must(err)
+		r.waitRunning(db.ID, 4, a)
+		r.checkAllocator()
+	})
+}
+
+func TestNumbersOfARemovedNetworkRest(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(3)
+		a := r.worker(1)
+		defer a.crash()
+		time.Sleep(time.Second)
+		old, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "old"})
+		r.must(err)
+		a.freeze(true)
+		r.must(r.leader().RemoveNetwork(r.ctx, old.ID))
+		r.stop(r.leader())
+		next, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "next"})
+		r.must(err)
+		if next.VNI == old.VNI || next.Spec.Subnets[0].Prefix == old.Spec.Subnets[0].Prefix {
+			t.Errorf("network next took over VNI %d, subnet %s", next.VNI, next.Spec.Subnets[0].Prefix)
+		}
+		a.freeze(false)
+		r.eventually(restBound+5*time.Second, "the numbers are free", func() error {
+			lead, err := r.leader().leading()
+			r.must(err)
+			if n := lead.store.View().RestingNetworks(); len(n) != 0 {
+				return fmt.Errorf("%d rest", len(n))
+			}
+			return nil
+		})
+		third, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "third"})
+		r.must(err)
+		if third.VNI != old.VNI {
+			t.Errorf("VNI %d, want %d again", third.VNI, old.VNI)
+		}
+	})
+}
+
+// With pools that are used up but for a subnet that rests, the call says so.
+func TestOnlyARestingSubnetIsLeft(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.pools = []netip.Prefix{netip.MustParsePrefix("10.255.0.0/16"), netip.MustParsePrefix("10.60.0.0/20")}
+		r.boot(1)
+		a := r.worker(1)
+		defer a.crash()
+		time.Sleep(time.Second)
+		a.freeze(true)
+		m := r.leader()
+		n, err := m.CreateNetwork(r.ctx, weft.NetworkSpec{Name: "only"})
+		r.must(err)
+		_, err = m.CreateNetwork(r.ctx, weft.NetworkSpec{Name: "more"})
+		wantErr(t, "pools are used up", err, weft.ErrUnavailable, "network more", "10.60.0.0/20", "in the way")
+		r.must(m.RemoveNetwork(r.ctx, n.ID))
+		_, err = m.CreateNetwork(r.ctx, weft.NetworkSpec{Name: "more"})
+		wantErr(t, "the subnet rests", err, weft.ErrUnavailable, "network more", "10.60.0.0/20 is free but rests")
+		a.freeze(false)
+		r.eventually(5*time.Second, "the subnet is free", func() error {
+			_, err := m.CreateNetwork(r.ctx, weft.NetworkSpec{Name: "more"})
+			return err
+		})
+	})
+}
+
+func TestFullErrorIsStable(t *testing.T) {
+	n := weft.Network{Spec: weft.NetworkSpec{Name: "net", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.70.0.0/29")}}}}
+	one := &fullError{net: n, usage: usage{size: 5, held: 3, resting: 2}}
+	two := &fullError{net: n, usage: usage{size: 5, held: 4, resting: 1}}
+	if one.Error() != two.Error() || !errors.Is(one, weft.ErrUnavailable) {
+		t.Errorf("the status of a task that waits would change all the time: %q, %q", one, two)
+	}
+	if got := weft.Text(one); !strings.HasSuffix(got, "at most 1m0s") || !strings.Contains(got, "network net: subnet 10.70.0.0/29") {
+		t.Errorf("people read %q", got)
+	}
+}

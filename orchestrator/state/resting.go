@@ -1,0 +1,206 @@
+package state
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// RestingAddr is an address that was taken off its holder and is not given out
+// yet: a member may still have an entry for the former holder.
+type RestingAddr struct {
+	Network weft.ID
+	Addr    netip.Addr
+	Owner   weft.ID // the former holder: a task, a service or a node
+	// Task says that Owner is one. Members are told the ids of such tasks, so
+	// that what gossip still says of them does not count.
+	Task  bool      `cbor:",omitempty"`
+	Index uint64    // of the entry that freed it
+	At    time.Time // of the command that freed it
+}
+
+// RestingNetwork is the numbers of a removed network that are not given out yet.
+type RestingNetwork struct {
+	ID      weft.ID
+	Name    string
+	VNI     uint32
+	Subnets []weft.Subnet
+	Index   uint64
+	At      time.Time
+}
+
+// Release ends the rest of addresses and of removed networks: of everything that
+// was freed at or before an index, network by network. What rests no more is
+// skipped.
+type Release struct {
+	Addrs    []Through `cbor:",omitempty"`
+	Networks []weft.ID `cbor:",omitempty"`
+}
+
+// Through is a network and the last index of which its freed addresses are
+// released.
+type Through struct {
+	Network weft.ID
+	Index   uint64
+}
+
+// Resting lists the resting addresses of a network, in the order of addresses.
+func (s *Snapshot) Resting(network weft.ID) []RestingAddr {
+	return list[RestingAddr](s, tResting, byID+"_prefix", string(network)+"\x00")
+}
+
+// AllResting lists the resting addresses of all networks, in the order of
+// networks and addresses.
+func (s *Snapshot) AllResting() []RestingAddr { return list[RestingAddr](s, tResting, byID) }
+
+// RestingAddr looks a resting address up.
+func (s *Snapshot) RestingAddr(network weft.ID, a netip.Addr) (RestingAddr, bool) {
+	return one[RestingAddr](s, tResting, byID, string(network), addrKey(a))
+}
+
+// RestingNetworks lists the removed networks whose numbers rest.
+func (s *Snapshot) RestingNetworks() []RestingNetwork {
+	return list[RestingNetwork](s, tRestingNets, byID)
+}
+
+// addrKey sorts as the address does within its family.
+func addrKey(a netip.Addr) string {
+	a = a.Unmap()
+	return string([]byte{byte(a.BitLen())}) + string(a.AsSlice())
+}
+
+// rest lays an address down that owner gives up. Addresses of networks that are
+// gone went with them.
+func (t *tx) rest(network weft.ID, p netip.Prefix, owner weft.ID, isTask bool) error {
+	if !p.IsValid() {
+		return nil
+	}
+	net, err := first[weft.Network](t.Txn, tNetworks, byID, string(network))
+	if err != nil || net == nil {
+		return err
+	}
+	t.changed.Resting[network] = struct{}{}
+	return t.Insert(tResting, &RestingAddr{
+		Network: network, Addr: p.Addr().Unmap(), Owner: owner, Task: isTask, Index: t.index, At: t.at,
+	})
+}
+
+// restTask: the addresses of a task that has ended or is forgotten. One that
+// never had a node has never been heard of by anybody.
+func (t *tx) restTask(k *weft.Task) error {
+	if k.Node == "" {
+		return nil
+	}
+	for _, at := range k.Attachments {
+		if err := t.rest(at.Network, at.Addr, k.ID, true); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// restVIPs: what a service has had and has no longer.
+func (t *tx) restVIPs(service weft.ID, had, has []weft.VIP) error {
+	for _, v := range had {
+		if slices.Contains(has, v) {
+			continue
+		}
+		if err := t.rest(v.Network, v.Addr, service, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// use ends the rest of an address that a command gives to a new holder.
+func (t *tx) use(network weft.ID, p netip.Prefix) error {
+	if !p.IsValid() {
+		return nil
+	}
+	old, err := first[RestingAddr](t.Txn, tResting, byID, string(network), addrKey(p.Addr()))
+	if err != nil || old == nil {
+		return err
+	}
+	t.changed.Resting[network] = struct{}{}
+	return t.Delete(tResting, old)
+}
+
+func (t *tx) useAll(at []weft.Attachment) error {
+	for _, a := range at {
+		if err := t.use(a.Network, a.Addr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ingress is the id of the routing mesh's network, "" before there is one.
+func (t *tx) ingress() (weft.ID, error) {
+	n, err := first[weft.Network](t.Txn, tNetworks, byVNI, num(uint64(weft.IngressVNI)))
+	if err != nil || n == nil {
+		return "", err
+	}
+	return n.ID, nil
+}
+
+func (t *tx) restIngress(n *weft.Node) error {
+	id, err := t.ingress()
+	if err != nil {
+		return err
+	}
+	return t.rest(id, n.IngressAddr, n.ID, false)
+}
+
+func (t *tx) useIngress(p netip.Prefix) error {
+	id, err := t.ingress()
+	if err != nil {
+		return err
+	}
+	return t.use(id, p)
+}
+
+// restNetwork: the network's numbers rest in place of its addresses.
+func (t *tx) restNetwork(n *weft.Network) error {
+	if _, err := t.DeleteAll(tResting, byID+"_prefix", string(n.ID)+"\x00"); err != nil {
+		return fmt.Errorf("forget the resting addresses of network %s: %w", n.Spec.Name, err)
+	}
+	t.changed.Resting[n.ID] = struct{}{}
+	return t.Insert(tRestingNets, &RestingNetwork{
+		ID: n.ID, Name: n.Spec.Name, VNI: n.VNI, Subnets: n.Spec.Subnets, Index: t.index, At: t.at,
+	})
+}
+
+func (t *tx) release(r *Release) error {
+	for _, th := range r.Addrs {
+		rested, err := all[RestingAddr](t.Txn, tResting, byID+"_prefix", string(th.Network)+"\x00")
+		if err != nil {
+			return err
+		}
+		for _, a := range rested {
+			if a.Index > th.Index {
+				continue
+			}
+			t.changed.Resting[th.Network] = struct{}{}
+			if err := t.Delete(tResting, a); err != nil {
+				return err
+			}
+		}
+	}
+	for _, id := range r.Networks {
+		n, err := first[RestingNetwork](t.Txn, tRestingNets, byID, string(id))
+		if err != nil {
+			return err
+		}
+		if n == nil {
+			continue
+		}
+		t.changed.Resting[id] = struct{}{}
+		if err := t.Delete(tRestingNets, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
