@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Kernel object names. An interface name fits 15 bytes (IFNAMSIZ - 1,
@@ -61,6 +62,14 @@ func TaskNetNS(node, task ID) string {
 func OverlayNetNS(node ID, vni uint32) string {
 	return fmt.Sprintf("weft-%s-n%d", cut(string(node), 8), vni)
 }
+
+// How long the answers of the resolvers may be remembered: to the name of a task,
+// and of a service by its own address. Addresses that are given up are not given
+// out again before. Both stay at or below 5 s, so that clients follow changes.
+const (
+	TaskNameTTL    = 1 * time.Second
+	ServiceNameTTL = 5 * time.Second
+)
 
 // NetNSPrefix is the common prefix of a node's namespace names.
 func NetNSPrefix(node ID) string { return "weft-" + cut(string(node), 8) + "-" }

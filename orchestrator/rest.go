@@ -18,9 +18,9 @@ const (
 	// node that has not dropped it by then keeps nobody waiting. Nodes forget
 	// peers that they have lost within the same time.
 	restBound = 60 * time.Second
-	// releaseGap is the shortest time between two releases: what is confirmed
-	// within it becomes one command. A redeployment of 10,000 tasks then adds
-	// at most 20 entries a second to the log.
+	// releaseGap is the shortest time between two looks at what rests: what is
+	// confirmed within it becomes one command. A redeployment of 10,000 tasks
+	// then adds at most 20 entries a second to the log.
 	releaseGap = 50 * time.Millisecond
 )
 
@@ -30,8 +30,8 @@ const (
 // Time is counted from when this term has seen the address freed: the clocks of
 // two leaders need not agree, and a rest that is too long does no harm.
 type rests struct {
-	seen     map[restKey]time.Time
-	released time.Time // the last release
+	seen   map[restKey]time.Time
+	looked time.Time
 }
 
 // restKey is what was freed by one entry on one network. Index 0 stands for the
@@ -45,22 +45,21 @@ type restKey struct {
 // network has confirmed that it is dropped, or for which the bound is over. It
 // also returns when to look again if nothing is confirmed before.
 func (r *rests) plan(v *state.Snapshot, progress map[weft.ID]dispatch.Progress, now time.Time) (state.Release, time.Time) {
-	addrs, networks := v.AllResting(), v.RestingNetworks()
-	l := lookout{nodes: v.Nodes(), progress: progress, now: now, seen: map[restKey]time.Time{}, known: r.seen}
+	l := lookout{nodes: v.Nodes(), progress: progress, now: now, seen: map[restKey]time.Time{}, known: r.seen, dropped: map[restKey]bool{}}
 	var out state.Release
-	for len(addrs) > 0 {
-		id := addrs[0].Network
-		n := slices.IndexFunc(addrs, func(a state.RestingAddr) bool { return a.Network != id })
-		if n < 0 {
-			n = len(addrs)
+	for _, a := range v.AllResting() {
+		if !l.rested(a) {
+			continue
 		}
-		if through, ok := l.through(id, addrs[:n]); ok {
-			out.Addrs = append(out.Addrs, state.Through{Network: id, Index: through})
+		last := len(out.Addrs) - 1
+		if last < 0 || out.Addrs[last].Network != a.Network {
+			out.Addrs = append(out.Addrs, state.Rested{Network: a.Network, Index: v.Index()})
+			last++
 		}
-		addrs = addrs[n:]
+		out.Addrs[last].Addrs = append(out.Addrs[last].Addrs, a.Addr)
 	}
-	for _, n := range networks {
-		if l.over(restKey{n.ID, 0}) || l.confirmed(n.ID, n.Index, true) {
+	for _, n := range v.RestingNetworks() {
+		if l.over(restKey{n.ID, 0}, restBound) || l.confirmed(n.ID, n.Index, true) {
 			out.Networks = append(out.Networks, n.ID)
 		}
 	}
@@ -74,38 +73,36 @@ type lookout struct {
 	progress    map[weft.ID]dispatch.Progress
 	now         time.Time
 	known, seen map[restKey]time.Time
+	dropped     map[restKey]bool // what confirmed has answered
 	again       time.Time
 }
 
-// through is the last index up to which all resting addresses of a network have
-// rested.
-func (l *lookout) through(network weft.ID, addrs []state.RestingAddr) (uint64, bool) {
-	var indexes []uint64
-	for _, a := range addrs {
-		indexes = append(indexes, a.Index)
+// rested reports whether an address may be given out: not before the names that
+// led to it have expired, wherever they are remembered.
+func (l *lookout) rested(a state.RestingAddr) bool {
+	k, names := restKey{a.Network, a.Index}, weft.ServiceNameTTL
+	if a.Task {
+		names = weft.TaskNameTTL
 	}
-	slices.Sort(indexes)
-	var done uint64
-	waits := false
-	for _, i := range slices.Compact(indexes) {
-		over := l.over(restKey{network, i}) // of every one: it notes when they were seen
-		if waits || !over && !l.confirmed(network, i, false) {
-			waits = true
-			continue
-		}
-		done = i
+	if l.over(k, restBound) {
+		return true
 	}
-	return done, done > 0
+	dropped, asked := l.dropped[k]
+	if !asked {
+		dropped = l.confirmed(a.Network, a.Index, false)
+		l.dropped[k] = dropped
+	}
+	return dropped && l.over(k, names)
 }
 
-// over reports whether the bound is over for what k stands for.
-func (l *lookout) over(k restKey) bool {
+// over reports whether what k stands for has rested for d.
+func (l *lookout) over(k restKey, d time.Duration) bool {
 	since, ok := l.known[k]
 	if !ok {
 		since = l.now
 	}
 	l.seen[k] = since
-	end := since.Add(restBound)
+	end := since.Add(d)
 	if !end.After(l.now) {
 		return true
 	}
@@ -135,14 +132,14 @@ func (l *lookout) confirmed(network weft.ID, index uint64, whole bool) bool {
 
 // releaseRested proposes what has rested, and returns when to look again.
 func (t *term) releaseRested(ctx context.Context, v *state.Snapshot, r *rests, now time.Time) (time.Time, error) {
-	if next := r.released.Add(releaseGap); now.Before(next) {
+	if next := r.looked.Add(releaseGap); now.Before(next) {
 		return next, nil
 	}
+	r.looked = now
 	release, again := r.plan(v, t.dispatch.Progress(), now)
 	if len(release.Addrs)+len(release.Networks) == 0 {
 		return again, nil
 	}
-	r.released = now
 	if err := t.prop.one(ctx, []state.Change{{Release: &release}}); err != nil {
 		return earlier(again, now.Add(retryGap)), fmt.Errorf("release addresses that have rested: %w", err)
 	}

@@ -34,11 +34,20 @@ func (a *agent) freeze(is bool) {
 	}
 }
 
-func (r *rig) resting(network weft.ID) int {
+// resting is how many addresses of a network rest, once the leader's loop and
+// the state say the same.
+func (r *rig) resting(n weft.Network) (count int) {
 	r.t.Helper()
 	t, err := r.leader().leading()
 	r.must(err)
-	return len(t.store.View().Resting(network))
+	r.eventually(5*time.Second, "the leader's loop has seen the newest state", func() error {
+		count = len(t.store.View().Resting(n.ID))
+		if inLoop := t.alloc.usage(n).resting; inLoop != count {
+			return fmt.Errorf("%d rest by its count, %d by the state", inLoop, count)
+		}
+		return nil
+	})
+	return count
 }
 
 func TestFullNetworkIsAnErrorOfTheCall(t *testing.T) {
@@ -100,21 +109,20 @@ func TestFreedAddressesRestUntilTheyAreDropped(t *testing.T) {
 		b.freeze(true)
 		r.must(r.leader().RemoveService(r.ctx, web.ID))
 		r.eventually(5*time.Second, "all addresses rest", func() error {
-			if got := r.resting(n.ID); got != 5 {
+			if got := r.resting(n); got != 5 {
 				return fmt.Errorf("%d rest", got)
 			}
 			return nil
 		})
-		time.Sleep(100 * time.Millisecond) // the leader's loop has seen it, too
 		_, err = r.leader().CreateService(r.ctx, on("db", 4))
 		wantErr(t, "only resting addresses", err, weft.ErrUnavailable, "network tiny", "of 5 addresses 0 are in use, 5 rest", "every node has dropped them, within 1m0s", "0 are free")
 		time.Sleep(50 * time.Second)
-		if got := r.resting(n.ID); got != 5 {
+		if got := r.resting(n); got != 5 {
 			t.Fatalf("%d of 5 addresses rest while a node has not dropped them", got)
 		}
 		b.freeze(false)
 		r.eventually(time.Second, "the node's word ends the rest", func() error {
-			if got := r.resting(n.ID); got != 0 {
+			if got := r.resting(n); got != 0 {
 				return fmt.Errorf("%d rest", got)
 			}
 			return nil
@@ -130,7 +138,7 @@ func TestFreedAddressesRestUntilTheyAreDropped(t *testing.T) {
 		r.must(r.leader().RemoveService(r.ctx, db.ID))
 		start := time.Now()
 		r.eventually(70*time.Second, "the rest is over", func() error {
-			if got := r.resting(n.ID); got != 0 {
+			if got := r.resting(n); got != 0 {
 				return fmt.Errorf("%d rest", got)
 			}
 			return nil
@@ -154,7 +162,7 @@ func TestFreedAddressesRestUntilTheyAreDropped(t *testing.T) {
 			return errors.New("it is not")
 		})
 		r.must(r.leader().RemoveService(r.ctx, last.ID))
-		r.eventually(2*time.Second, "the addresses of the live node's tasks are free", func() error {
+		r.eventually(weft.ServiceNameTTL+time.Second, "the addresses of the live node's tasks are free", func() error {
 			lead, err := r.leader().leading()
 			r.must(err)
 			if u := lead.alloc.usage(n); u != (usage{size: 5, held: 2}) { // a lost node's tasks may run on
@@ -163,6 +171,52 @@ func TestFreedAddressesRestUntilTheyAreDropped(t *testing.T) {
 			return nil
 		})
 		b.start()
+	})
+}
+
+// Names that led to an address may be remembered for a while after everything
+// else has been dropped.
+func TestAddressesRestAsLongAsTheirNames(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1)
+		a := r.worker(1)
+		defer a.crash()
+		n, on := r.tiny()
+		web, err := r.leader().CreateService(r.ctx, on("web", 4))
+		r.must(err)
+		r.waitRunning(web.ID, 4, a)
+		freed := map[bool]time.Time{} // by whether a task had it
+		r.must(r.leader().RemoveService(r.ctx, web.ID))
+		lead, err := r.leader().leading()
+		r.must(err)
+		for start := time.Now(); time.Since(start) < 20*time.Second; time.Sleep(10 * time.Millisecond) {
+			for _, k := range lead.store.View().Resting(n.ID) {
+				if _, ok := freed[k.Task]; !ok {
+					freed[k.Task] = time.Now()
+				}
+			}
+			rest := map[bool]int{}
+			for _, k := range lead.store.View().Resting(n.ID) {
+				rest[k.Task]++
+			}
+			for _, isTask := range []bool{true, false} {
+				since, ok := freed[isTask]
+				ttl, full := weft.ServiceNameTTL, 1
+				if isTask {
+					ttl, full = weft.TaskNameTTL, 4
+				}
+				switch d := time.Since(since); {
+				case !ok:
+				case d < ttl-300*time.Millisecond && rest[isTask] == 0:
+					t.Fatalf("task %v: addresses are free after %s", isTask, d)
+				case d > ttl+time.Second && rest[isTask] != 0:
+					t.Fatalf("task %v: %d of %d addresses rest after %s", isTask, rest[isTask], full, d)
+				}
+			}
+		}
+		if len(freed) != 2 {
+			t.Errorf("seen at rest: %v", freed)
+		}
 	})
 }
 
@@ -178,25 +232,25 @@ func TestRestSurvivesTheLeader(t *testing.T) {
 		a.freeze(true)
 		r.must(r.leader().RemoveService(r.ctx, web.ID))
 		r.eventually(5*time.Second, "all addresses rest", func() error {
-			if got := r.resting(n.ID); got != 5 {
+			if got := r.resting(n); got != 5 {
 				return fmt.Errorf("%d rest", got)
 			}
 			return nil
 		})
 		r.stop(r.leader())
-		if got := r.resting(n.ID); got != 5 {
+		if got := r.resting(n); got != 5 {
 			t.Fatalf("%d of 5 addresses rest under the next leader", got)
 		}
 		_, err = r.leader().CreateService(r.ctx, on("db", 1))
 		wantErr(t, "only resting addresses", err, weft.ErrUnavailable, "5 rest")
 		r.checkAllocator()
 		time.Sleep(30 * time.Second)
-		if got := r.resting(n.ID); got != 5 {
+		if got := r.resting(n); got != 5 {
 			t.Fatalf("%d of 5 addresses rest while a node has not dropped them", got)
 		}
 		a.freeze(false)
 		r.eventually(5*time.Second, "the node's word ends the rest", func() error {
-			if got := r.resting(n.ID); got != 0 {
+			if got := r.resting(n); got != 0 {
 				return fmt.Errorf("%d rest", got)
 			}
 			return nil

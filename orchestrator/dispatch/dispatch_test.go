@@ -182,8 +182,9 @@ func drawChange(t *rapid.T, w *world) state.Change {
 		return state.Change{NodeStatus: &state.NodeStatus{Node: id("n", n.Draw(t, "node")), Session: &state.NodeSession{
 			Addr: netip.AddrFrom4([4]byte{10, 99, 0, byte(n.Draw(t, "addr"))})}}}
 	case 9:
-		return state.Change{Release: &state.Release{Addrs: []state.Through{{
-			Network: rapid.SampledFrom([]weft.ID{"i", "w1", "w2"}).Draw(t, "net"), Index: rapid.Uint64Range(0, w.index).Draw(t, "through")}}}}
+		return state.Change{Release: &state.Release{Addrs: []state.Rested{{
+			Network: rapid.SampledFrom([]weft.ID{"i", "w1", "w2"}).Draw(t, "net"), Index: rapid.Uint64Range(0, w.index).Draw(t, "index"),
+			Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 6).Draw(t, "addr"))})}}}}}
 	default:
 		name := rapid.SampledFrom([]string{"w1", "w2"}).Draw(t, "net")
 		if _, ok := v.Network(weft.ID(name)); ok {

@@ -32,19 +32,19 @@ type RestingNetwork struct {
 	At      time.Time
 }
 
-// Release ends the rest of addresses and of removed networks: of everything that
-// was freed at or before an index, network by network. What rests no more is
-// skipped.
+// Release ends the rest of addresses and of removed networks. What rests no more
+// is skipped.
 type Release struct {
-	Addrs    []Through `cbor:",omitempty"`
+	Addrs    []Rested  `cbor:",omitempty"`
 	Networks []weft.ID `cbor:",omitempty"`
 }
 
-// Through is a network and the last index of which its freed addresses are
-// released.
-type Through struct {
+// Rested are addresses of one network that were freed at or before Index; one
+// that was freed again since then rests anew.
+type Rested struct {
 	Network weft.ID
 	Index   uint64
+	Addrs   []netip.Addr
 }
 
 // Resting lists the resting addresses of a network, in the order of addresses.
@@ -174,16 +174,16 @@ func (t *tx) restNetwork(n *weft.Network) error {
 }
 
 func (t *tx) release(r *Release) error {
-	for _, th := range r.Addrs {
-		rested, err := all[RestingAddr](t.Txn, tResting, byID+"_prefix", string(th.Network)+"\x00")
-		if err != nil {
-			return err
-		}
-		for _, a := range rested {
-			if a.Index > th.Index {
+	for _, rested := range r.Addrs {
+		for _, addr := range rested.Addrs {
+			a, err := first[RestingAddr](t.Txn, tResting, byID, string(rested.Network), addrKey(addr))
+			if err != nil {
+				return err
+			}
+			if a == nil || a.Index > rested.Index {
 				continue
 			}
-			t.changed.Resting[th.Network] = struct{}{}
+			t.changed.Resting[rested.Network] = struct{}{}
 			if err := t.Delete(tResting, a); err != nil {
 				return err
 			}

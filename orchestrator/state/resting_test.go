@@ -3,6 +3,7 @@ package state
 import (
 	"maps"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -82,7 +83,7 @@ func drawHolder(t *rapid.T, v *Snapshot, index uint64) Change {
 		return Change{Network: x}
 	case 6:
 		return Change{Release: &Release{
-			Addrs:    []Through{{Network: net(), Index: rapid.Uint64Range(0, index).Draw(t, "through")}},
+			Addrs:    []Rested{{Network: net(), Index: rapid.Uint64Range(0, index).Draw(t, "through"), Addrs: []netip.Addr{addr().Addr(), addr().Addr()}}},
 			Networks: []weft.ID{net()},
 		}}
 	default:
@@ -128,7 +129,8 @@ func TestFreedAddressesRest(t *testing.T) {
 			}
 			maps.DeleteFunc(want, func(k key, r RestingAddr) bool {
 				_, ok := now.Network(k.network)
-				return !ok || c.Release != nil && c.Release.Addrs[0].Network == k.network && r.Index <= c.Release.Addrs[0].Index
+				return !ok || c.Release != nil && c.Release.Addrs[0].Network == k.network &&
+					r.Index <= c.Release.Addrs[0].Index && slices.Contains(c.Release.Addrs[0].Addrs, k.addr)
 			})
 			got := map[key]RestingAddr{}
 			for _, r := range now.AllResting() {

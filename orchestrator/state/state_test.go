@@ -172,7 +172,7 @@ func goldenRest() []Command {
 		{TaskStatus: &TaskStatus{Task: id(5), Node: id(3), Status: weft.TaskStatus{State: weft.TaskShutdown, At: t0}}},
 		{Delete: &Ref{Kind: KindNetwork, ID: id(9)}},
 	}}, {At: t0, Changes: []Change{
-		{Release: &Release{Addrs: []Through{{Network: id(2), Index: 7}}, Networks: []weft.ID{id(99)}}},
+		{Release: &Release{Addrs: []Rested{{Network: id(2), Index: 7, Addrs: []netip.Addr{netip.MustParseAddr("10.0.16.2")}}}, Networks: []weft.ID{id(99)}}},
 	}}}
 }
 
@@ -212,7 +212,7 @@ func TestGoldenRest(t *testing.T) {
 	if n := r.View().RestingNetworks(); len(n) != 1 || n[0].VNI != 5000 || n[0].Subnets[0].Prefix.String() != "10.0.16.0/20" {
 		t.Errorf("resting networks: %+v", n)
 	}
-	apply(t, s, 9, Command{Changes: []Change{{Release: &Release{Addrs: []Through{{Network: id(2), Index: 8}}, Networks: []weft.ID{id(9)}}}}})
+	apply(t, s, 9, Command{Changes: []Change{{Release: &Release{Addrs: []Rested{{Network: id(2), Index: 8, Addrs: []netip.Addr{netip.MustParseAddr("10.0.16.2"), netip.MustParseAddr("10.0.16.3")}}}, Networks: []weft.ID{id(9)}}}}})
 	if a, n := s.View().AllResting(), s.View().RestingNetworks(); len(a) != 1 || a[0].Network != id(8) || len(n) != 0 {
 		t.Errorf("after the release: %+v, %+v", a, n)
 	}
