@@ -264,24 +264,27 @@ type agent struct {
 	r    *rig
 	id   weft.ID
 	name string
+	used []netip.Prefix // on its host
 
 	// mu guards: fields below.
-	mu     sync.Mutex
-	tasks  map[weft.ID]weft.Task
-	states map[weft.ID]weft.TaskState // last to report
-	index  uint64                     // of the assignments that are carried out
-	newest uint64                     // and of those that were heard
-	frozen bool                       // the data plane stands still
-	cancel context.CancelFunc
-	done   chan struct{}
+	mu       sync.Mutex
+	tasks    map[weft.ID]weft.Task
+	networks map[weft.ID]bool
+	states   map[weft.ID]weft.TaskState // last to report
+	index    uint64                     // of the assignments that are carried out
+	newest   uint64                     // and of those that were heard
+	frozen   bool                       // the data plane stands still
+	cancel   context.CancelFunc
+	done     chan struct{}
 }
 
-func (r *rig) worker(i int) *agent {
+// worker joins; used are ranges in use on its host.
+func (r *rig) worker(i int, used ...netip.Prefix) *agent {
 	r.t.Helper()
 	resp, err := r.leader().Admit(r.ctx, wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("csr"),
 		Hostname: fmt.Sprintf("w%d", i)}, netip.AddrFrom4([4]byte{10, 99, 1, byte(i)}))
 	r.must(err)
-	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
+	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), used: used, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
 	a.start()
 	return a
 }
@@ -316,7 +319,7 @@ func (a *agent) sessions(ctx context.Context) {
 	for ctx.Err() == nil {
 		a.anyLeader(func(m *member) error {
 			return m.Session(ctx, a.id, wire.SessionRequest{Version: wire.ProtocolVersion, Description: weft.NodeDescription{
-				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30,
+				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30, UsedPrefixes: a.used,
 			}}, a.take)
 		})
 		select {
@@ -330,7 +333,13 @@ func (a *agent) take(s wire.Assignments) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if s.Full {
-		a.tasks = map[weft.ID]weft.Task{}
+		a.tasks, a.networks = map[weft.ID]weft.Task{}, map[weft.ID]bool{}
+	}
+	for _, n := range s.Networks {
+		a.networks[n.ID] = true
+	}
+	for _, id := range s.GoneNetworks {
+		delete(a.networks, id)
 	}
 	for _, t := range s.Tasks {
 		a.tasks[t.ID] = t

@@ -135,6 +135,7 @@ func (p *pass) place() {
 		g := groups[k]
 		if g == nil {
 			g = &schedule.Group{Spec: &spec.Spec, Service: t.Service}
+			g.Networks, _ = serviceNetworks(p.view, &spec.Spec) //nolint:errcheck // a network that is gone conflicts with nothing
 			groups[k] = g
 			order = append(order, k)
 		}

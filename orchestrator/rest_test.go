@@ -320,6 +320,74 @@ func TestOnlyARestingSubnetIsLeft(t *testing.T) {
 	})
 }
 
+// A node that joins with a range that a network has already joins all the same;
+// the network is refused on it by name, the ingress network, too.
+func TestNetworkIsRefusedOnAHostThatUsesItsRange(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1)
+		m, ctx := r.leader(), r.ctx
+		front, err := m.CreateNetwork(ctx, weft.NetworkSpec{Name: "front"}) // 10.0.0.0/20
+		r.must(err)
+		good := r.worker(1)
+		bad := r.worker(2, netip.MustParsePrefix("10.0.3.0/24"), netip.MustParsePrefix("10.255.7.0/24"))
+		defer good.crash()
+		defer bad.crash()
+		time.Sleep(time.Second)
+		create := func(name string, mode weft.ServiceMode, edit func(*weft.ServiceSpec)) weft.ID {
+			s := webSpec(name, 4)
+			if s.Mode = mode; mode == weft.ModeGlobal {
+				s.Replicas = 0
+			}
+			edit(&s)
+			svc, err := m.CreateService(ctx, s)
+			r.must(err)
+			return svc.ID
+		}
+		onFront := func(s *weft.ServiceSpec) { s.Networks = []weft.NetworkTarget{{Network: "front"}} }
+		r.waitRunning(create("web", weft.ModeReplicated, onFront), 4, good)
+		r.waitRunning(create("published", weft.ModeReplicated, func(s *weft.ServiceSpec) { s.Ports = []weft.PortSpec{{Target: 80}} }), 4, good)
+		r.waitRunning(create("plain", weft.ModeGlobal, func(*weft.ServiceSpec) {}), 2, good, bad)
+		every := create("every", weft.ModeGlobal, onFront)
+		r.waitRunning(every, 1, good)
+		list, err := m.Tasks(ctx, weft.TaskFilter{Services: []weft.ID{every}})
+		r.must(err)
+		for _, k := range list.Tasks {
+			if k.Node == bad.id && !strings.Contains(k.Status.Err, "network front (10.0.0.0/20) overlaps 10.0.3.0/24 in use on node w2") {
+				t.Errorf("the task of %s says %q", bad.name, k.Status.Err)
+			}
+		}
+		nodes, err := m.Nodes(ctx)
+		r.must(err)
+		for _, n := range nodes {
+			msg := n.Status.Message
+			if n.ID == bad.id && (!strings.Contains(msg, "network front (10.0.0.0/20) is refused here: it overlaps 10.0.3.0/24") ||
+				!strings.Contains(msg, "network ingress (10.255.0.0/16) is refused here: it overlaps 10.255.7.0/24")) || n.ID == good.id && msg != "" {
+				t.Errorf("node %s says %q", n.Description.Hostname, msg)
+			}
+		}
+		v := m.Store().View()
+		in, _ := v.Ingress()
+		for _, c := range []struct {
+			a    *agent
+			want bool
+		}{{good, true}, {bad, false}} {
+			c.a.mu.Lock()
+			if got := c.a.networks[in.ID]; got != c.want || c.a.networks[front.ID] != c.want {
+				t.Errorf("node %s is told of the ingress network: %v, of front: %v; want %v", c.a.name, got, c.a.networks[front.ID], c.want)
+			}
+			c.a.mu.Unlock()
+		}
+		// What any node uses is in nobody's way from now on.
+		next, err := m.CreateNetwork(ctx, weft.NetworkSpec{Name: "next"})
+		r.must(err)
+		if p := next.Spec.Subnets[0].Prefix; p.String() != "10.0.16.0/20" {
+			t.Errorf("network next has %s", p)
+		}
+		_, err = m.CreateNetwork(ctx, weft.NetworkSpec{Name: "x", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.99.1.0/24")}}})
+		wantErr(t, "the nodes' own addresses", err, weft.ErrConflict, "the address of node w", "10.99.1.")
+	})
+}
+
 func TestFullErrorIsStable(t *testing.T) {
 	n := weft.Network{Spec: weft.NetworkSpec{Name: "net", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.70.0.0/29")}}}}
 	one := &fullError{net: n, usage: usage{size: 5, held: 3, resting: 2}}

@@ -107,7 +107,10 @@ func compute(v *state.Snapshot, sh *shared, node weft.ID) Set {
 		Nodes: sh.nodes, Cluster: sh.cluster, Ended: map[weft.ID]struct{}{},
 	}
 	if sh.ingress != nil {
-		s.Networks[sh.ingress.ID] = *sh.ingress
+		n, ok := v.Node(node)
+		if _, refused := n.Conflict(sh.ingress); ok && !refused {
+			s.Networks[sh.ingress.ID] = *sh.ingress
+		}
 	}
 	for _, t := range v.TasksOfNode(node) {
 		if t.Status.State < weft.TaskAssigned {

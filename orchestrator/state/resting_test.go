@@ -103,7 +103,7 @@ func TestFreedAddressesRest(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := New()
 		want := map[key]RestingAddr{}
-		for index := uint64(1); index <= 60; index++ {
+		for index := uint64(1); index <= 40; index++ {
 			old := s.View()
 			c := drawHolder(t, old, index-1)
 			b, err := EncodeEntry([]Command{{At: t0.Add(time.Duration(index) * time.Second), Changes: []Change{c}}})
