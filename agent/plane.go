@@ -316,10 +316,26 @@ func (p *plane) pass(ctx context.Context) (<-chan struct{}, error) {
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
 	if err == nil {
-		err = p.apply(ctx, out)
+		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
+			err = p.apply(ctx, netstate.Derive(mid))
+		}
+		err = errors.Join(err, p.apply(ctx, out))
 	}
 	p.settle(goal, err)
 	return changed, err
+}
+
+// holds is what the last pass left in the kernel, in the first pass of a daemon
+// what the last daemon did. If that cannot be read, the pass itself says so.
+func (p *plane) holds(ctx context.Context) vxlan.State {
+	if p.have.Networks != nil {
+		return p.have
+	}
+	have, err := p.overlay.Read(ctx)
+	if err != nil {
+		return vxlan.State{}
+	}
+	return have
 }
 
 func (p *plane) publish(endpoints []weft.Endpoint) {
