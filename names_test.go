@@ -52,6 +52,7 @@ func TestDerivedValuesAreStable(t *testing.T) {
 		{EndpointMAC("task", a).String(), "82:87:28:00:01:02"},
 		{VIPMAC("task", a).String(), "86:87:28:00:01:02"},
 		{NodeMAC("task", a).String(), "8a:87:28:00:01:02"},
+		{VIPMAC("task", netip.MustParseAddr("fd00::a00:102")).String(), "8e:87:28:00:01:02"},
 		{EndpointMAC("task", netip.MustParseAddr("fd00::1:2")).String()[9:], "01:00:02"},
 		{EndpointMAC("task", a).String(), EndpointMAC("task", netip.MustParseAddr("::ffff:10.0.1.2")).String()},
 		{HostVethName("0123456789abcdefghijklmno"), "wv0123456789a"},

@@ -23,9 +23,10 @@ const (
 	minCPU    = 1_000_000 // a thousandth of a core
 	minMemory = 4 << 20
 	// minSubnetHostBits: network, broadcast, gateway and a service address
-	// leave four addresses for tasks in a /29.
+	// leave four addresses for tasks in a /29; a /125 is as large.
 	minSubnetHostBits = 3
-	// minSubnetBits: hardware addresses hold the last 24 bits of an address.
+	// minSubnetBits of IPv4: hardware addresses hold the last 24 bits of an
+	// address. Of a larger IPv6 subnet no more than those are used.
 	minSubnetBits = 8
 )
 
@@ -33,12 +34,9 @@ const (
 const weftLabelPrefix = "weft."
 
 // Defaults fills in what a client may leave out and a zero value cannot mean:
-// protocol of ports, stop grace period, restart delay, update parameters. It
-// does not touch Replicas, whose zero has a meaning.
+// protocol of ports, restart delay, update parameters. It does not touch
+// Replicas and StopGrace, whose zeros have a meaning.
 func (s *ServiceSpec) Defaults() {
-	if s.Container.StopGrace == 0 {
-		s.Container.StopGrace = DefaultStopGrace
-	}
 	if s.Restart.Delay == 0 {
 		s.Restart.Delay = DefaultRestartDelay
 	}
@@ -317,13 +315,30 @@ func (n NetworkSpec) Validate() error {
 	for _, key := range slices.Sorted(maps.Keys(n.Options)) {
 		return at(fmt.Sprintf("Options[%q]", key), fmt.Errorf("%w: this version has no network options", ErrUnsupported))
 	}
+	if n.NoIPv4 && !n.IPv6 {
+		return invalid("EnableIPv4", "a network without IPv4 needs IPv6: set EnableIPv6 (--ipv6), or leave IPv4 on")
+	}
+	return n.validateSubnets()
+}
+
+// validateSubnets: one subnet of each family that the network has.
+func (n *NetworkSpec) validateSubnets() error {
+	first := map[bool]int{} // by Is6
 	for i, s := range n.Subnets {
-		if err := s.validate(fmt.Sprintf("IPAM.Config[%d]", i)); err != nil {
+		field := fmt.Sprintf("IPAM.Config[%d]", i)
+		if err := s.validate(field); err != nil {
 			return err
 		}
-	}
-	if len(n.Subnets) > 1 {
-		return at("IPAM.Config[1]", fmt.Errorf("%w: this version gives a network one subnet", ErrUnsupported))
+		is6 := s.Prefix.Addr().Is6()
+		switch j, again := first[is6]; {
+		case again:
+			return at(field, fmt.Errorf("%w: %s is of the family of IPAM.Config[%d]: this version gives a network one subnet of each family", ErrUnsupported, s.Prefix, j))
+		case is6 && !n.IPv6:
+			return invalid(field+".Subnet", "%s is of IPv6, which this network does not have: set EnableIPv6 (--ipv6), or leave the subnet out", s.Prefix)
+		case !is6 && n.NoIPv4:
+			return invalid(field+".Subnet", "%s is of IPv4, which this network does not have: leave it out, or leave EnableIPv4 on", s.Prefix)
+		}
+		first[is6] = i
 	}
 	return nil
 }
@@ -334,14 +349,14 @@ func (s *Subnet) validate(field string) error {
 	case !p.IsValid() && g.IsValid():
 		return invalid(field+".Subnet", "a gateway needs a subnet")
 	case !p.IsValid():
-		return invalid(field+".Subnet", "is not an address range: write 10.1.0.0/24")
-	case !p.Addr().Is4():
-		return at(field+".Subnet", fmt.Errorf("%w: %s: IPv6 is not built yet", ErrUnsupported, p))
+		return invalid(field+".Subnet", "is not an address range: write 10.1.0.0/24 or fd00:1::/64")
+	case p.Addr().Is4In6():
+		return invalid(field+".Subnet", "%s is IPv4 written as IPv6: write 10.1.0.0/24", p)
 	case p != p.Masked():
 		return invalid(field+".Subnet", "%s has host bits set: use %s", p, p.Masked())
-	case p.Bits() > 32-minSubnetHostBits:
-		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, 32-minSubnetHostBits)
-	case p.Bits() < minSubnetBits:
+	case p.Bits() > p.Addr().BitLen()-minSubnetHostBits:
+		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, p.Addr().BitLen()-minSubnetHostBits)
+	case p.Addr().Is4() && p.Bits() < minSubnetBits:
 		return invalid(field+".Subnet", "%s is too large: use /%d or smaller", p, minSubnetBits)
 	case !g.IsValid():
 		return nil
@@ -349,7 +364,7 @@ func (s *Subnet) validate(field string) error {
 		return invalid(field+".Gateway", "%s is not in subnet %s: use an address of it, such as %s", g, p, p.Addr().Next())
 	case g == p.Addr():
 		return invalid(field+".Gateway", "%s is the network address of %s: use another, such as %s", g, p, p.Addr().Next())
-	case g == broadcast(p):
+	case g.Is4() && g == broadcast(p):
 		return invalid(field+".Gateway", "%s is the broadcast address of %s: use another, such as %s", g, p, p.Addr().Next())
 	}
 	return nil

@@ -106,7 +106,7 @@ func (c *controller) hostname() string {
 // sandbox is what surrounds the container. A task has a way out unless all its
 // networks are internal; one without networks has nothing else.
 func (c *controller) sandbox(m *model) sandbox.Spec {
-	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string]netip.Addr{}}
+	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string][]netip.Addr{}}
 	own := 0
 	for _, at := range c.task.Attachments {
 		n, known := m.Networks[at.Network]
@@ -115,7 +115,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		}
 		own++
 		if _, named := s.Hosts[s.Hostname]; !named {
-			s.Hosts[s.Hostname] = at.Addr.Addr()
+			for _, a := range at.Addrs() {
+				s.Hosts[s.Hostname] = append(s.Hosts[s.Hostname], a.Addr())
+			}
 		}
 		if !known || !n.Spec.Internal {
 			s.Gateway = true
@@ -125,7 +127,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		s.Gateway = true
 	}
 	for _, v := range m.Services[c.task.Service].VIPs {
-		s.VIPs = append(s.VIPs, v.Addr.Addr())
+		for _, a := range v.Addrs() {
+			s.VIPs = append(s.VIPs, a.Addr())
+		}
 	}
 	return s
 }
@@ -209,11 +213,7 @@ func (c *controller) Shutdown(ctx context.Context) (task.Exit, error) {
 			return task.Exit{}, ctx.Err()
 		}
 	}
-	grace := c.spec.Container.StopGrace
-	if grace == 0 {
-		grace = weft.DefaultStopGrace
-	}
-	e, err := c.a.cfg.Runtime.Stop(ctx, c.task.ID, grace)
+	e, err := c.a.cfg.Runtime.Stop(ctx, c.task.ID, c.spec.Container.StopGrace)
 	if errors.Is(err, weft.ErrNotFound) {
 		return task.Exit{}, nil
 	}

@@ -429,7 +429,7 @@ func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
 		})
 	}
 	for _, n := range m.Nodes {
-		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr}
+		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6}
 		if n.ID == self {
 			node.VTEP = vtep
 			in.Self = node

@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/weftnet/weft/api"
 	"github.com/weftnet/weft/api/apitest"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // serve runs a server over a fake on a Unix socket until the test ends.
@@ -54,10 +56,7 @@ type dockerCLI struct {
 func newDocker(t *testing.T, c *apitest.Cluster) *dockerCLI {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
-		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "docker") {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		netnstest.Missing(t, "docker", err)
 	}
 	return &dockerCLI{t, serve(t, c), t.TempDir()}
 }
@@ -128,13 +127,30 @@ func TestDockerSwarm(t *testing.T) {
 	d.ok("joined a swarm as a manager", "swarm", "join", "--token", "SWMTKN-1-a-b", "10.99.0.2:2377")
 }
 
+func TestDockerNetworksOfTwoFamilies(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("", "swarm", "init")
+	d.ok("", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00:5::/64", "--gateway", "fd00:5::ffff", "--subnet", "10.5.0.0/24", "n")
+	d.ok("true true ", "network", "inspect", "-f", "{{.EnableIPv4}} {{.EnableIPv6}} {{range .IPAM.Config}}{{.Subnet}} {{end}}", "n")
+	d.ok("fd00:5::/64 fd00:5::ffff 10.5.0.0/24 10.5.0.1", "network", "inspect", "-f", "{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}} {{end}}", "n")
+	d.ok("", "service", "create", "--name", "s", "--network", "n", "-d", "busybox")
+	d.ok("10.5.0.2/24 fd00:5::2/64", "service", "inspect", "-f", "{{range .Endpoint.VirtualIPs}}{{.Addr}} {{end}}", "s")
+	task := strings.Fields(d.ok("", "service", "ps", "-q", "s"))[0]
+	d.ok(`\[10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64\]`, "inspect", "-f", "{{range .NetworksAttachments}}{{.Addresses}}{{end}}", task)
+	ct := strings.Fields(d.ok("", "ps", "-q", "--no-trunc"))[0]
+	d.ok(`10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64`, "inspect", "-f",
+		"{{with index .NetworkSettings.Networks \"n\"}}{{.IPAddress}}/{{.IPPrefixLen}} {{.GlobalIPv6Address}}/{{.GlobalIPv6PrefixLen}}{{end}}", ct)
+	d.ok(`10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64`, "network", "inspect", "-f", "{{range .Containers}}{{.IPv4Address}} {{.IPv6Address}}{{end}}", "n")
+}
+
 func TestDockerNetworks(t *testing.T) {
 	d := newDocker(t, apitest.New())
 	d.bad("not a swarm manager", "network", "create", "-d", "overlay", "n")
 	d.ok("", "swarm", "init")
 	d.bad("use --driver overlay", "network", "create", "n")
-	d.bad("IPv6 is not supported", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
-	d.bad("EnableIPv6", "network", "create", "-d", "overlay", "--ipv6", "n")
+	d.bad("fd00::/64 is of IPv6, .*EnableIPv6", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
+	d.bad("fd00::/126 must be /16 to /125", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00::/126", "n")
+	d.bad("fd00::1/64 has host bits set: it should be fd00::/64", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00::1/64", "n")
 	d.bad(`Options\["encrypted"\]`, "network", "create", "-d", "overlay", "-o", "encrypted", "n")
 	d.bad("IPRange", "network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--ip-range", "10.5.0.0/25", "n")
 	id := strings.TrimSpace(d.ok("^[0-9a-z]{25}\n$", "network", "create", "-d", "overlay", "--attachable",
@@ -166,6 +182,14 @@ func TestDockerServices(t *testing.T) {
 	id := out[:25]
 	d.bad("name conflicts", "service", "create", "-d", "--name", "web", "busybox")
 	d.bad("TaskTemplate.ContainerSpec.Healthcheck.Test is not supported yet", "service", "create", "-d", "--health-cmd", "x", "busybox")
+	for flag, path := range map[string]string{
+		"--container-label a=b": `ContainerSpec.Labels\["a"\]`, "--entrypoint sh": "ContainerSpec.Command", "--tty": "ContainerSpec.TTY",
+		"--read-only": "ContainerSpec.ReadOnly", "--stop-signal SIGINT": "ContainerSpec.StopSignal",
+		"--reserve-cpu 1": "Resources.Reservations.NanoCPUs", "--reserve-memory 8m": "Resources.Reservations.MemoryBytes",
+		"--restart-delay 1s": "RestartPolicy.Delay 1s", "--restart-max-attempts 3": "RestartPolicy.MaxAttempts 3", "--restart-window 1s": "RestartPolicy.Window 1s",
+	} {
+		d.bad(`TaskTemplate\.`+path+" is not supported yet", slices.Concat([]string{"service", "create", "-d"}, strings.Fields(flag), []string{"busybox"})...)
+	}
 	d.bad("TaskTemplate.LogDriver", "service", "create", "-d", "--log-driver", "syslog", "busybox")
 	d.bad("network nope not found|No such network: nope", "service", "create", "-d", "--network", "nope", "busybox")
 	d.bad("PublishMode", "service", "create", "-d", "--publish", "mode=host,target=80", "busybox")
@@ -178,6 +202,9 @@ func TestDockerServices(t *testing.T) {
 	d.ok("", "service", "update", "-d", "--image", "other:1", "--env-add", "C=d", "--force", "web")
 	d.ok(`other:1 \[(A=b C=d|C=d A=b)\] 1`, "service", "inspect", "-f",
 		"{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.Spec.TaskTemplate.ContainerSpec.Env}} {{.Spec.TaskTemplate.ForceUpdate}}", "web")
+	d.ok("", "service", "update", "-d", "--restart-condition", "any", "web") // the client sends Docker's other defaults along
+	d.bad(`ContainerSpec\.StopSignal is not supported yet`, "service", "update", "-d", "--stop-signal", "SIGINT", "web")
+	d.bad(`RestartPolicy\.Delay 1s is not supported yet \(only 5s\)`, "service", "update", "-d", "--restart-delay", "1s", "web")
 	d.ok("web", "service", "update", "--replicas", "1", "web") // an update that is complete is not monitored
 	d.bad("rolling a service back", "service", "rollback", "-d", "web")
 	d.ok(`web\.1\.[0-9a-z]+@h1 +\| out of`, "service", "logs", "web")

@@ -39,7 +39,8 @@ type Network struct {
 	Services []Service
 }
 
-// Service is one VIP. A VIP forwards all ports and protocols.
+// Service is one VIP, of either family: a service with an address of each is
+// here twice. A VIP forwards all ports and protocols.
 type Service struct {
 	ID       weft.ID
 	VIP      netip.Addr
@@ -50,8 +51,12 @@ type Service struct {
 // Backend is one task that takes connections.
 type Backend struct {
 	Task weft.ID
-	Addr netip.Addr
-	MAC  net.HardwareAddr
+	// Addr is the backend's first address on the network, Addr6 its second
+	// one, of IPv6; invalid without. Engines that rewrite only the hardware
+	// address need neither.
+	Addr  netip.Addr
+	Addr6 netip.Addr
+	MAC   net.HardwareAddr
 	// Draining backends keep their flows and get no new ones.
 	Draining bool
 }
@@ -71,6 +76,9 @@ type Published struct {
 type Entry struct {
 	Link string       // weft.IngressLeg; "" = no ingress network on this node yet
 	Addr netip.Prefix // requests are sent on from this address (client address rewritten)
+	// Addr6 is the same for IPv6; invalid = published ports are answered on
+	// IPv4 only.
+	Addr6 netip.Prefix
 }
 
 // Gateway is the per-host bridge for traffic to the outside.

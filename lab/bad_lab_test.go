@@ -118,7 +118,11 @@ func badNetworks(w *words) {
 		{"--subnet 10.5.0.0/31 x", "must be /8 to /29"},
 		{"--subnet 224.1.0.0/16 x", "which hosts cannot use"},
 		{"--opt encrypted x", `Options\["encrypted"\] is not supported yet`},
-		{"--ipv6 x", "EnableIPv6"},
+		{"--ipv6 --subnet fd00:5::/126 x", "fd00:5::/126 must be /16 to /125"},
+		{"--ipv6 --subnet fd00:5::1/64 x", "host bits"},
+		{"--ipv6 --subnet fe80::/64 x", "which hosts cannot use"},
+		{"--ipv6 --subnet fd00:5:: x", `IPAM\.Config\[0\]\.Subnet`},
+		{"--subnet fd00:5::/64 x", "EnableIPv6"},
 	} {
 		w.refused("h3", 1, tc.want, append([]string{"network", "create", "-d", "overlay"}, strings.Fields(tc.args)...)...)
 	}

@@ -29,7 +29,7 @@ type allocator struct {
 
 type space struct {
 	net   weft.Network
-	addrs *ipam.Space // held and resting ones are taken
+	addrs *families // held and resting ones are taken
 	// resting addresses, with the log index at which they were freed.
 	resting map[netip.Addr]uint64
 }
@@ -44,7 +44,7 @@ func newAllocator(v *state.Snapshot) *allocator {
 	ingress, hasIngress := v.Ingress()
 	for _, n := range v.Nodes() {
 		if hasIngress && n.IngressAddr.IsValid() {
-			a.keepLocked(n.ID, weft.Attachment{Network: ingress.ID, Addr: n.IngressAddr})
+			a.keepLocked(n.ID, weft.Attachment{Network: ingress.ID, Addr: n.IngressAddr, Addr6: n.IngressAddr6})
 		}
 	}
 	for _, s := range v.Services() {
@@ -69,7 +69,7 @@ func newAllocator(v *state.Snapshot) *allocator {
 func (a *allocator) spaceLocked(n weft.Network) *space {
 	s, ok := a.spaces[n.ID]
 	if !ok {
-		s = &space{net: n, addrs: ipam.NewSpace(n.Spec.Subnets[0]), resting: map[netip.Addr]uint64{}}
+		s = &space{net: n, addrs: newFamilies(n.Spec), resting: map[netip.Addr]uint64{}}
 		a.spaces[n.ID] = s
 	}
 	return s
@@ -83,13 +83,13 @@ func (a *allocator) keepLocked(owner weft.ID, at weft.Attachment) {
 	if !ok {
 		return // the network is gone, the task has not stopped yet
 	}
-	if err := s.addrs.Take(at.Addr.Addr()); err != nil {
+	if err := s.addrs.take(at); err != nil {
 		return
 	}
 	a.held[owner] = append(a.held[owner], at)
 }
 
-// attach chooses an address on each network for owner: all or none. A network
+// attach chooses addresses on each network for owner: all or none. A network
 // without a free address is a *fullError.
 func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attachment, error) {
 	a.mu.Lock()
@@ -97,14 +97,14 @@ func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attac
 	var got []weft.Attachment
 	for _, n := range networks {
 		s := a.spaceLocked(n)
-		addr, err := s.addrs.Next()
+		at, err := s.addrs.next(n.ID)
 		if err != nil {
 			for _, g := range got {
-				a.spaces[g.Network].addrs.Free(g.Addr.Addr())
+				a.spaces[g.Network].addrs.free(g)
 			}
 			return nil, &fullError{net: n, usage: s.usage()}
 		}
-		got = append(got, weft.Attachment{Network: n.ID, Addr: host(addr, n.Spec.Subnets[0])})
+		got = append(got, at)
 	}
 	if len(got) > 0 {
 		a.held[owner] = append(a.held[owner], got...)
@@ -128,11 +128,13 @@ func (a *allocator) release(v *state.Snapshot, owner weft.ID, keep ...weft.Attac
 		if !ok {
 			continue
 		}
-		addr := h.Addr.Addr().Unmap()
-		if r, rests := v.RestingAddr(h.Network, addr); rests {
-			s.resting[addr] = r.Index
-		} else {
-			s.addrs.Free(addr)
+		for _, p := range h.Addrs() {
+			addr := p.Addr().Unmap()
+			if r, rests := v.RestingAddr(h.Network, addr); rests {
+				s.resting[addr] = r.Index
+			} else {
+				s.addrs.Free(addr)
+			}
 		}
 	}
 	if len(left) == 0 {
@@ -323,6 +325,13 @@ func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Por
 	for _, o := range own {
 		if err := ports.Take(o.proto, o.port, "weft itself"); err != nil {
 			return nil, fmt.Errorf("reserve weft's own ports: %w", err)
+		}
+	}
+	for _, n := range v.Nodes() {
+		if !state.HasDeparted(&n) {
+			// Most have the one that is taken already; of others the first
+			// is named.
+			_ = ports.Take(weft.TCP, n.ClusterAddr().Port(), "the cluster port of node "+nodeName(n)) //nolint:errcheck // see above
 		}
 	}
 	for _, s := range v.Services() {

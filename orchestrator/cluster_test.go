@@ -29,7 +29,6 @@ type rig struct {
 	ctx      context.Context
 	log      *slog.Logger
 	managers []*member
-	pools    []netip.Prefix // of the cluster; nil = the default
 	logs     func(ctx context.Context, n weft.Node) (wire.Agent, error)
 }
 
@@ -151,12 +150,13 @@ func (r *rig) stopAll() {
 // boot starts n managers that form a cluster.
 func (r *rig) boot(n int) {
 	r.t.Helper()
+	r.bootWith(testCluster(), n)
+}
+
+func (r *rig) bootWith(c weft.Cluster, n int) {
+	r.t.Helper()
 	first := &member{id: weft.NewID(), addr: managerAddr(1), stores: memStores()}
 	r.managers = append(r.managers, first)
-	c := testCluster()
-	if r.pools != nil {
-		c.AddrPools = r.pools
-	}
 	r.start(first, &Bootstrap{Cluster: c, Node: weft.Node{ID: first.id, Description: weft.NodeDescription{Hostname: "m1"}}})
 	r.must(first.Await(r.within(10 * time.Second)))
 	for i := 2; i <= n; i++ {
@@ -264,6 +264,8 @@ type agent struct {
 	r    *rig
 	id   weft.ID
 	name string
+	addr netip.Addr
+	port uint16         // told when a session opens; changed only while it is stopped
 	used []netip.Prefix // on its host
 
 	// mu guards: fields below.
@@ -281,10 +283,11 @@ type agent struct {
 // worker joins; used are ranges in use on its host.
 func (r *rig) worker(i int, used ...netip.Prefix) *agent {
 	r.t.Helper()
+	addr := netip.AddrFrom4([4]byte{10, 99, 1, byte(i)})
 	resp, err := r.leader().Admit(r.ctx, wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("csr"),
-		Hostname: fmt.Sprintf("w%d", i)}, netip.AddrFrom4([4]byte{10, 99, 1, byte(i)}))
+		Hostname: fmt.Sprintf("w%d", i)}, addr)
 	r.must(err)
-	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), used: used, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
+	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, used: used, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
 	a.start()
 	return a
 }
@@ -320,7 +323,7 @@ func (a *agent) sessions(ctx context.Context) {
 		a.anyLeader(func(m *member) error {
 			return m.Session(ctx, a.id, wire.SessionRequest{Version: wire.ProtocolVersion, Description: weft.NodeDescription{
 				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30, UsedPrefixes: a.used,
-			}}, a.take)
+			}, Addr: a.addr, Port: a.port}, a.take)
 		})
 		select {
 		case <-ctx.Done():

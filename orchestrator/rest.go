@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -146,33 +147,54 @@ func (t *term) releaseRested(ctx context.Context, v *state.Snapshot, r *rests, n
 	return again, nil
 }
 
-// usage of a subnet: how many addresses there are to have, how many are held and
+// occupancy of a subnet: how many addresses there are to have, how many are held and
 // how many rest.
-type usage struct{ size, held, resting int }
-
-func (s *space) usage() usage {
-	used, size := s.addrs.Usage()
-	return usage{size: int(size), held: int(used) - len(s.resting), resting: len(s.resting)}
+type occupancy struct {
+	subnet              netip.Prefix
+	size, held, resting int
 }
 
-func (u usage) free() int { return u.size - u.held - u.resting }
+// usage is that of the subnet with the fewest addresses left: who takes an
+// address takes one of each family.
+func (s *space) usage() occupancy {
+	var out occupancy
+	for _, sub := range s.net.Spec.Subnets {
+		addrs := s.addrs.of(sub.Prefix.Addr())
+		if addrs == nil {
+			continue
+		}
+		used, size := addrs.Usage()
+		u := occupancy{subnet: sub.Prefix, size: int(size), held: int(used)}
+		for a := range s.resting {
+			if sub.Prefix.Contains(a) {
+				u.resting++
+				u.held--
+			}
+		}
+		if !out.subnet.IsValid() || u.free() < out.free() {
+			out = u
+		}
+	}
+	return out
+}
+
+func (u occupancy) free() int { return u.size - u.held - u.resting }
 
 // fullError says that a network has no address to give. Its text is the same
 // for as long as that is so: it becomes the status of the tasks that wait. What
 // a caller should know besides is added by explainFull.
 type fullError struct {
 	net   weft.Network
-	usage usage
+	usage occupancy
 }
 
 func (e *fullError) Error() string {
-	p := e.net.Spec.Subnets[0].Prefix
 	if e.usage.resting > 0 {
 		return fmt.Sprintf("network %s: subnet %s has no free address now; freed ones rest until every node has dropped them, at most %s: %v",
-			e.net.Spec.Name, p, restBound, weft.ErrUnavailable)
+			e.net.Spec.Name, e.usage.subnet, restBound, weft.ErrUnavailable)
 	}
 	return fmt.Sprintf("network %s: subnet %s is full: all %d addresses are in use; scale down, or use a network with a larger subnet: %v",
-		e.net.Spec.Name, p, e.usage.size, weft.ErrUnavailable)
+		e.net.Spec.Name, e.usage.subnet, e.usage.size, weft.ErrUnavailable)
 }
 
 func (e *fullError) Unwrap() error { return weft.ErrUnavailable }
@@ -234,5 +256,5 @@ func (t *term) explainFull(v *state.Snapshot, n weft.Network, asked string) erro
 		rest = fmt.Sprintf(" (these come back when every node has dropped them, within %s)", restBound)
 	}
 	return fmt.Errorf("network %s: subnet %s has no room for %s: of %d addresses %d are in use, %d rest%s, %d are free; holders: %s; scale down, or use a network with a larger subnet: %w",
-		n.Spec.Name, n.Spec.Subnets[0].Prefix, asked, u.size, u.held, u.resting, rest, u.free(), t.alloc.holders(v, n.ID), weft.ErrUnavailable)
+		n.Spec.Name, u.subnet, asked, u.size, u.held, u.resting, rest, u.free(), t.alloc.holders(v, n.ID), weft.ErrUnavailable)
 }

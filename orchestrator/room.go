@@ -116,7 +116,7 @@ func (a *allocator) heldBy(v *state.Snapshot, network weft.ID) map[weft.ID]int {
 }
 
 // usage is that of a network's subnet.
-func (a *allocator) usage(n weft.Network) usage {
+func (a *allocator) usage(n weft.Network) occupancy {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.spaceLocked(n).usage()

@@ -41,8 +41,8 @@ type term struct {
 	dispatch *dispatch.Dispatcher
 	// confirmed has a token when nodes may have dropped what rests.
 	confirmed chan struct{}
-	// editing holds one token while nobody edits services or networks: an
-	// edit is checked against all others, so they go one at a time.
+	// editing holds one token while nobody edits services or networks or is
+	// admitted: each is checked against all others, so they go one at a time.
 	editing chan struct{}
 }
 
@@ -99,12 +99,20 @@ func (t *term) found(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("choose subnet of the ingress network: %w", err)
 	}
-	space := ipam.NewSpace(subnet)
-	addr, err := space.Next()
+	cluster, node := b.Cluster, b.Node
+	ingress := weft.NetworkSpec{Name: weft.IngressName, Driver: weft.DriverOverlay, Ingress: true, Subnets: []weft.Subnet{subnet}}
+	if cluster.ULA.IsValid() {
+		six, err := ipam.Pick6(cluster.ULA, used)
+		if err != nil {
+			return fmt.Errorf("choose IPv6 subnet of the ingress network: %w", err)
+		}
+		ingress.IPv6 = true
+		ingress.Subnets = append(ingress.Subnets, weft.Subnet{Prefix: six, Gateway: six.Addr().Next()})
+	}
+	at, err := newFamilies(ingress).next("")
 	if err != nil {
 		return fmt.Errorf("choose ingress address of node %s: %w", b.Node.ID, err)
 	}
-	cluster, node := b.Cluster, b.Node
 	cluster.Meta = weft.Meta{}
 	node.Meta = weft.Meta{}
 	node.Spec.Role = weft.RoleManager
@@ -112,15 +120,15 @@ func (t *term) found(ctx context.Context) error {
 	if !node.Status.Addr.IsValid() {
 		node.Status.Addr = t.m.cfg.Addr.Addr()
 	}
+	node.Status.ClusterPort = t.m.cfg.Addr.Port()
 	if !node.DataPath.IsValid() {
 		node.DataPath = node.Status.Addr
 	}
-	node.IngressAddr = host(addr, subnet)
+	node.IngressAddr, node.IngressAddr6 = at.Addr, at.Addr6
 	err = t.prop.one(ctx, []state.Change{
 		{Cluster: &cluster},
 		{Network: &weft.Network{
-			ID: weft.NewID(), VNI: weft.IngressVNI,
-			Spec: weft.NetworkSpec{Name: weft.IngressName, Driver: weft.DriverOverlay, Ingress: true, Subnets: []weft.Subnet{subnet}},
+			ID: weft.NewID(), VNI: weft.IngressVNI, Spec: ingress,
 		}},
 		{Node: &node},
 	})
@@ -199,7 +207,7 @@ func (t *term) explain(outer context.Context, err error) error {
 	return fmt.Errorf("leadership was lost while the call was under way; it may or may not have been done: %w", weft.ErrUnavailable)
 }
 
-// edit waits for its turn to edit services or networks.
+// edit waits for its turn to edit services or networks, or to admit a node.
 func (t *term) edit(ctx context.Context) (release func(), err error) {
 	select {
 	case <-t.editing:

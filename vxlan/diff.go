@@ -261,7 +261,7 @@ func header(n Network) *Network {
 }
 
 func equalLegs(a, b HostLeg) bool {
-	return a.Name == b.Name && a.Addr == b.Addr && bytes.Equal(a.MAC, b.MAC)
+	return a.Name == b.Name && a.Addr == b.Addr && a.Addr6 == b.Addr6 && bytes.Equal(a.MAC, b.MAC)
 }
 
 func compareOps(a, b Op) int {
@@ -288,13 +288,15 @@ func compareVIPs(a, b VIP) int {
 func comparePorts(a, b Port) int {
 	return cmp.Or(
 		cmp.Compare(a.Task, b.Task), cmp.Compare(a.NetNS, b.NetNS), cmp.Compare(a.IfName, b.IfName),
-		a.Addr.Addr().Compare(b.Addr.Addr()), cmp.Compare(a.Addr.Bits(), b.Addr.Bits()), bytes.Compare(a.MAC, b.MAC))
+		comparePrefixes(a.Addr, b.Addr), comparePrefixes(a.Addr6, b.Addr6), bytes.Compare(a.MAC, b.MAC))
 }
 
 func sortedPrefixes(ps []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(ps)
-	slices.SortFunc(out, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	slices.SortFunc(out, comparePrefixes)
 	return out
+}
+
+func comparePrefixes(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }

@@ -34,9 +34,18 @@ func draw(t *rapid.T, label string) vxlan.State {
 			mac := weft.EndpointMAC(task, a)
 			switch rapid.IntRange(0, 3).Draw(t, label+" role") {
 			case 1:
-				n.Ports = append(n.Ports, vxlan.Port{Task: task, NetNS: "/run/" + string(task), IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: mac})
+				p := vxlan.Port{Task: task, NetNS: "/run/" + string(task), IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: mac}
+				if rapid.Bool().Draw(t, label+" is dual") {
+					p.Addr6 = netip.PrefixFrom(second(i), 64)
+				}
+				n.Ports = append(n.Ports, p)
 			case 2:
-				n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})})
+				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})}
+				n.Peers = append(n.Peers, p)
+				if rapid.Bool().Draw(t, label+" is dual") {
+					p.Addr = second(i)
+					n.Peers = append(n.Peers, p)
+				}
 			case 3:
 				n.VIPs = append(n.VIPs, vxlan.VIP{Addr: a, MAC: mac})
 			}
@@ -44,11 +53,17 @@ func draw(t *rapid.T, label string) vxlan.State {
 		if rapid.Bool().Draw(t, label+" has leg") {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(50, 51).Draw(t, label+" leg"))})
 			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(a, 24), MAC: weft.NodeMAC("n", a)}
+			if rapid.Bool().Draw(t, label+" leg is dual") {
+				n.HostLeg.Addr6 = netip.PrefixFrom(second(50), 64)
+			}
 		}
 		s.Networks[vni] = n
 	}
 	return s
 }
+
+// second is the IPv6 address of the endpoint number i.
+func second(i byte) netip.Addr { return netip.AddrFrom16([16]byte{0: 0xfd, 15: i}) }
 
 func text(s vxlan.State) string {
 	s = vxlan.Normalize(s)
@@ -152,8 +167,22 @@ func TestValidateNames(t *testing.T) {
 			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("fd00::1")}}
 		},
 		"address twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a, weft.VIPMAC("s", a)}} },
-		"MAC twice":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
-		"group MAC":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
+		"MAC of three": func(n *vxlan.Network) {
+			for _, x := range []netip.Addr{a, second(1), second(2)} {
+				n.Peers = append(n.Peers, vxlan.Peer{Addr: x, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")})
+			}
+		},
+		"MAC at two VTEPs": func(n *vxlan.Network) {
+			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")}, {Addr: second(1), MAC: mac, VTEP: netip.MustParseAddr("10.99.0.3")}}
+		},
+		"two addresses of IPv4": func(n *vxlan.Network) {
+			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(a, 24), Addr6: netip.PrefixFrom(a.Next(), 24), MAC: mac}
+		},
+		"two addresses of IPv6": func(n *vxlan.Network) {
+			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(second(1), 64), Addr6: netip.PrefixFrom(second(2), 64), MAC: mac}
+		},
+		"MAC twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
+		"group MAC": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
 		"long interface": func(n *vxlan.Network) {
 			n.HostLeg = &vxlan.HostLeg{Name: "0123456789abcdef", Addr: netip.PrefixFrom(a, 24), MAC: mac}
 		},

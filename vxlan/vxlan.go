@@ -50,10 +50,15 @@ type Port struct {
 	// IfName inside the task, "eth0", "eth1", … stable for the task's life.
 	IfName string
 	Addr   netip.Prefix
+	Addr6  netip.Prefix // the second address, of IPv6; invalid without
 	MAC    net.HardwareAddr
 }
 
-// Peer is an endpoint on another node.
+// Addrs are the port's addresses, the first one first.
+func (p *Port) Addrs() []netip.Prefix { return addrs(p.Addr, p.Addr6) }
+
+// Peer is one address of an endpoint on another node. The two addresses of an
+// endpoint are two peers with the same MAC and VTEP.
 type Peer struct {
 	Addr netip.Addr
 	MAC  net.HardwareAddr
@@ -68,9 +73,22 @@ type VIP struct {
 
 // HostLeg is a veth whose one end is in the host's namespace.
 type HostLeg struct {
-	Name string // weft.IngressLeg
-	Addr netip.Prefix
-	MAC  net.HardwareAddr
+	Name  string // weft.IngressLeg
+	Addr  netip.Prefix
+	Addr6 netip.Prefix // the second address, of IPv6; invalid without
+	MAC   net.HardwareAddr
+}
+
+// Addrs are the leg's addresses, the first one first.
+func (l *HostLeg) Addrs() []netip.Prefix { return addrs(l.Addr, l.Addr6) }
+
+// addrs leaves out the second address where there is none. A missing first one
+// stays: it is the fault that Validate names.
+func addrs(first, second netip.Prefix) []netip.Prefix {
+	if !second.IsValid() {
+		return []netip.Prefix{first}
+	}
+	return []netip.Prefix{first, second}
 }
 
 // Kernel is the seam to the kernel. Implementations are vxlan/linux (package

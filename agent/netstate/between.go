@@ -30,21 +30,27 @@ func Between(have, want vxlan.State, in Input) (Input, bool) {
 	if len(going) == 0 {
 		return in, false
 	}
-	goes := func(network weft.ID, a netip.Addr) bool { return going[network][a.Unmap()] }
-	in.Endpoints = slices.DeleteFunc(slices.Clone(in.Endpoints), func(e weft.OwnedEndpoint) bool { return goes(e.Network, e.Addr) })
-	in.Local = slices.DeleteFunc(slices.Clone(in.Local), func(t LocalTask) bool {
-		return slices.ContainsFunc(t.Task.Attachments, func(a weft.Attachment) bool { return goes(a.Network, a.Addr.Addr()) })
+	goes := func(at weft.Attachment) bool {
+		return slices.ContainsFunc(at.Addrs(), func(p netip.Prefix) bool { return going[at.Network][p.Addr().Unmap()] })
+	}
+	in.Endpoints = slices.DeleteFunc(slices.Clone(in.Endpoints), func(e weft.OwnedEndpoint) bool {
+		return slices.ContainsFunc(e.Addrs(), func(a netip.Addr) bool { return going[e.Network][a.Unmap()] })
 	})
+	in.Local = slices.DeleteFunc(slices.Clone(in.Local), func(t LocalTask) bool { return slices.ContainsFunc(t.Task.Attachments, goes) })
 	in.Services = slices.Clone(in.Services)
 	for i := range in.Services {
 		s := &in.Services[i]
-		s.VIPs = slices.DeleteFunc(slices.Clone(s.VIPs), func(v weft.VIP) bool { return goes(v.Network, v.Addr.Addr()) })
+		s.VIPs = slices.DeleteFunc(slices.Clone(s.VIPs), func(v weft.VIP) bool { return goes(weft.Attachment(v)) })
 	}
 	mesh := slices.IndexFunc(in.Networks, func(n weft.Network) bool { return n.Spec.Ingress })
 	in.Nodes = slices.Clone(in.Nodes)
 	for i := range in.Nodes {
-		if n := &in.Nodes[i]; mesh >= 0 && n.ID != in.Self.ID && goes(in.Networks[mesh].ID, n.IngressAddr.Addr()) {
-			n.IngressAddr = netip.Prefix{}
+		n := &in.Nodes[i]
+		if mesh < 0 || n.ID == in.Self.ID {
+			continue
+		}
+		if goes(weft.Attachment{Network: in.Networks[mesh].ID, Addr: n.IngressAddr, Addr6: n.IngressAddr6}) {
+			n.IngressAddr, n.IngressAddr6 = netip.Prefix{}, netip.Prefix{}
 		}
 	}
 	return in, true
@@ -69,7 +75,9 @@ func handedOver(have, want vxlan.Network) map[netip.Addr]bool {
 
 func holders(n vxlan.Network, f func(netip.Addr, net.HardwareAddr)) {
 	for _, p := range n.Ports {
-		f(p.Addr.Addr(), p.MAC)
+		for _, a := range p.Addrs() {
+			f(a.Addr(), p.MAC)
+		}
 	}
 	for _, p := range n.Peers {
 		f(p.Addr, p.MAC)

@@ -37,12 +37,16 @@ func unionNetwork(have, want vxlan.Network) vxlan.Network {
 	}
 	taken := map[netip.Addr]bool{}
 	for _, p := range want.Ports {
-		taken[p.Addr.Addr()] = true
+		for _, a := range p.Addrs() {
+			taken[a.Addr()] = true
+		}
 	}
 	for _, p := range want.Peers {
 		taken[p.Addr] = true
 	}
-	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool { return taken[p.Addr.Addr()] })
+	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool {
+		return slices.ContainsFunc(p.Addrs(), func(a netip.Prefix) bool { return taken[a.Addr()] })
+	})
 	oldPeers := slices.DeleteFunc(slices.Clone(have.Peers), func(p vxlan.Peer) bool { return taken[p.Addr] })
 	want.Ports = union(oldPorts, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
 	want.Peers = union(oldPeers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })

@@ -84,7 +84,7 @@ func share(v *state.Snapshot) *shared {
 func NodeView(n weft.Node) wire.NodeView {
 	v := wire.NodeView{
 		ID: n.ID, Hostname: n.Description.Hostname, Addr: n.Status.Addr,
-		DataPath: n.DataPath, IngressAddr: n.IngressAddr,
+		DataPath: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6,
 	}
 	if n.Manager != nil {
 		v.Manager = n.Manager.Addr

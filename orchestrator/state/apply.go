@@ -114,7 +114,11 @@ func (t *tx) putNode(n *weft.Node) error {
 		return err
 	}
 	t.changed.Nodes[n.ID] = struct{}{}
-	if err := t.useIngress(n.IngressAddr); err != nil {
+	at, err := t.ingressOf(n)
+	if err != nil {
+		return err
+	}
+	if err := t.use(at); err != nil {
 		return err
 	}
 	return t.Insert(tNodes, &c)
@@ -209,7 +213,7 @@ func (t *tx) putService(n *weft.Service) error {
 		}
 	}
 	for _, v := range n.VIPs {
-		if err := t.use(v.Network, v.Addr); err != nil {
+		if err := t.use(weft.Attachment(v)); err != nil {
 			return err
 		}
 	}
@@ -258,7 +262,7 @@ func (t *tx) createTask(n *weft.Task) error {
 	}
 	c := *n
 	c.Meta = weft.Meta{Index: t.index, CreatedAt: t.at, UpdatedAt: t.at}
-	if err := t.useAll(c.Attachments); err != nil {
+	if err := t.use(c.Attachments...); err != nil {
 		return err
 	}
 	return t.storeTask(nil, &c)
@@ -355,7 +359,7 @@ func (t *tx) taskAttach(a *TaskAttach) error {
 	if err != nil || !attached {
 		return err
 	}
-	return t.useAll(a.Attachments)
+	return t.use(a.Attachments...)
 }
 
 func (t *tx) nodeStatus(s *NodeStatus) error {
@@ -373,6 +377,9 @@ func (t *tx) nodeStatus(s *NodeStatus) error {
 	if s.Session != nil {
 		if s.Session.Addr.IsValid() {
 			c.Status.Addr = s.Session.Addr
+		}
+		if s.Session.Port != 0 {
+			c.Status.ClusterPort = s.Session.Port
 		}
 		if s.Session.DataPath.IsValid() {
 			c.DataPath = s.Session.DataPath

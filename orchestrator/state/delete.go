@@ -57,7 +57,11 @@ func (t *tx) deleteNode(r *Ref) error {
 	}
 	t.changed.Nodes[r.ID] = struct{}{}
 	t.changed.TaskNodes[r.ID] = struct{}{}
-	if err := t.restIngress(old); err != nil {
+	at, err := t.ingressOf(old)
+	if err != nil {
+		return err
+	}
+	if err := t.rest(old.ID, false, at); err != nil {
 		return err
 	}
 	return t.Delete(tNodes, old)

@@ -3,7 +3,6 @@ package state
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -72,20 +71,22 @@ func addrKey(a netip.Addr) string {
 	return string([]byte{byte(a.BitLen())}) + string(a.AsSlice())
 }
 
-// rest lays an address down that owner gives up. Addresses of networks that are
-// gone went with them.
-func (t *tx) rest(network weft.ID, p netip.Prefix, owner weft.ID, isTask bool) error {
-	if !p.IsValid() {
-		return nil
-	}
-	net, err := first[weft.Network](t.Txn, tNetworks, byID, string(network))
+// rest lays down what owner gives up. Addresses of networks that are gone went
+// with them.
+func (t *tx) rest(owner weft.ID, isTask bool, at weft.Attachment) error {
+	net, err := first[weft.Network](t.Txn, tNetworks, byID, string(at.Network))
 	if err != nil || net == nil {
 		return err
 	}
-	t.changed.Resting[network] = struct{}{}
-	return t.Insert(tResting, &RestingAddr{
-		Network: network, Addr: p.Addr().Unmap(), Owner: owner, Task: isTask, Index: t.index, At: t.at,
-	})
+	for _, p := range at.Addrs() {
+		t.changed.Resting[at.Network] = struct{}{}
+		if err := t.Insert(tResting, &RestingAddr{
+			Network: at.Network, Addr: p.Addr().Unmap(), Owner: owner, Task: isTask, Index: t.index, At: t.at,
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // restTask: the addresses of a task that has ended or is forgotten. One that
@@ -95,7 +96,7 @@ func (t *tx) restTask(k *weft.Task) error {
 		return nil
 	}
 	for _, at := range k.Attachments {
-		if err := t.rest(at.Network, at.Addr, k.ID, true); err != nil {
+		if err := t.rest(k.ID, true, at); err != nil {
 			return err
 		}
 	}
@@ -104,34 +105,42 @@ func (t *tx) restTask(k *weft.Task) error {
 
 // restVIPs: what a service has had and has no longer.
 func (t *tx) restVIPs(service weft.ID, had, has []weft.VIP) error {
-	for _, v := range had {
-		if slices.Contains(has, v) {
-			continue
+	kept := map[netip.Prefix]weft.ID{}
+	for _, v := range has {
+		at := weft.Attachment(v)
+		for _, p := range at.Addrs() {
+			kept[p] = v.Network
 		}
-		if err := t.rest(v.Network, v.Addr, service, false); err != nil {
-			return err
+	}
+	for _, v := range had {
+		at := weft.Attachment(v)
+		for _, p := range at.Addrs() {
+			if kept[p] == v.Network {
+				continue
+			}
+			if err := t.rest(service, false, weft.Attachment{Network: v.Network, Addr: p}); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// use ends the rest of an address that a command gives to a new holder.
-func (t *tx) use(network weft.ID, p netip.Prefix) error {
-	if !p.IsValid() {
-		return nil
-	}
-	old, err := first[RestingAddr](t.Txn, tResting, byID, string(network), addrKey(p.Addr()))
-	if err != nil || old == nil {
-		return err
-	}
-	t.changed.Resting[network] = struct{}{}
-	return t.Delete(tResting, old)
-}
-
-func (t *tx) useAll(at []weft.Attachment) error {
-	for _, a := range at {
-		if err := t.use(a.Network, a.Addr); err != nil {
-			return err
+// use ends the rest of what a command gives to a new holder.
+func (t *tx) use(given ...weft.Attachment) error {
+	for _, at := range given {
+		for _, p := range at.Addrs() {
+			old, err := first[RestingAddr](t.Txn, tResting, byID, string(at.Network), addrKey(p.Addr()))
+			if err != nil {
+				return err
+			}
+			if old == nil {
+				continue
+			}
+			t.changed.Resting[at.Network] = struct{}{}
+			if err := t.Delete(tResting, old); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -146,20 +155,10 @@ func (t *tx) ingress() (weft.ID, error) {
 	return n.ID, nil
 }
 
-func (t *tx) restIngress(n *weft.Node) error {
+// ingressOf is what a node has on that network.
+func (t *tx) ingressOf(n *weft.Node) (weft.Attachment, error) {
 	id, err := t.ingress()
-	if err != nil {
-		return err
-	}
-	return t.rest(id, n.IngressAddr, n.ID, false)
-}
-
-func (t *tx) useIngress(p netip.Prefix) error {
-	id, err := t.ingress()
-	if err != nil {
-		return err
-	}
-	return t.use(id, p)
+	return weft.Attachment{Network: id, Addr: n.IngressAddr, Addr6: n.IngressAddr6}, err
 }
 
 // restNetwork: the network's numbers rest in place of its addresses.

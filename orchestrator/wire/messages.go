@@ -99,6 +99,9 @@ type SessionRequest struct {
 	Description weft.NodeDescription
 	DataPath    netip.Addr
 	Addr        netip.Addr
+	// Port is the advertised cluster port at Addr; 0 = not told (an older
+	// node): what the leader has stays.
+	Port uint16 `cbor:",omitempty"`
 }
 
 // Assignments is all (Full) or the changes of what one node must know. Seq
@@ -109,8 +112,8 @@ type Assignments struct {
 	// Index is the log index of the state that the set is made of; Report
 	// names it when it is carried out. Confirm asks to report that at once:
 	// an address waits for it.
-	Index   uint64
-	Confirm bool
+	Index   uint64 `cbor:",omitempty"`
+	Confirm bool   `cbor:",omitempty"`
 
 	// Upserts.
 	Tasks    []weft.Task        // assigned to this node, until Desired=remove is carried out
@@ -125,7 +128,8 @@ type Assignments struct {
 
 	// Ended are tasks, anywhere, whose addresses on Networks are about to be
 	// given to others: whatever else is still said of them does not count.
-	Ended, GoneEnded []weft.ID
+	Ended     []weft.ID `cbor:",omitempty"`
+	GoneEnded []weft.ID `cbor:",omitempty"`
 
 	// Cluster is set when Full or when it changed.
 	Cluster *ClusterView
@@ -148,7 +152,9 @@ type NodeView struct {
 	Addr        netip.Addr
 	DataPath    netip.Addr
 	IngressAddr netip.Prefix
-	Manager     netip.AddrPort // cluster port; invalid on workers
+	// IngressAddr6 is invalid where the ingress network has no IPv6.
+	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
+	Manager      netip.AddrPort // cluster port; invalid on workers
 }
 
 // ClusterView is what every node knows of the cluster.
@@ -164,13 +170,13 @@ type Report struct {
 	Tasks     []TaskReport
 	Listeners []weft.Listener // nil: as last reported
 	// Prefixes are the ranges in use on the host; nil: as last reported.
-	Prefixes []netip.Prefix
+	Prefixes []netip.Prefix `cbor:",omitzero"`
 	// Applied is the Index of the newest assignments that the node's data
 	// plane is equal to, but for the networks in Behind: their last pass
 	// failed, or they were removed and local tasks are on them yet. A peer
 	// that does not report it never confirms.
-	Applied uint64
-	Behind  []weft.ID
+	Applied uint64    `cbor:",omitempty"`
+	Behind  []weft.ID `cbor:",omitempty"`
 }
 
 // TaskReport is the newest status of one task. Reporting TaskRemove means the
@@ -186,7 +192,7 @@ type AdmitRequest struct {
 	Token        string
 	CSR          []byte // PEM
 	Hostname     string
-	Advertise    netip.AddrPort // of the joiner's cluster port; invalid = derive
+	Advertise    netip.AddrPort // of the joiner's cluster port; an unspecified address = the one the request comes from; invalid = that at weft.ClusterPort
 	DataPath     netip.Addr
 	Availability weft.Availability
 }

@@ -3,6 +3,7 @@
 package vxlantest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -170,10 +171,15 @@ func (k *Kernel) String() string {
 			p := n.ports[task]
 			name := weft.PortVethName(task, n.head.ID)
 			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type veth peer %s mtu %d address %s netns %s\n", name, n.head.MTU, br, p.IfName, n.head.MTU, p.MAC, p.NetNS)
-			fmt.Fprintf(&b, "ip -n %s addr add %s dev %s\n", p.NetNS, p.Addr, p.IfName)
+			for _, a := range p.Addrs() {
+				fmt.Fprintf(&b, "ip -n %s addr add %s dev %s\n", p.NetNS, a, p.IfName)
+			}
 		}
 		if n.leg != nil {
-			fmt.Fprintf(&b, "ip link add %s address %s type veth peer on %s\nip addr add %s dev %s\n", n.leg.Name, n.leg.MAC, br, n.leg.Addr, n.leg.Name)
+			fmt.Fprintf(&b, "ip link add %s address %s type veth peer on %s\n", n.leg.Name, n.leg.MAC, br)
+			for _, a := range n.leg.Addrs() {
+				fmt.Fprintf(&b, "ip addr add %s dev %s\n", a, n.leg.Name)
+			}
 		}
 	}
 	return b.String()
@@ -191,7 +197,12 @@ func Conformance(t *testing.T, k vxlan.Kernel, n vxlan.Network) {
 	bare.Ports, bare.Peers, bare.VIPs, bare.HostLeg = nil, nil, nil, nil
 	moved := n
 	moved.MTU, moved.Port, moved.Peers = n.MTU-100, n.Port+1, slices.Clone(n.Peers)
-	moved.Peers[0].VTEP = moved.Peers[0].VTEP.Next()
+	next := n.Peers[0].VTEP.Next()
+	for i, p := range n.Peers {
+		if bytes.Equal(p.MAC, n.Peers[0].MAC) { // of one endpoint: they move together
+			moved.Peers[i].VTEP = next
+		}
+	}
 	other := n
 	other.ID = "another-network-same-vni"
 	for _, s := range []struct {
