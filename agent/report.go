@@ -73,6 +73,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 	var told []weft.Listener // nil: nothing in this session yet
 	var used []netip.Prefix
 	var looked time.Time
+	var keys []weft.NodeKey // told in this session
 	for {
 		var r wire.Report
 		if now := time.Now(); now.Sub(looked) >= listenersEvery {
@@ -84,8 +85,12 @@ func (a *Agent) runReports(ctx context.Context) error {
 				r.Prefixes = p
 			}
 		}
+		newKeys := a.keys()
+		if slices.Equal(newKeys, keys) {
+			newKeys = nil
+		}
 		done := a.plane.carried()
-		r.Tasks, r.Applied, r.Behind = a.outbox.take(), done.index, done.behind
+		r.Tasks, r.Keys, r.Applied, r.Behind = a.outbox.take(), newKeys, done.index, done.behind
 		if err := a.cfg.Leader.Report(ctx, a.cfg.Node, r); err != nil {
 			return fmt.Errorf("report to the leader: %w", err)
 		}
@@ -94,6 +99,9 @@ func (a *Agent) runReports(ctx context.Context) error {
 		}
 		if r.Prefixes != nil {
 			used = r.Prefixes
+		}
+		if newKeys != nil {
+			keys = newKeys
 		}
 		select {
 		case <-ctx.Done():
@@ -121,20 +129,38 @@ func (a *Agent) prefixes() []netip.Prefix {
 	return d.UsedPrefixes
 }
 
-// listeners are the host's sockets without those of the overlay: the kernel
-// itself holds the data path's port. nil = they cannot be read now.
+// listeners are the host's sockets without those of the overlay. nil = they cannot be read now.
 func (a *Agent) listeners() []weft.Listener {
 	list, err := a.cfg.Listeners()
 	if err != nil {
 		a.cfg.Log.Warn("read host listeners", weft.KeyErr, err)
 		return nil
 	}
-	dataPath := weft.Listener{Protocol: weft.UDP, Port: a.model.Load().Cluster.DataPathPort}
+	own := []weft.Listener{{Protocol: weft.UDP, Port: a.model.Load().Cluster.DataPathPort}}
+	for _, k := range a.keys() {
+		own = append(own, weft.Listener{Protocol: weft.UDP, Port: k.Port})
+	}
 	out := make([]weft.Listener, 0, len(list))
 	for _, l := range list {
-		if l != dataPath {
+		if !slices.Contains(own, l) {
 			out = append(out, l)
 		}
 	}
 	return out
+}
+
+// keys are this node's public keys for encrypted networks; nil before the leader
+// has said which epoch it is, on a node that cannot encrypt, and when they cannot
+// be made now.
+func (a *Agent) keys() []weft.NodeKey {
+	m := a.model.Load()
+	if a.cfg.Keys == nil || m.Cluster.ID == "" {
+		return nil
+	}
+	keys, err := a.cfg.Keys(m.Cluster.KeyEpoch)
+	if err != nil {
+		a.cfg.Log.Error("make keys for encrypted networks", weft.KeyErr, err)
+		return nil
+	}
+	return keys
 }

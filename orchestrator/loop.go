@@ -95,7 +95,11 @@ func (t *term) round(ctx context.Context, sub *state.Subscription, k *tracker, r
 	if err != nil {
 		return earlier(again, look), err
 	}
-	again = earlier(again, look)
+	rotate, err := t.rotateKeys(ctx, v, now)
+	if err != nil {
+		return earlier(again, look), err
+	}
+	again = earlier(again, earlier(look, rotate))
 	p := &pass{term: t, view: v, k: k, now: now, changes: map[weft.ID][]state.Change{}, full: map[weft.ID]error{}}
 	k.due(now)
 	p.run()

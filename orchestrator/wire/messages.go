@@ -152,6 +152,8 @@ type NodeView struct {
 	Addr        netip.Addr
 	DataPath    netip.Addr
 	IngressAddr netip.Prefix
+	// Keys for encrypted networks; see weft.NodeStatus.
+	Keys []weft.NodeKey `cbor:",omitempty" json:",omitempty"`
 	// IngressAddr6 is invalid where the ingress network has no IPv6.
 	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
 	Manager      netip.AddrPort // cluster port; invalid on workers
@@ -163,12 +165,16 @@ type ClusterView struct {
 	DataPathPort uint16
 	GossipKey    []byte
 	AddrPools    []netip.Prefix
+	// KeyEpoch: see weft.Cluster.
+	KeyEpoch uint64 `cbor:",omitempty" json:",omitempty"`
 }
 
 // Report is a batch of task states and what the node has carried out.
 type Report struct {
 	Tasks     []TaskReport
 	Listeners []weft.Listener // nil: as last reported
+	// Keys of this node for encrypted networks; nil: as reported before.
+	Keys []weft.NodeKey `cbor:",omitempty"`
 	// Prefixes are the ranges in use on the host; nil: as last reported.
 	Prefixes []netip.Prefix `cbor:",omitzero"`
 	// Applied is the Index of the newest assignments that the node's data
