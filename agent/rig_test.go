@@ -90,6 +90,7 @@ type rig struct {
 	journal  *journal
 	mtu      atomic.Int32 // 0 = cannot be read
 	agent    *Agent       // the last one started
+	keys     func(epoch uint64) ([]weft.NodeKey, error)
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -125,8 +126,8 @@ func (r *rig) config() Config {
 		Runtime: &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Overlay: r.kernel, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe:  func() (weft.NodeDescription, error) { return weft.NodeDescription{Hostname: "a"}, nil },
-		Listeners: r.readListeners,
-		Log:       slog.New(slog.DiscardHandler),
+		Listeners: r.readListeners, Keys: r.keys,
+		Log: slog.New(slog.DiscardHandler),
 	}
 }
 
