@@ -245,6 +245,9 @@ func (l *Lab) signs(h Host, ids []string) (signs, error) {
 	if s.NetNS, err = h.namespaces(); err != nil {
 		return signs{}, err
 	}
+	if s.At, err = ticks(); err != nil {
+		return signs{}, err
+	}
 	for _, id := range ids {
 		if weft.ID(id).Valid() {
 			s.Groups = append(s.Groups, "/"+groupRoot+"/"+id)
