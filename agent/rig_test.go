@@ -91,6 +91,7 @@ type rig struct {
 	mtu      atomic.Int32                   // 0 = cannot be read
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
+	keys     func(epoch uint64) ([]weft.NodeKey, error)
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -133,7 +134,7 @@ func (r *rig) config() Config {
 			}
 			return d, err
 		},
-		Listeners: r.readListeners,
+		Listeners: r.readListeners, Keys: r.keys,
 		Log:       slog.New(slog.DiscardHandler),
 	}
 }
