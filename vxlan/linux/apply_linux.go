@@ -200,16 +200,24 @@ func (w *writer) addNetwork(n vxlan.Network) error {
 }
 
 // hiddenSysctls switches off what costs time or speaks by itself in a hidden
-// namespace. Keys that this kernel does not have are off already.
+// namespace.
 func hiddenSysctls() error {
-	for _, s := range []struct{ key, value string }{
+	return setSysctls([]sysctl{
 		{"net/bridge/bridge-nf-call-iptables", "0"},
 		{"net/bridge/bridge-nf-call-ip6tables", "0"},
 		{"net/bridge/bridge-nf-call-arptables", "0"},
 		// No link-local addresses: bridge and ports are not hosts.
 		{"net/ipv6/conf/default/addr_gen_mode", "1"},
 		{"net/ipv6/conf/default/accept_ra", "0"},
-	} {
+	})
+}
+
+type sysctl struct{ key, value string }
+
+// setSysctls writes in the calling thread's namespace. Keys that this kernel
+// does not have are off already.
+func setSysctls(all []sysctl) error {
+	for _, s := range all {
 		err := os.WriteFile("/proc/sys/"+s.key, []byte(s.value), 0o644)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("set sysctl %s=%s: %w", s.key, s.value, err)
@@ -230,7 +238,9 @@ func (w *writer) setDevice(h *hidden, n vxlan.Network) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.Group = name, n.MTU, linkGroup
 	attrs.Namespace = netlink.NsFd(h.ns.FD())
-	vx := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(n.VNI), SrcAddr: net.IP(n.VTEP.Unmap().AsSlice()), Port: int(n.Port), NoAge: true}
+	vx := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(n.VNI), SrcAddr: net.IP(n.VTEP.Unmap().AsSlice()), Port: int(n.Port), NoAge: true,
+		// Over IPv6 the eBPF engine leaves the outer checksum out (RFC 6935).
+		UDP6ZeroCSumRx: true}
 	host, err := dial()
 	if err != nil {
 		return err
