@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // hook is a program at the ingress of a link of the host's namespace.
@@ -72,7 +74,7 @@ func (e *Engine) attach(o *objects, h hook) error {
 			return nil
 		}
 	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: h.ifindex, Program: o.progs[h.prog], Attach: ebpf.AttachTCXIngress})
+	l, err := attachNew(h.ifindex, o.progs[h.prog])
 	if err != nil {
 		return fmt.Errorf("attach program %s to link %d: %w", h.prog, h.ifindex, err)
 	}
@@ -81,6 +83,24 @@ func (e *Engine) attach(o *objects, h hook) error {
 		return fmt.Errorf("pin link of program %s at link %d: %w", h.prog, h.ifindex, err)
 	}
 	return nil
+}
+
+// Our own choices. A link that nobody holds any more is taken off by a worker
+// of the kernel, within a millisecond on an idle machine; until then the same
+// program cannot be attached to the same device.
+const (
+	attachTries = 100
+	attachPause = 2 * time.Millisecond
+)
+
+func attachNew(ifindex int, p *ebpf.Program) (link.Link, error) {
+	for try := 1; ; try++ {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: ebpf.AttachTCXIngress})
+		if !errors.Is(err, unix.EEXIST) || try == attachTries {
+			return l, err
+		}
+		time.Sleep(attachPause)
+	}
 }
 
 // detach removes a hook by its pin; one that is not there is success.
@@ -131,5 +151,6 @@ func dump[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
 }
 
 // dumpBatch is how many entries one call reads. It must hold the fullest
-// bucket of a hash table, which has a handful.
-const dumpBatch = 4096
+// bucket of a hash table, which has a handful; larger ones cost more to clear
+// than they save in calls.
+const dumpBatch = 512

@@ -367,3 +367,20 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// pingPong sends bytes both ways over a connection.
+func pingPong(a, b net.Conn) error {
+	for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
+		way[0].SetDeadline(time.Now().Add(limit))
+		way[1].SetDeadline(time.Now().Add(limit))
+		if _, err := way[0].Write([]byte("ping")); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(way[1], make([]byte, 4)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeSysctl(file, value string) error { return os.WriteFile(file, []byte(value), 0o644) }
