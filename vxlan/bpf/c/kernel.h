@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The kernel's interface to a classifier program, as far as it is used here
  * (linux/bpf.h, linux/if_ether.h, linux/ip.h …). It is written down so that
@@ -55,6 +55,7 @@ struct bpf_redir_neigh {
 /* linux/bpf.h: helpers by number */
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
 static long (*const bpf_tail_call)(void *ctx, void *map, u32 index) = (void *)12;
 static long (*const bpf_skb_get_tunnel_key)(struct __sk_buff *skb, struct bpf_tunnel_key *key, u32 size, u64 flags) = (void *)20;
@@ -113,6 +114,9 @@ enum {
 	IPPROTO_ICMPV6 = 58,
 	ICMP_UNREACH = 3,
 	ICMP_UNREACH_NEEDFRAG = 4,
+	ICMP_UNREACH_PORT = 3,
+	ICMPV6_UNREACH = 1,
+	ICMPV6_UNREACH_PORT = 4,
 	ICMPV6_TOO_BIG = 2,
 	ND_SOLICIT = 135,
 	ND_ADVERT = 136,
@@ -158,6 +162,13 @@ struct ipv6 { /* RFC 8200 */
 
 struct udp {
 	u16 src, dst, len, csum;
+};
+
+struct tcp { /* RFC 9293 */
+	u16 src, dst;
+	u32 seq, ack;
+	u8 off, flags;
+	u16 window, csum, urgent;
 };
 
 struct vxlan { /* RFC 7348 section 5 */

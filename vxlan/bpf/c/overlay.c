@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: Apache-2.0
 /*
  * The overlay's data path.
  *
@@ -9,7 +9,7 @@
  *               (reassembled fragments, other underlay devices, the host leg)
  * forward       from_task for a packet that a balancer gave back
  */
-#include "overlay.h"
+#include "answer.h"
 
 #define OUTER4 (sizeof(struct ipv4) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
 #define OUTER6 (sizeof(struct ipv6) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
@@ -65,102 +65,6 @@ static inline_always u32 inner_size(struct __sk_buff *skb, u16 proto)
 		l4 = (*off >> 4) * 4;
 	}
 	return l3 + l4 + skb->gso_size;
-}
-
-/* too_big4 turns the packet into the answer of RFC 1191 and sends it back. */
-static inline_always int too_big4(struct __sk_buff *skb, u32 mtu)
-{
-	const u32 quote = sizeof(struct ipv4) + 20, grow = sizeof(struct ipv4) + 8;
-	struct {
-		u8 type, code;
-		u16 csum, zero, mtu;
-	} *icmp;
-	struct eth *eth, was;
-	struct ipv4 *ip, *old;
-	u32 src, dst;
-
-	eth = bytes(skb);
-	old = (void *)(eth + 1);
-	if ((void *)(old + 1) > end(skb))
-		return drop(MALFORMED);
-	was = *eth;
-	src = old->src;
-	dst = old->dst;
-	/* The answer has at least the checksum's place in it that the sender left to hardware. */
-	if (bpf_skb_change_tail(skb, sizeof(*eth) + quote, 0) || bpf_skb_adjust_room(skb, grow, ADJ_ROOM_MAC, 0))
-		return drop(REFUSED);
-	if (linear(skb, sizeof(*eth) + grow + quote))
-		return drop(REFUSED);
-	eth = bytes(skb);
-	ip = (void *)(eth + 1);
-	icmp = (void *)(ip + 1);
-	if ((void *)(icmp + 1) + quote > end(skb))
-		return drop(REFUSED);
-	eth->dst = was.src;
-	eth->src = was.dst;
-	eth->proto = was.proto;
-	*ip = (struct ipv4){.vihl = 0x45, .len = htons(grow + quote), .ttl = 64, .proto = IPPROTO_ICMP, .src = dst, .dst = src};
-	ip->csum = fold(bpf_csum_diff(0, 0, ip, sizeof(*ip), 0));
-	icmp->type = ICMP_UNREACH;
-	icmp->code = ICMP_UNREACH_NEEDFRAG;
-	icmp->csum = 0;
-	icmp->zero = 0;
-	icmp->mtu = htons(mtu);
-	icmp->csum = fold(bpf_csum_diff(0, 0, (void *)icmp, sizeof(*icmp) + quote, 0));
-	drop(TOO_BIG);
-	return bpf_redirect(skb->ifindex, 0);
-}
-
-/* too_big6 turns the packet into the answer of RFC 4443 section 3.2. */
-static inline_always int too_big6(struct __sk_buff *skb, u32 mtu)
-{
-	const u32 quote = sizeof(struct ipv6) + 24, grow = sizeof(struct ipv6) + 8;
-	struct {
-		u32 src[4], dst[4], len, next;
-	} pseudo;
-	struct {
-		u8 type, code;
-		u16 csum;
-		u32 mtu;
-	} *icmp;
-	struct eth *eth, was;
-	struct ipv6 *ip;
-
-	eth = bytes(skb);
-	ip = (void *)(eth + 1);
-	if ((void *)(ip + 1) > end(skb))
-		return drop(MALFORMED);
-	was = *eth;
-	memcpy(pseudo.src, ip->dst, 16);
-	memcpy(pseudo.dst, ip->src, 16);
-	pseudo.len = htonl(sizeof(*icmp) + quote);
-	pseudo.next = htonl(IPPROTO_ICMPV6);
-	if (bpf_skb_change_tail(skb, sizeof(*eth) + quote, 0) || bpf_skb_adjust_room(skb, grow, ADJ_ROOM_MAC, 0))
-		return drop(REFUSED);
-	if (linear(skb, sizeof(*eth) + grow + quote))
-		return drop(REFUSED);
-	eth = bytes(skb);
-	ip = (void *)(eth + 1);
-	icmp = (void *)(ip + 1);
-	if ((void *)(icmp + 1) + quote > end(skb))
-		return drop(REFUSED);
-	eth->dst = was.src;
-	eth->src = was.dst;
-	eth->proto = was.proto;
-	ip->flow = htonl(0x60000000);
-	ip->len = htons(sizeof(*icmp) + quote);
-	ip->next = IPPROTO_ICMPV6;
-	ip->hops = 64;
-	memcpy(ip->src, pseudo.src, 16);
-	memcpy(ip->dst, pseudo.dst, 16);
-	icmp->type = ICMPV6_TOO_BIG;
-	icmp->code = 0;
-	icmp->csum = 0;
-	icmp->mtu = htonl(mtu);
-	icmp->csum = fold(bpf_csum_diff(0, 0, (void *)icmp, sizeof(*icmp) + quote,
-					bpf_csum_diff(0, 0, (void *)&pseudo, sizeof(pseudo), 0)));
-	drop(TOO_BIG);
-	return bpf_redirect(skb->ifindex, 0);
 }
 
 /* by_tunnel lets the kernel's VXLAN device carry the packet, fragments and all. */
@@ -292,12 +196,15 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 			/* Who lets routers cut the packet gets it cut: the outer one is. */
 			if (!(ip->frag & htons(IP_DF)))
 				return by_tunnel(skb, p, d);
-			return too_big4(skb, d->mtu);
+			drop(TOO_BIG);
+			return icmp4(skb, ICMP_UNREACH, ICMP_UNREACH_NEEDFRAG, htonl(d->mtu)); /* RFC 1191 */
 		}
 		tos = ip->tos;
 	} else {
-		if (unlikely(size > d->mtu))
-			return too_big6(skb, d->mtu);
+		if (unlikely(size > d->mtu)) {
+			drop(TOO_BIG);
+			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu));
+		}
 		if (l3 + sizeof(u32) > end(skb))
 			return drop(MALFORMED);
 		tos = ntohl(*(u32 *)l3) >> 20;
@@ -360,7 +267,7 @@ static inline_always int answer_solicit(struct __sk_buff *skb, const struct port
 		struct addr src, dst;
 		u32 len, next;
 		struct advert nd;
-	} m = {};
+	} m = {}; /* as struct pseudo6, and what it covers */
 	struct ep_key key = {.vni = p->vni};
 	struct eth *eth;
 	struct ipv6 *ip;
@@ -665,4 +572,4 @@ int probe_switch(struct __sk_buff *skb)
 	return bpf_skb_adjust_room(skb, -(s32)OUTER4, ADJ_ROOM_MAC, ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_DECAP_L3_IPV6) != 0;
 }
 
-char _license[] SEC("license") = "Dual BSD/GPL";
+char _license[] SEC("license") = "Apache-2.0";

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Keys and values of the pinned maps: the interface between the programs, the
  * engine (abi.go) and the balancer of package ingress/bpf. A change of any of
