@@ -45,7 +45,7 @@ var packages = map[string]rule{
 	"ingress":                   {},
 	"ingress/ipvs":              {may: []string{"ingress"}},
 	"ingress/nft":               {may: []string{"ingress"}},
-	"ingress/bpf":               {may: []string{"ingress", "vxlan/bpf"}},
+	"ingress/bpf":               {may: []string{"ingress", "vxlan", "vxlan/bpf"}}, // vxlan: the hardware address as a map key
 	"ingress/ingresstest":       {may: []string{"ingress"}},
 	"gossip":                    {},
 	"orchestrator/ca":           {},

@@ -22,6 +22,7 @@ import (
 //	<node>/v<abi>/<map>               the maps, by their names in c/overlay.h
 //	<node>/v<abi>/progs/<prog>-<hash> the programs of one build
 //	<node>/v<abi>/links/<name>        a port's veth, or "u<ifindex>" of a device
+//	<node>/v<abi>/balance/…           those of package ingress/bpf
 //
 // A pin's name has no dot: the kernel keeps those for itself.
 
@@ -81,7 +82,7 @@ func (o *objects) complete() bool {
 func (e *Engine) nodeDir() string { return filepath.Join(e.cfg.Dir, string(e.cfg.Node)) }
 
 func (e *Engine) path(parts ...string) string {
-	return filepath.Join(append([]string{e.nodeDir(), fmt.Sprintf("v%d", abiVersion)}, parts...)...)
+	return filepath.Join(append([]string{PinDir(e.cfg.Dir, e.cfg.Node)}, parts...)...)
 }
 
 func (b build) progPin(name string) string { return name + "-" + b.hash }
