@@ -62,10 +62,10 @@ func (w *writer) perform(op vxlan.Op) error {
 		return w.delNeigh(epKey{VNI: op.VNI, Addr: addrOf(op.Addr)})
 	case vxlan.OpSetPort:
 		p := op.Port
-		return w.setPort(owned{vni: op.VNI, port: *p}, p.MAC, []netip.Prefix{p.Addr})
+		return w.setPort(owned{vni: op.VNI, port: *p}, p.MAC, p.Addrs())
 	case vxlan.OpSetHostLeg:
 		l := op.HostLeg
-		return w.setPort(owned{vni: op.VNI, leg: l.Name}, l.MAC, []netip.Prefix{l.Addr})
+		return w.setPort(owned{vni: op.VNI, leg: l.Name}, l.MAC, l.Addrs())
 	case vxlan.OpDelPort:
 		return w.delPorts(op.VNI, func(n nearEnd) bool { return n.leg == "" && n.port.Task == op.Port.Task })
 	case vxlan.OpDelHostLeg:
@@ -179,10 +179,11 @@ func (w *writer) isClaimed(k macKey) bool {
 // isWanted reports whether an address is that of a port in the wanted state.
 func (w *writer) isWanted(k epKey) bool {
 	n := w.want.Networks[k.VNI]
-	if l := n.HostLeg; l != nil && addrOf(l.Addr.Addr()) == k.Addr {
+	is := func(p netip.Prefix) bool { return addrOf(p.Addr()) == k.Addr }
+	if n.HostLeg != nil && slices.ContainsFunc(n.HostLeg.Addrs(), is) {
 		return true
 	}
-	return slices.ContainsFunc(n.Ports, func(p vxlan.Port) bool { return addrOf(p.Addr.Addr()) == k.Addr })
+	return slices.ContainsFunc(n.Ports, func(p vxlan.Port) bool { return slices.ContainsFunc(p.Addrs(), is) })
 }
 
 // setPort makes or repairs a port from its far end to its entries, which come

@@ -146,13 +146,13 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 		if near.leg != "" {
 			n.HostLeg = &vxlan.HostLeg{Name: near.leg}
 			if sound {
-				n.HostLeg.MAC, n.HostLeg.Addr = f.MAC, f.Addrs[0]
+				n.HostLeg.MAC, n.HostLeg.Addr, n.HostLeg.Addr6 = f.MAC, f.Addr, f.Addr6
 			}
 			continue
 		}
 		p := near.port
 		if sound {
-			p.MAC, p.Addr = f.MAC, f.Addrs[0]
+			p.MAC, p.Addr, p.Addr6 = f.MAC, f.Addr, f.Addr6
 		}
 		n.Ports = append(n.Ports, p)
 	}
@@ -212,10 +212,11 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 		s.e.cfg.Log.Debug("far end of a port cannot be read; it will be remade", "link", l.Name, weft.KeyErr, err)
 		return linux.Far{}, false
 	}
-	if len(f.Addrs) == 0 || vxlan.MACOf(f.MAC) != val.MAC || len(addrs) != len(f.Addrs) {
+	has := (&vxlan.Port{Addr: f.Addr, Addr6: f.Addr6}).Addrs()
+	if !f.Addr.IsValid() || vxlan.MACOf(f.MAC) != val.MAC || len(addrs) != len(has) {
 		return linux.Far{}, false
 	}
-	for _, p := range f.Addrs {
+	for _, p := range has {
 		if !slices.Contains(addrs, p.Addr()) {
 			return linux.Far{}, false
 		}

@@ -61,7 +61,7 @@ func (p Pair) Set() (int, error) {
 	}
 	w, h := &writer{}, &hidden{conn: near}
 	v := veth{name: p.Name, alias: p.Alias, ns: ns, far: far,
-		end: end{name: p.FarName, mac: p.FarMAC, addr: p.FarAddrs[0], mtu: p.MTU, alias: p.FarAlias}}
+		end: end{name: p.FarName, mac: p.FarMAC, addrs: p.FarAddrs, mtu: p.MTU, alias: p.FarAlias}}
 	a, b, err := w.pair(h, v)
 	if err != nil {
 		return 0, err
@@ -91,6 +91,11 @@ func (p Pair) setUp(near, far *conn, a, b netlink.Link, e end) error {
 	}
 	if err := near.LinkSetUp(a); err != nil {
 		return fmt.Errorf("set %s up: %w", p.Name, err)
+	}
+	if p.NetNS == "" {
+		if err := legSysctls(p.FarName, p.FarAddrs); err != nil {
+			return err
+		}
 	}
 	return setEnd(far, b, e)
 }
@@ -129,10 +134,10 @@ func loopbackUp(c *conn) error {
 	return nil
 }
 
-// Far is what the far end of a pair has.
+// Far is what the far end of a pair has: the addresses as vxlan.Port has them.
 type Far struct {
-	MAC   net.HardwareAddr
-	Addrs []netip.Prefix
+	MAC         net.HardwareAddr
+	Addr, Addr6 netip.Prefix
 }
 
 // ReadFar looks at the far end of near, which is called name in the namespace
@@ -149,11 +154,11 @@ func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 		return Far{}, err
 	}
 	defer c.close()
-	mac, addr, err := readEnd(c, name, near)
+	mac, addr, addr6, err := readEnd(c, name, near)
 	if err != nil || !addr.IsValid() {
 		return Far{}, err
 	}
-	return Far{MAC: mac, Addrs: []netip.Prefix{addr}}, nil
+	return Far{MAC: mac, Addr: addr, Addr6: addr6}, nil
 }
 
 // Quiet keeps a link of the host's namespace from speaking by itself: no
