@@ -25,6 +25,7 @@ import (
 	"github.com/weftnet/weft/vxlan"
 	overlay "github.com/weftnet/weft/vxlan/bpf"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan: the underlay is 10.99.9.0/24, this host .1 and the other .2;
@@ -49,7 +50,7 @@ type bed struct {
 }
 
 func newBed(t *testing.T) *bed {
-	needKernel(t)
+	netnstest.NeedRoot(t)
 	dir, err := os.MkdirTemp("/run", "balance")
 	must(t, err)
 	b := &bed{t: t, dir: dir, network: weft.NewID()}

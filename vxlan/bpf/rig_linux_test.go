@@ -19,6 +19,7 @@ import (
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan: the underlay is 10.99.8.0/24 and fd99:8::/64, host i has .i in
@@ -54,7 +55,7 @@ type plan struct {
 // rig makes hosts on one bridge in the test's own namespace.
 func rig(t testing.TB, p plan) []*testHost {
 	t.Helper()
-	needKernel(t)
+	netnstest.NeedRoot(t)
 	if p.mtu == 0 {
 		p.mtu = underMTU
 	}

@@ -56,15 +56,10 @@ func Main(m *testing.M) {
 		}
 		os.Exit(m.Run())
 	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
-		Pdeathsig:   syscall.SIGKILL,
-	}
+	cmd := again()
+	cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+	cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+	cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
 	if err := cmd.Start(); err != nil {
 		fmt.Fprintln(os.Stderr, "SKIP: user, network and mount namespaces are refused here:", err)
 		if Required("userns") {
@@ -72,6 +67,51 @@ func Main(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	end(cmd)
+}
+
+// MainRoot is Main for what no user namespace gives, as eBPF: it runs the tests
+// again in new network and mount namespaces if it is root. Otherwise it runs them
+// where they are, and NeedRoot ends those of the kernel.
+func MainRoot(m *testing.M) {
+	if os.Getenv(inside) != "" {
+		private := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, "")
+		if err := errors.Join(private, syscall.Mount("tmpfs", "/run", "tmpfs", 0, "")); err != nil {
+			fmt.Fprintln(os.Stderr, "mount tmpfs on /run:", err)
+			os.Exit(1)
+		}
+		os.Exit(m.Run())
+	}
+	if os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := again()
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	end(cmd)
+}
+
+// NeedRoot ends a test below MainRoot that has no namespaces of its own.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Getenv(inside) == "" {
+		Missing(t, "root", errors.New("not root"))
+	}
+}
+
+// again is the same test binary in new network and mount namespaces.
+func again() *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), inside+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// end ends this process with the code of the other.
+func end(cmd *exec.Cmd) {
 	err := cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
