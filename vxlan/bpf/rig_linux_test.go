@@ -47,7 +47,8 @@ type testHost struct {
 type plan struct {
 	hosts  int
 	under6 bool
-	mtu    int // of the underlay
+	mtu    int  // of the underlay
+	direct bool // two hosts on one veth, without the bridge
 	// bridges has the numbers of hosts that run the bridge engine.
 	bridges []int
 }
@@ -73,13 +74,54 @@ func rig(t testing.TB, p plan) []*testHost {
 		for _, b := range p.bridges {
 			h.bridge = h.bridge || b == i
 		}
-		h.make(dir, br.Index, p.mtu)
+		h.make(dir)
 		hosts = append(hosts, h)
+	}
+	if p.direct {
+		join(t, hosts[0].ns, hosts[1].ns, 0, "under0", p.mtu)
+	} else {
+		here, err := netns.Current()
+		must(t, err)
+		t.Cleanup(func() { here.Close() })
+		for _, h := range hosts {
+			join(t, here, h.ns, br.Index, fmt.Sprintf("u%d", h.i), p.mtu)
+		}
+	}
+	for _, h := range hosts {
+		h.start()
 	}
 	return hosts
 }
 
-func (h *testHost) make(dir string, bridge, mtu int) {
+// join makes a veth from one namespace, where it may be on a bridge, to another,
+// where it is under0.
+func join(t testing.TB, a, b *netns.Handle, bridge int, name string, mtu int) {
+	t.Helper()
+	must(t, a.Do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MasterIndex, attrs.MTU = name, bridge, mtu
+		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "under0", PeerMTU: uint32(mtu), PeerNamespace: netlink.NsFd(b.FD())})
+		if err != nil {
+			return err
+		}
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(l)
+	}))
+	t.Cleanup(func() {
+		must(t, a.Do(func() error {
+			if l, err := netlink.LinkByName(name); err == nil {
+				return netlink.LinkDel(l)
+			}
+			return nil
+		}))
+	})
+}
+
+// make makes the namespace.
+func (h *testHost) make(dir string) {
 	t := h.t
 	t.Helper()
 	var err error
@@ -87,12 +129,17 @@ func (h *testHost) make(dir string, bridge, mtu int) {
 	must(t, err)
 	h.ns, err = netns.Open(h.path)
 	must(t, err)
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MasterIndex, attrs.MTU = fmt.Sprintf("u%d", h.i), bridge, mtu
-	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "under0", PeerMTU: uint32(mtu), PeerNamespace: netlink.NsFd(h.ns.FD())}))
-	u, err := netlink.LinkByName(attrs.Name)
-	must(t, err)
-	must(t, netlink.LinkSetUp(u))
+	t.Cleanup(func() {
+		h.ns.Close()
+		netns.Remove(h.path)
+	})
+}
+
+// start gives the host its address and its engine.
+func (h *testHost) start() {
+	t := h.t
+	t.Helper()
+	var err error
 	must(t, h.ns.Do(func() error {
 		l, err := netlink.LinkByName("under0")
 		if err != nil {
@@ -133,9 +180,6 @@ func (h *testHost) make(dir string, bridge, mtu int) {
 			}
 			return err
 		}))
-		netlink.LinkDel(u)
-		h.ns.Close()
-		netns.Remove(h.path)
 	})
 }
 

@@ -160,14 +160,6 @@ static inline_always int drop(u32 why)
 	return ACT_DROP;
 }
 
-/* linear makes the first n bytes readable, or all if the packet is shorter. */
-static inline_always int linear(struct __sk_buff *skb, u32 n)
-{
-	if (likely(skb->data + n <= skb->data_end))
-		return 0;
-	return bpf_skb_pull_data(skb, n < skb->len ? n : skb->len);
-}
-
 static inline_always void *bytes(struct __sk_buff *skb)
 {
 	return (void *)(unsigned long)skb->data;
@@ -176,6 +168,18 @@ static inline_always void *bytes(struct __sk_buff *skb)
 static inline_always void *end(struct __sk_buff *skb)
 {
 	return (void *)(unsigned long)skb->data_end;
+}
+
+/* linear makes the first n bytes readable, or all if the packet is shorter. */
+static inline_always int linear(struct __sk_buff *skb, u64 n)
+{
+	if (likely(bytes(skb) + n <= end(skb)))
+		return 0;
+	if (skb->len < n)
+		n = skb->len;
+	if (n == (u64)(end(skb) - bytes(skb)))
+		return 0; /* short, and all there */
+	return bpf_skb_pull_data(skb, n);
 }
 
 static inline_always int same_addr(const struct addr *a, const struct addr *b)
