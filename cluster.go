@@ -51,6 +51,10 @@ type Cluster struct {
 	// GossipKey encrypts membership traffic: 32 bytes, handed to nodes over
 	// their authenticated session.
 	GossipKey []byte
+	// KeyEpoch counts the changes of the nodes' keys for encrypted networks;
+	// KeyEpochAt is when the current one began, zero for the first.
+	KeyEpoch   uint64    `cbor:",omitempty"`
+	KeyEpochAt time.Time `cbor:",omitzero"`
 }
 
 // NewULA draws the /48 of a cluster: fd and 40 random bits (RFC 4193 section

@@ -86,6 +86,9 @@ type NodeStatus struct {
 	// Listeners are sockets of host processes outside weft, at most
 	// ListenerReportInterval old: a published port must not clash with one.
 	Listeners []Listener
+	// Keys are the public halves of the keys for encrypted networks, at most
+	// one of a slot; none on a node that cannot encrypt.
+	Keys []NodeKey `cbor:",omitempty"`
 	// Seen is when the leader last heard of the node.
 	Seen time.Time
 }

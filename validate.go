@@ -2,7 +2,6 @@ package weft
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -309,8 +308,8 @@ func (n NetworkSpec) Validate() error {
 	if n.Ingress && (n.Internal || n.Attachable) {
 		return invalid("Ingress", "the ingress network is neither internal nor attachable")
 	}
-	for _, key := range slices.Sorted(maps.Keys(n.Options)) {
-		return at(fmt.Sprintf("Options[%q]", key), fmt.Errorf("%w: this version has no network options", ErrUnsupported))
+	if err := n.CheckOptions(); err != nil {
+		return err
 	}
 	if n.NoIPv4 && !n.IPv6 {
 		return invalid("EnableIPv4", "a network without IPv4 needs IPv6: set EnableIPv6 (--ipv6), or leave IPv4 on")

@@ -82,11 +82,16 @@ func (c *controller) complete(m *model) error {
 }
 
 // awaitPlane blocks until the data plane holds change gen. What it lacks may
-// come right by itself, so the error says "try again".
+// come right by itself, so the error says "try again"; what this node cannot do
+// at all does not, and another node may.
 func (c *controller) awaitPlane(ctx context.Context, gen uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, planeWait)
 	defer cancel()
-	if err := c.a.plane.wait(ctx, gen, c.a.model.Load().vnis(c.task)); err != nil {
+	err := c.a.plane.wait(ctx, gen, c.a.model.Load().vnis(c.task))
+	if errors.Is(err, weft.ErrUnsupported) {
+		return fmt.Errorf("network of task %s cannot be made on this node: %w", c.task.ID, err)
+	}
+	if err != nil {
 		return fmt.Errorf("%w: network of task %s is not ready: %w", weft.ErrUnavailable, c.task.ID, err)
 	}
 	return nil

@@ -21,7 +21,7 @@ import (
 // networkRules: what network create honours.
 func networkRules() ruleSet {
 	r := ruleSet{}
-	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels",
+	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels", "Options",
 		"EnableIPv4", "EnableIPv6", "IPAM.Config[].Subnet", "IPAM.Config[].Gateway")
 	r["Scope"] = only("", "swarm")
 	r["IPAM.Driver"] = only("", "default")
@@ -84,7 +84,7 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 	})
 	out := weft.NetworkSpec{
 		Name: d.Name, Labels: orEmpty(d.Labels), Driver: d.Driver,
-		Internal: d.Internal, Attachable: d.Attachable,
+		Internal: d.Internal, Attachable: d.Attachable, Options: d.Options,
 		IPv6: d.EnableIPv6 != nil && *d.EnableIPv6, NoIPv4: d.EnableIPv4 != nil && !*d.EnableIPv4,
 	}
 	if out.NoIPv4 && !out.IPv6 {
@@ -102,7 +102,10 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 			out.Subnets = append(out.Subnets, weft.Subnet{Prefix: cfg.Subnet, Gateway: cfg.Gateway})
 		}
 	}
-	return out, joined(weft.ErrInvalid, faults)
+	if len(faults) > 0 {
+		return out, joined(weft.ErrInvalid, faults)
+	}
+	return out, out.CheckOptions()
 }
 
 // checkSubnet returns what is wrong with one address range, "" when nothing.
@@ -401,7 +404,7 @@ func swarmNetwork(n *weft.Network) swarm.Network {
 		ID: string(n.ID), Meta: dockerMeta(n.Meta),
 		Spec: swarm.NetworkSpec{
 			Annotations:         swarm.Annotations{Name: n.Spec.Name, Labels: orEmpty(n.Spec.Labels)},
-			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver},
+			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver, Options: n.Spec.Options},
 			IPv6Enabled:         n.Spec.IPv6,
 			Internal:            n.Spec.Internal, Attachable: n.Spec.Attachable, Ingress: n.Spec.Ingress,
 			IPAMOptions: &swarm.IPAMOptions{Driver: swarm.Driver{Name: "default"}},

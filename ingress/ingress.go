@@ -24,6 +24,10 @@ type Table struct {
 	Ingress Entry
 	// Gateway is the tasks' way out of the host.
 	Gateway Gateway
+	// Router is the way of encrypted networks to other nodes.
+	Router Router
+	// Underlay is who may send overlay packets to this node.
+	Underlay Underlay
 }
 
 // Network is one overlay network's balancing table.
@@ -79,6 +83,25 @@ type Entry struct {
 	// Addr6 is the same for IPv6; invalid = published ports are answered on
 	// IPv4 only.
 	Addr6 netip.Prefix
+}
+
+// Underlay names the members of the cluster by the addresses of their tunnels.
+// A VXLAN packet from any other address is dropped, whatever network it claims.
+type Underlay struct {
+	Port    uint16 // UDP port of VXLAN; 0 = not known yet, nothing is dropped
+	Members []netip.Addr
+}
+
+// Router is the namespace through which packets of encrypted networks leave the
+// node, routed by their address alone. One to a service address arrives there
+// with the hardware address of the backend that was chosen for it; the engine
+// gives it the backend's address, and the answer the service's.
+type Router struct {
+	NetNS string // path; "" = no encrypted network on this node
+	// VNIs of the networks; their packets come in by weft.RouterName.
+	VNIs []uint32
+	// Backends are those on other nodes, of all encrypted networks.
+	Backends []Backend
 }
 
 // Gateway is the per-host bridge for traffic to the outside.

@@ -307,6 +307,9 @@ func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Por
 		if n.Status.State == weft.NodeDown {
 			continue // its list is old
 		}
+		for _, k := range n.Status.Keys {
+			_ = ports.Take(weft.UDP, k.Port, "the encryption of node "+nodeName(n)) //nolint:errcheck // see above
+		}
 		for _, l := range n.Status.Listeners {
 			// Several nodes may have the same listener; the first is named.
 			_ = ports.Take(l.Protocol, l.Port, "a process on node "+nodeName(n)) //nolint:errcheck // see above

@@ -28,6 +28,7 @@ func draw(t *rapid.T, label string) vxlan.State {
 			MTU:  rapid.SampledFrom([]int{1400, 1450}).Draw(t, label+" mtu"),
 			VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(1, 2).Draw(t, label+" vtep"))}), Port: 4789,
 		}
+		n.Encrypted = n.ID[len(n.ID)-1] == '1' // fixed for the life of a network
 		for i := byte(1); i < 8; i++ {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, i})
 			task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, label+" generation")*100+int(i)))
@@ -72,6 +73,10 @@ func text(s vxlan.State) string {
 		if n, ok := s.Networks[vni]; ok {
 			leg := n.HostLeg
 			n.HostLeg = nil
+			if n.Encrypted { // of its peers only the tables are left in a kernel
+				out += fmt.Sprintf("%v\n", vxlan.Derive(n))
+				n.Peers, n.VIPs, n.VTEP, n.Port = nil, nil, netip.Addr{}, 0
+			}
 			out += fmt.Sprintf("%v %v\n", n, leg)
 		}
 	}
@@ -148,6 +153,47 @@ func TestMTU(t *testing.T) {
 		if got != c.want || (err != nil) != (c.want == 0) {
 			t.Errorf("MTU(%d, %s) = %d, %v; want %d", c.under, c.vtep, got, err, c.want)
 		}
+	}
+}
+
+func TestEncryptedMTU(t *testing.T) {
+	for _, c := range []struct {
+		under int
+		vtep  string
+		want  int
+	}{{1500, "10.99.0.1", 1440}, {1500, "fd00::1", 1420}, {9000, "::ffff:10.99.0.1", 8940}, {127, "10.99.0.1", 0}} {
+		vtep := netip.MustParseAddr(c.vtep)
+		got, err := vxlan.EncryptedMTU(c.under, vtep)
+		if got != c.want || (err != nil) != (c.want == 0) {
+			t.Errorf("EncryptedMTU(%d, %s) = %d, %v; want %d", c.under, c.vtep, got, err, c.want)
+		}
+		if plain, err := vxlan.MTU(c.under, vtep); err == nil && c.want != 0 && vxlan.EncryptedFrom(plain, vtep) != c.want {
+			t.Errorf("EncryptedFrom(%d, %s) = %d, want %d", plain, c.vtep, vxlan.EncryptedFrom(plain, vtep), c.want)
+		}
+	}
+}
+
+// TestEncryptedTables: the router answers for who is elsewhere, and frames to a
+// peer's own MAC lead to the router.
+func TestEncryptedTables(t *testing.T) {
+	a := netip.MustParseAddr("10.0.0.2")
+	mac := weft.EndpointMAC("u", a)
+	n := vxlan.Network{ID: "n", VNI: 4097, MTU: 1440, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789, Encrypted: true,
+		Peers: []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")}}}
+	router := vxlan.MACOf(weft.RouterMAC(n.VNI))
+	got := vxlan.Derive(n)
+	if got.Neigh[a] != router || len(got.FDB) != 2 {
+		t.Fatalf("tables %v: the router must answer for %s", got, a)
+	}
+	for _, m := range []vxlan.MAC{router, vxlan.MACOf(mac)} {
+		if vtep, ok := got.FDB[m]; !ok || vtep.IsValid() {
+			t.Errorf("frames to %s: %v %v, want the uplink and no VTEP", m.HardwareAddr(), vtep, ok)
+		}
+	}
+	plain := n
+	plain.Encrypted = false
+	if ops := vxlan.Diff(vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: plain}}, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}); ops[0].Kind != vxlan.OpSetDevice {
+		t.Errorf("a VXLAN device on an encrypted network stays: %v", ops)
 	}
 }
 

@@ -18,6 +18,8 @@ import (
 type State struct {
 	// Networks by VNI. A network that is absent is removed from the kernel.
 	Networks map[uint32]Network
+	// Encryption is used by the encrypted networks among them.
+	Encryption Encryption
 }
 
 // Network is one overlay network on this node.
@@ -30,6 +32,9 @@ type Network struct {
 	// VTEP is this node's own tunnel address and Port the UDP port.
 	VTEP netip.Addr
 	Port uint16
+	// Encrypted networks have no VXLAN device: packets to Peers leave by a
+	// router behind the bridge (weft.UplinkName), which encrypts them.
+	Encrypted bool
 	// Ports are the local tasks' ports.
 	Ports []Port
 	// Peers are the endpoints on other nodes: one static FDB and one

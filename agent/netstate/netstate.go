@@ -28,8 +28,10 @@ type Input struct {
 	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
 	DataPathPort uint16
 	MTU          int
-	Networks     []weft.Network
-	Services     []Service
+	// KeyEpoch is the cluster's generation of keys for encrypted networks.
+	KeyEpoch uint64
+	Networks []weft.Network
+	Services []Service
 	// Nodes are all members, Self included. Endpoints of others are ignored.
 	Nodes []Node
 	Local []LocalTask
@@ -45,6 +47,8 @@ type Node struct {
 	Hostname    string
 	VTEP        netip.Addr
 	IngressAddr netip.Prefix
+	// Keys are its public keys for encrypted networks.
+	Keys []weft.NodeKey
 	// IngressAddr6 is invalid where the ingress network has no IPv6.
 	IngressAddr6 netip.Prefix
 }
@@ -97,6 +101,8 @@ func Derive(in Input) Output {
 			}
 		}
 	}
+	d.encrypt(&out)
+	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()
 	out.Names = d.names()
 	return out
@@ -236,6 +242,9 @@ func (d *deriver) carried(n weft.Network) bool {
 func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
 		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
+	}
+	if n.Spec.Encrypted() {
+		out.Encrypted, out.MTU = true, vxlan.EncryptedFrom(d.in.MTU, d.in.Self.VTEP)
 	}
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)

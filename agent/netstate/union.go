@@ -13,7 +13,9 @@ import (
 // speaks of it, and what goes is still reachable until none does any more.
 // Where both describe the same thing, want is right.
 func Union(have, want vxlan.State) vxlan.State {
-	out := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	out := vxlan.State{Networks: map[uint32]vxlan.Network{}, Encryption: want.Encryption}
+	out.Encryption.Epoch = max(have.Encryption.Epoch, want.Encryption.Epoch)
+	out.Encryption.Peers = union(have.Encryption.Peers, want.Encryption.Peers, func(p vxlan.EncryptionPeer) weft.ID { return p.Node })
 	for vni, n := range want.Networks {
 		if old, ok := have.Networks[vni]; ok && old.ID == n.ID {
 			n = unionNetwork(old, n)

@@ -26,6 +26,7 @@ import (
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // member is this node as part of one cluster: everything that runs between
@@ -46,6 +47,7 @@ type member struct {
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
+	crypt   *wg.Engine
 
 	stage stage
 
@@ -111,8 +113,18 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
 	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
-	overlay, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	bridge, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
 	if err != nil {
+		return err
+	}
+	m.crypt, err = wg.New(wg.Config{
+		Node: s.Node, NetNSDir: netnsDir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: bridge, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := m.crypt.Probe(ctx); err != nil {
 		return err
 	}
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
@@ -139,7 +151,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
 		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err

@@ -75,7 +75,11 @@ func engineChoices(m *member) []weft.EngineChoice {
 			service.Reason = "probed: tables load; this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
 		}
 	}
-	return []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	out := []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	if m != nil {
+		out = append(out, m.crypt.Choices()...)
+	}
+	return out
 }
 
 // Init implements api.Swarm.

@@ -56,13 +56,15 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	if err != nil {
 		return n, err
 	}
-	var bridge, tunnel netlink.Link
+	var bridge, tunnel, uplink netlink.Link
 	for _, l := range links {
 		switch l.Attrs().Name {
 		case weft.BridgeName(vni):
 			bridge = l
 		case weft.VXLANName(vni):
 			tunnel = l
+		case weft.UplinkName(vni):
+			uplink = l
 		}
 	}
 	br, ok := bridge.(*netlink.Bridge)
@@ -85,6 +87,10 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 			n.MTU = 0
 		}
 	}
+	if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
+		tunnelIndex = up.Index
+		k.readUplink(&n, up, br, flags[up.Index] == tunnelPort())
+	}
 	local, err := readTables(h.conn, br.Index, tunnelIndex, &tables)
 	if err != nil {
 		return n, err
@@ -92,7 +98,7 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	n.Peers, n.VIPs = vxlan.Observed(tables)
 	for _, l := range links {
 		v, ok := l.(*netlink.Veth)
-		if !ok {
+		if !ok || l == uplink {
 			continue
 		}
 		sound := v.MasterIndex == br.Index && v.Flags&unix.IFF_UP != 0 && flags[v.Index] == localPort() && v.MTU == br.MTU

@@ -123,7 +123,7 @@ func (k *Kernel) doLocked(op vxlan.Op) error {
 	case vxlan.OpSetNetwork:
 		n.head.MTU, n.head.Subnets = op.Network.MTU, op.Network.Subnets
 	case vxlan.OpSetDevice:
-		n.head.VTEP, n.head.Port = op.Network.VTEP, op.Network.Port
+		n.head.VTEP, n.head.Port, n.head.Encrypted = op.Network.VTEP, op.Network.Port, op.Network.Encrypted
 		clear(n.tables.FDB)
 	case vxlan.OpSetFDB:
 		n.tables.FDB[vxlan.MACOf(op.MAC)] = op.VTEP
@@ -158,7 +158,12 @@ func (k *Kernel) String() string {
 		n := k.nets[vni]
 		br, vx := weft.BridgeName(vni), weft.VXLANName(vni)
 		fmt.Fprintf(&b, "ip link add %s mtu %d type bridge mcast_snooping 0\n", br, n.head.MTU)
-		fmt.Fprintf(&b, "ip link add %s mtu %d master %s type vxlan id %d local %s dstport %d nolearning\n", vx, n.head.MTU, br, vni, n.head.VTEP, n.head.Port)
+		if n.head.Encrypted {
+			vx = weft.UplinkName(vni)
+			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type veth peer %s address %s netns crypt\n", vx, n.head.MTU, br, weft.RouterName(vni), weft.RouterMAC(vni))
+		} else {
+			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type vxlan id %d local %s dstport %d nolearning\n", vx, n.head.MTU, br, vni, n.head.VTEP, n.head.Port)
+		}
 		fmt.Fprintf(&b, "bridge link set dev %s learning off flood off mcast_flood off bcast_flood off neigh_suppress on\n", vx)
 		peers, vips := vxlan.Observed(n.tables)
 		for _, p := range peers {
