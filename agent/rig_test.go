@@ -135,7 +135,7 @@ func (r *rig) config() Config {
 			return d, err
 		},
 		Listeners: r.readListeners, Keys: r.keys,
-		Log:       slog.New(slog.DiscardHandler),
+		Log: slog.New(slog.DiscardHandler),
 	}
 }
 
