@@ -304,6 +304,9 @@ func wordsContainer(w *words) {
 	if out := w.d("h2", "ps", "--filter", "name=full.", "--format", "{{.Image}} {{.Command}} {{.Status}}"); !strings.HasPrefix(out, `busybox:latest "sleep 1000000" Up `) {
 		w.t.Errorf("ps: %s", out)
 	}
+	if out := w.d("h2", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}}", w.containers("h2", "full")[0]); out != "67108864 500000000" {
+		w.t.Errorf("limits in inspect: %s", out)
+	}
 	// The command that the image brings is shown, too.
 	w.create("plain", "--constraint", "node.hostname==h2", "weft/whoami")
 	w.runs("plain", "1/1")
@@ -356,6 +359,11 @@ func wordsExec(w *words) {
 		if want := md5Of(in); err != nil || !strings.HasPrefix(string(out), want) {
 			w.t.Errorf("exec -i with %d bytes: %q %v, want %s", len(in), out, err, want)
 		}
+	}
+	// 12 is CAP_NET_ADMIN, which containers do not have by default.
+	const netAdmin = `echo $(( (0x$(sed -n "s/CapEff:\t//p" /proc/self/status) >> 12) & 1 ))`
+	if plain, all := w.d("h1", "exec", c, "sh", "-c", netAdmin), w.d("h1", "exec", "--privileged", c, "sh", "-c", netAdmin); plain != "0" || all != "1" {
+		w.t.Errorf("exec has CAP_NET_ADMIN: %q, with --privileged %q; want 0 and 1", plain, all)
 	}
 	w.d("h1", "exec", "-d", c, "sh", "-c", "echo done >/tmp/detached")
 	w.says("h1", "^done$", "exec", c, "cat", "/tmp/detached")

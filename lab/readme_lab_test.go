@@ -20,6 +20,9 @@ func TestLabReadme(t *testing.T) {
 	if err != nil {
 		skipOrFail(t, "docker", err)
 	}
+	if err := oneRun(); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := os.Stat("/var/lib/weft/lab/lab"); err == nil {
 		t.Fatal(`a lab named "lab" stands here: remove it with weft lab down`)
 	}

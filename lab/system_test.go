@@ -16,8 +16,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
 )
@@ -49,6 +52,9 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 		skipOrFail(t, "root", err)
 	}
 	needKernel(t)
+	if err := oneRun(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			r.dump()
@@ -62,6 +68,20 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 	t.Logf("lab up %v took %.2f s", upArgs, time.Since(start).Seconds())
 	return r
 }
+
+// oneRun waits until no other run of these tests is on this machine, of another
+// checkout too: labs of the same names would share their data folders. The lock
+// ends with the process.
+var oneRun = sync.OnceValue(func() error {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "weft-lab-tests.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	heldLock = f
+	return unix.Flock(int(f.Fd()), unix.LOCK_EX)
+})
+
+var heldLock *os.File // kept open, so that it is not collected
 
 // skipOrFail ends the test: as a failure where WEFT_TEST_REQUIRE has the word.
 func skipOrFail(t *testing.T, word string, err error) {
