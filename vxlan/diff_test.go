@@ -151,9 +151,13 @@ func TestValidateNames(t *testing.T) {
 		"family of VTEP": func(n *vxlan.Network) {
 			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("fd00::1")}}
 		},
-		"address twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a, weft.VIPMAC("s", a)}} },
-		"MAC twice":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
-		"group MAC":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
+		"peer of a tiny MTU": func(n *vxlan.Network) {
+			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: n.VTEP.Next(), MTU: 67}}
+		},
+		"VIP of a negative MTU": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: mac, MTU: -1}} },
+		"address twice":         func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: mac}, {Addr: a, MAC: weft.VIPMAC("s", a)}} },
+		"MAC twice":             func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: mac}, {Addr: a.Next(), MAC: mac}} },
+		"group MAC":             func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: []byte{1, 0, 0, 0, 0, 1}}} },
 		"long interface": func(n *vxlan.Network) {
 			n.HostLeg = &vxlan.HostLeg{Name: "0123456789abcdef", Addr: netip.PrefixFrom(a, 24), MAC: mac}
 		},

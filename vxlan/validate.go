@@ -179,6 +179,7 @@ func (c *checker) check() {
 		what := fmt.Sprintf("peer %s", p.Addr)
 		c.address(what, p.Addr)
 		c.mac(what, p.MAC)
+		c.way(what, p.MTU)
 		if !p.VTEP.IsValid() || p.VTEP.IsUnspecified() || p.VTEP.IsMulticast() || p.VTEP.Unmap() == n.VTEP.Unmap() {
 			c.fail("%s: VTEP %s is not another node's unicast address", what, p.VTEP)
 		} else if n.VTEP.IsValid() && p.VTEP.Unmap().Is4() != n.VTEP.Unmap().Is4() {
@@ -189,6 +190,7 @@ func (c *checker) check() {
 		what := fmt.Sprintf("service address %s", v.Addr)
 		c.address(what, v.Addr)
 		c.mac(what, v.MAC)
+		c.way(what, v.MTU)
 	}
 	if l := n.HostLeg; l != nil {
 		what := "host leg " + l.Name
@@ -196,6 +198,14 @@ func (c *checker) check() {
 		c.prefix(what, l.Addr)
 		c.address(what, l.Addr.Addr())
 		c.mac(what, l.MAC)
+	}
+}
+
+// way checks the MTU of a way. One above the network's is no fault: it may come
+// from the time before a change.
+func (c *checker) way(what string, mtu int) {
+	if mtu != 0 && (mtu < minMTU || mtu > maxMTU) {
+		c.fail("%s: MTU %d of the way there is not in %d-%d", what, mtu, minMTU, maxMTU)
 	}
 }
 
