@@ -48,7 +48,7 @@ type plane struct {
 	gateways sandbox.Maker
 	names    *dns.Server
 	gossip   gossip.Table
-	mtu      func() (int, error)
+	underlay Underlay
 	log      *slog.Logger
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
@@ -78,7 +78,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, mtu: cfg.MTU, log: cfg.Log,
+		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		gone: map[weft.ID]weft.Network{},
 	}
@@ -208,7 +208,7 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var last string // error that was logged
 	for {
-		changed, err := p.pass(ctx)
+		table, paths, err := p.pass(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -228,7 +228,8 @@ func (p *plane) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-p.wake:
-		case <-changed:
+		case <-table:
+		case <-paths:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -288,20 +289,35 @@ func (p *plane) prime() {
 	p.publish(out.Publish)
 }
 
-// pass derives and applies once. The channel it returns is closed when gossip
-// has news that the pass did not see. What this node tells others does not
-// depend on its kernel: a task that drains is said to drain, whatever fails.
-func (p *plane) pass(ctx context.Context) (<-chan struct{}, error) {
-	endpoints, changed := p.gossip.Snapshot()
+// pass derives and applies once. The channels it returns are closed when gossip,
+// or the underlay, has news that the pass did not see. What this node
+// tells others does not depend on its kernel: a task that drains is said to
+// drain, whatever fails.
+func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err error) {
+	endpoints, table := p.gossip.Snapshot()
 	in, gen := p.wanted(endpoints)
-	err := p.readHost(ctx, &in)
+	in.Paths, paths = p.underlay.MTUs()
+	err = p.readHost(ctx, &in)
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
+	p.underlay.Watch(vteps(out.Overlay))
 	if err == nil {
 		err = p.apply(ctx, out)
 	}
 	p.settle(gen, err)
-	return changed, err
+	return table, paths, err
+}
+
+// vteps are the nodes that share a network with this one, in order.
+func vteps(s vxlan.State) []netip.Addr {
+	var out []netip.Addr
+	for _, n := range s.Networks {
+		for _, p := range n.Peers {
+			out = append(out, p.VTEP)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }
 
 func (p *plane) publish(endpoints []weft.Endpoint) {
@@ -329,7 +345,7 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, uint64) 
 // readHost adds what the host itself says.
 func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	var err error
-	if in.MTU, err = p.mtu(); err != nil {
+	if in.MTU, err = p.underlay.MTU(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
 	}
 	bridge, subnet, err := p.gateways.Gateway(ctx)

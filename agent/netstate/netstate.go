@@ -24,11 +24,15 @@ type Input struct {
 	Self Node
 	// NetNSDir is where the hidden namespaces of networks are named.
 	NetNSDir string
-	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
+	// DataPathPort is the UDP port of VXLAN.
 	DataPathPort uint16
-	MTU          int
-	Networks     []weft.Network
-	Services     []Service
+	// MTU is that of this node's link into the underlay, in bytes. Paths are
+	// what the underlay carries to other nodes, by VTEP; a node that is not
+	// in it takes what the link does.
+	MTU      int
+	Paths    map[netip.Addr]int
+	Networks []weft.Network
+	Services []Service
 	// Nodes are all members, Self included. Endpoints of others are ignored.
 	Nodes []Node
 	Local []LocalTask
@@ -217,7 +221,7 @@ func (d *deriver) carried(n weft.Network) bool {
 
 func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
-		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
+		ID: n.ID, VNI: n.VNI, MTU: d.mtu(n), VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
 	}
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)
@@ -235,7 +239,7 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	}
 	for _, e := range d.endpoints[n.ID] {
 		if !e.local {
-			out.Peers = append(out.Peers, vxlan.Peer{Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr), VTEP: e.vtep})
+			out.Peers = append(out.Peers, vxlan.Peer{Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr), VTEP: e.vtep, MTU: d.way(out.MTU, e.vtep)})
 		}
 	}
 	if n.Spec.Ingress {
@@ -243,12 +247,14 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 			Name: weft.IngressLeg, Addr: d.in.Self.IngressAddr,
 			MAC: weft.NodeMAC(d.in.Self.ID, d.in.Self.IngressAddr.Addr()),
 		}
-		out.Peers = append(out.Peers, d.ingressLegs()...)
+		out.Peers = append(out.Peers, d.ingressLegs(out.MTU)...)
 	}
 	for _, s := range d.in.Services {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
-				out.VIPs = append(out.VIPs, vxlan.VIP{Addr: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr())})
+				out.VIPs = append(out.VIPs, vxlan.VIP{
+					Addr: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr()), MTU: d.narrowest(n.ID, s.ID, out.MTU),
+				})
 			}
 		}
 	}
@@ -259,12 +265,12 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 
 // ingressLegs are the other nodes' own ports on the ingress network: answers to
 // requests that entered there go back to them.
-func (d *deriver) ingressLegs() []vxlan.Peer {
+func (d *deriver) ingressLegs(mtu int) []vxlan.Peer {
 	var out []vxlan.Peer
 	for _, n := range d.in.Nodes {
 		if n.ID != d.in.Self.ID && n.IngressAddr.IsValid() && isElsewhere(n.VTEP, d.in.Self.VTEP) {
 			a := n.IngressAddr.Addr()
-			out = append(out, vxlan.Peer{Addr: a, MAC: weft.NodeMAC(n.ID, a), VTEP: n.VTEP})
+			out = append(out, vxlan.Peer{Addr: a, MAC: weft.NodeMAC(n.ID, a), VTEP: n.VTEP, MTU: d.way(mtu, n.VTEP)})
 		}
 	}
 	return out

@@ -41,20 +41,26 @@ type member struct {
 	raft    *wire.Raft
 	server  *wire.Server
 	ln      net.Listener
+	under   *underlay
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
 
-	learned chan struct{} // closed by the first word from the leader
-	// retiring is closed by retire, retired by runAgent at its end.
-	retiring, retired chan struct{}
-	retireOnce        sync.Once
+	learned    chan struct{} // closed by the first word from the leader
+	retirement retirement
 
 	// mu guards: state, heard.
 	mu    sync.Mutex
 	state memberState
 	heard bool
+}
+
+// retirement is the end of the agent alone.
+type retirement struct {
+	once  sync.Once
+	asked chan struct{} // closed by retire
+	done  chan struct{} // closed by runAgent at its end
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -80,7 +86,8 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m.retirement.asked, m.retirement.done = make(chan struct{}), make(chan struct{})
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
@@ -114,19 +121,22 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err != nil {
 		return err
 	}
+	if m.under, err = newUnderlay(s, m.log); err != nil {
+		return err
+	}
 	m.gossip, err = gossip.New(gossip.Config{
 		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
-		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
+		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Guest: m.under.guest(), Log: m.log,
 	})
 	if err != nil {
 		return err
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
-		VTEP: s.DataPath, Addr: s.Advertise.Addr(), MTU: m.taskMTU,
+		VTEP: s.DataPath, Addr: s.Advertise.Addr(), Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: overlay, Router: &linux.Router{}}, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -164,6 +174,7 @@ func (m *member) run(ctx context.Context) error {
 		g.Go(func() error { return m.manager.Run(ctx) })
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
+	g.Go(func() error { return m.under.run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
 	g.Go(func() error { return m.renew(ctx) })
 	return g.Wait()
@@ -171,12 +182,12 @@ func (m *member) run(ctx context.Context) error {
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.retired)
+	defer close(m.retirement.done)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.retiring:
+		case <-m.retirement.asked:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -193,9 +204,9 @@ var errRetired = errors.New("the agent is not wanted any more")
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.retireOnce.Do(func() { close(m.retiring) })
+	m.retirement.once.Do(func() { close(m.retirement.asked) })
 	select {
-	case <-m.retired:
+	case <-m.retirement.done:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -291,15 +302,6 @@ func describeNode(cfg daemonConfig) (weft.NodeDescription, error) {
 	d, err := agent.DescribeHost(cfg.Hostname)
 	d.OverlayEngine, d.ServiceEngine = "bridge", "nft"
 	return d, err
-}
-
-// taskMTU is what fits into one packet of the underlay behind VXLAN's headers.
-func (m *member) taskMTU() (int, error) {
-	mtu, err := linux.UnderlayMTU(m.state.DataPath)
-	if err != nil {
-		return 0, err
-	}
-	return vxlan.MTU(mtu, m.state.DataPath)
 }
 
 // renew replaces the node's certificate at half of its life.
