@@ -30,6 +30,7 @@ func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
 	u.Prober, err = pmtu.New(pmtu.Config{
 		VTEP: s.DataPath, Port: weft.GossipPort, Key: s.Cluster.GossipKey, Changed: u.changed, Log: log,
 		Listen: !s.Listen.Addr().IsUnspecified() && s.Listen.Addr().Unmap() != s.DataPath.Unmap(),
+		Proven: func(peer netip.Addr, bytes int) error { return linux.PathProven(s.DataPath, peer, bytes) },
 		Limit:  func(peer netip.Addr) (int, error) { return linux.PathLimit(s.DataPath, peer) },
 	})
 	return u, err

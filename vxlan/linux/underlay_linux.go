@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -57,6 +58,44 @@ func PathLimit(from, to netip.Addr) (int, error) {
 		return 0, fmt.Errorf("look up route from %s to %s: it has no link: %w", from, to, weft.ErrUnavailable)
 	}
 	return limit, nil
+}
+
+// PathProven has the kernel forget that it has learnt, by ICMP, of a path narrower
+// than bytes from one address to another: by itself it believes that for ten
+// minutes, and the VXLAN device refuses what does not fit. It speaks of the
+// calling thread's namespace. Only what was learnt is forgotten, of all paths
+// of IPv4 together, as the kernel does not offer less (ip(8), "route flush
+// cache"); of IPv6 that path alone.
+func PathProven(from, to netip.Addr, bytes int) error {
+	c, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	from, to = from.Unmap(), to.Unmap()
+	routes, err := c.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{SrcAddr: from.AsSlice()})
+	if err != nil {
+		return fmt.Errorf("look up path from %s to %s: %w", from, to, err)
+	}
+	if len(routes) == 0 || routes[0].MTU == 0 || routes[0].MTU >= bytes {
+		return nil
+	}
+	if to.Is4() {
+		if err := os.WriteFile("/proc/sys/net/ipv4/route/flush", []byte("1"), 0); err != nil {
+			return fmt.Errorf("flush learnt paths: %w", err)
+		}
+		return nil
+	}
+	msg := nl.NewRtDelMsg()
+	msg.Family, msg.Dst_len, msg.Flags = unix.AF_INET6, 128, unix.RTM_F_CLONED
+	req := c.request(unix.RTM_DELROUTE, unix.NLM_F_ACK)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.RTA_DST, to.AsSlice()))
+	req.AddData(nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(routes[0].LinkIndex))))
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !gone(err) {
+		return fmt.Errorf("forget learnt path to %s: %w", to, err)
+	}
+	return nil
 }
 
 // WatchUnderlay sends to changed (capacity 1) whenever a link or a route of the

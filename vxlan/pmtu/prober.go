@@ -43,6 +43,9 @@ type Config struct {
 	// Limit is the largest packet in bytes that this host's own link and
 	// route take towards a peer.
 	Limit func(peer netip.Addr) (int, error)
+	// Proven is told that packets of bytes reach a peer, so that what the
+	// kernel has learnt to the contrary can be forgotten. Called by Run.
+	Proven func(peer netip.Addr, bytes int) error
 	// Changed gets a value when links or routes have changed; nil = never.
 	// It is read by Run.
 	Changed <-chan struct{}
@@ -56,11 +59,12 @@ type Prober struct {
 	sign signer
 	wake chan struct{} // capacity 1: the core was changed; never closed
 
-	// mu guards: core, mtus, changed.
+	// mu guards: core, mtus, changed, proven.
 	mu      sync.Mutex
 	core    *core
 	mtus    map[netip.Addr]int // never written once set
 	changed chan struct{}      // closed at the next change of mtus
+	proven  map[netip.Addr]int // not yet told to Config.Proven
 }
 
 // New checks the configuration; it does no I/O and starts nothing.
@@ -70,8 +74,8 @@ func New(cfg Config) (*Prober, error) {
 		return nil, fmt.Errorf("path probes: no tunnel address: %w", weft.ErrInvalid)
 	case cfg.Port == 0:
 		return nil, fmt.Errorf("path probes: no port: %w", weft.ErrInvalid)
-	case len(cfg.Key) == 0 || cfg.Limit == nil || cfg.Log == nil:
-		return nil, fmt.Errorf("path probes: key, limit and log are needed: %w", weft.ErrInvalid)
+	case len(cfg.Key) == 0 || cfg.Limit == nil || cfg.Proven == nil || cfg.Log == nil:
+		return nil, fmt.Errorf("path probes: key, limit, proven and log are needed: %w", weft.ErrInvalid)
 	}
 	cfg.VTEP = cfg.VTEP.Unmap()
 	sign, err := newSigner(cfg.Key)
@@ -80,7 +84,7 @@ func New(cfg Config) (*Prober, error) {
 	}
 	return &Prober{
 		cfg: cfg, sign: sign, wake: make(chan struct{}, 1), core: newCore(drawID),
-		mtus: map[netip.Addr]int{}, changed: make(chan struct{}),
+		mtus: map[netip.Addr]int{}, changed: make(chan struct{}), proven: map[netip.Addr]int{},
 	}, nil
 }
 
@@ -231,6 +235,7 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 			p.readLimits(ctx, known)
 			read = now
 		}
+		p.tellProven()
 		wait := min(p.send(conn), time.Until(read.Add(reread)))
 		timer := time.NewTimer(max(wait, time.Millisecond))
 		select {
@@ -247,6 +252,19 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 			read = time.Time{}
 		}
 		timer.Stop()
+	}
+}
+
+// tellProven passes on what was found since the last time.
+func (p *Prober) tellProven() {
+	p.mu.Lock()
+	proven := p.proven
+	p.proven = map[netip.Addr]int{}
+	p.mu.Unlock()
+	for peer, bytes := range proven {
+		if err := p.cfg.Proven(peer, bytes); err != nil {
+			p.cfg.Log.Warn("kernel keeps an old path mtu", weft.KeyPeer, peer, "mtu", bytes, weft.KeyErr, err)
+		}
 	}
 }
 
@@ -312,10 +330,13 @@ func (p *Prober) send(conn *net.UDPConn) time.Duration {
 // publishLocked tells of what has changed.
 func (p *Prober) publishLocked() {
 	for _, c := range p.core.news() {
+		if c.proven {
+			p.proven[c.peer] = c.mtu
+		}
 		switch {
-		case !c.proven && c.mtu == c.cap:
-			p.cfg.Log.Debug("path mtu assumed", weft.KeyPeer, c.peer, "mtu", c.mtu)
-		case c.mtu < c.cap && c.proven:
+		case !c.proven:
+			p.cfg.Log.Debug("path mtu is assumed", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
+		case c.mtu < c.cap:
 			p.cfg.Log.Warn("path mtu is smaller than the link's", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
 		default:
 			p.cfg.Log.Info("path mtu", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)

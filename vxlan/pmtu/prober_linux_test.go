@@ -28,7 +28,9 @@ type node struct {
 	ns    string
 	vtep  netip.Addr
 	limit atomic.Int64
-	link  chan struct{}
+	// proven is what the kernel was told last.
+	proven atomic.Int64
+	link   chan struct{}
 }
 
 func ip(t *testing.T, args string) {
@@ -53,8 +55,9 @@ func pair(t *testing.T, a, b string) (nodes [2]*node) {
 		n.limit.Store(1500)
 		n.Prober, err = New(Config{
 			VTEP: n.vtep, Port: testPort, Listen: true, Key: []byte("secret"), Changed: n.link,
-			Limit: func(netip.Addr) (int, error) { return int(n.limit.Load()), nil },
-			Log:   slog.New(slog.NewTextHandler(io.Discard, nil)),
+			Proven: func(_ netip.Addr, bytes int) error { n.proven.Store(int64(bytes)); return nil },
+			Limit:  func(netip.Addr) (int, error) { return int(n.limit.Load()), nil },
+			Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -128,6 +131,9 @@ func TestProberOnAWire(t *testing.T) {
 			cancel()
 			if err := g.Wait(); err != nil {
 				t.Error(err)
+			}
+			if a.proven.Load() != 9000 || b.proven.Load() != 1280 {
+				t.Errorf("the kernels were told %d and %d", a.proven.Load(), b.proven.Load())
 			}
 		})
 	}
