@@ -20,6 +20,7 @@ import (
 
 	"github.com/weftnet/weft/agent/runtime/imagetest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Tier 2: every word of services, networks, nodes, containers and images that
@@ -158,7 +159,7 @@ func (w *words) busyboxTar() string {
 		w.t.Fatal(err)
 	}
 	if err := errors.Join(imagetest.Busybox(f), f.Close()); err != nil {
-		skipOrFail(w.t, "root", err)
+		netnstest.Missing(w.t, "root", err)
 	}
 	return f.Name()
 }
@@ -445,9 +446,9 @@ func wordsMounts(w *words) {
 // wordsEnds: restart conditions, and tasks that cannot run say why.
 func wordsEnds(w *words) {
 	w.create("never", "--restart-condition", "none", "busybox", "sh", "-c", "exit 3")
-	w.create("failing", "--restart-condition", "on-failure", "--restart-delay", "100ms", "busybox", "sh", "-c", "exit 4")
-	w.create("fine", "--restart-condition", "on-failure", "--restart-delay", "100ms", "busybox", "true")
-	w.create("again", "--restart-condition", "any", "--restart-delay", "100ms", "busybox", "true")
+	w.create("failing", "--restart-condition", "on-failure", "busybox", "sh", "-c", "exit 4")
+	w.create("fine", "--restart-condition", "on-failure", "busybox", "true")
+	w.create("again", "--restart-condition", "any", "busybox", "true")
 	w.create("homeless", "--constraint", "node.hostname==h9", "busybox", "true")
 	w.create("noimage", "--no-resolve-image", w.plan.gateway().String()+":5000/no/image:1")
 	w.create("nofile", "busybox", "/no/such/program")

@@ -22,7 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Tier 2: the real daemon, the stock docker command. Labs are named "t-…";
@@ -46,10 +46,10 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 	r := &rig{t: t, name: name, weft: binary(t)}
 	var err error
 	if r.docker, err = exec.LookPath("docker"); err != nil {
-		skipOrFail(t, "docker", err)
+		netnstest.Missing(t, "docker", err)
 	}
 	if _, err := exec.LookPath("runc"); err != nil {
-		skipOrFail(t, "root", err)
+		netnstest.Missing(t, "root", err)
 	}
 	needKernel(t)
 	if err := oneRun(); err != nil {
@@ -83,19 +83,10 @@ var oneRun = sync.OnceValue(func() error {
 
 var heldLock *os.File // kept open, so that it is not collected
 
-// skipOrFail ends the test: as a failure where WEFT_TEST_REQUIRE has the word.
-func skipOrFail(t *testing.T, word string, err error) {
-	t.Helper()
-	if slices.Contains(strings.Split(os.Getenv("WEFT_TEST_REQUIRE"), ","), word) {
-		t.Fatal(err)
-	}
-	t.Skipf("%v: %v", weft.ErrUnsupported, err)
-}
-
 func binary(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		skipOrFail(t, "root", errors.New("not root"))
+		netnstest.Missing(t, "root", errors.New("not root"))
 	}
 	path, err := filepath.Abs("../bin/weft")
 	if err != nil {
@@ -251,7 +242,7 @@ func busyboxImage(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {
-		skipOrFail(t, "root", err)
+		netnstest.Missing(t, "root", err)
 	}
 	body, err := os.ReadFile(path)
 	if err != nil {

@@ -44,16 +44,18 @@ type member struct {
 	under   *underlay
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
+	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
 
 	learned    chan struct{} // closed by the first word from the leader
+	ended      chan struct{} // closed by membership.serve when run has returned
 	retirement retirement
 
-	// mu guards: state, heard.
+	// mu guards: state.Managers, state.Cluster, closing learned. The rest of state stays
+	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
-	heard bool
 }
 
 // retirement is the end of the agent alone.
@@ -86,13 +88,16 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), ended: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
 	m.retirement.asked, m.retirement.done = make(chan struct{}), make(chan struct{})
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
 	m.peers = wire.NewPeers(m.creds)
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+		return nil, err
+	}
+	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if err := m.makeNode(ctx, d); err != nil {
@@ -134,10 +139,10 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
-		VTEP: s.DataPath, Addr: s.Advertise.Addr(), Underlay: m.under,
+		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: overlay, Router: &linux.Router{}}, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
-		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
+		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
 }
@@ -176,7 +181,7 @@ func (m *member) run(ctx context.Context) error {
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.under.run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
-	g.Go(func() error { return m.renew(ctx) })
+	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }
 
@@ -222,8 +227,9 @@ func (m *member) remove(ctx context.Context) error {
 func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.heard {
-		m.heard = true
+	select {
+	case <-m.learned:
+	default:
 		close(m.learned)
 	}
 	next := m.state
@@ -234,7 +240,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	if sameManagers(next.Managers, m.state.Managers) && next.Cluster.DataPathPort == m.state.Cluster.DataPathPort {
 		return
 	}
-	m.state = next
+	m.state.Managers, m.state.Cluster = next.Managers, next.Cluster
 	if err := next.save(m.cfg.DataRoot); err != nil {
 		m.log.Error("remember managers", weft.KeyErr, err)
 	}
@@ -278,14 +284,21 @@ func (m *member) seeds() []netip.AddrPort {
 
 // agentOf reaches the agent of a node for the leader.
 func (m *member) agentOf(_ context.Context, n weft.Node) (wire.Agent, error) {
-	if !n.Status.Addr.IsValid() {
+	addr := n.ClusterAddr()
+	if !addr.IsValid() {
 		return nil, fmt.Errorf("%w: node %s has no address", weft.ErrUnavailable, n.Description.Hostname)
 	}
-	port := weft.ClusterPort
-	if n.Manager != nil {
-		port = n.Manager.Addr.Port()
+	return m.peers.Agent(n.ID, addr), nil
+}
+
+// listeners are the host's, and this node's cluster port where it is not the one
+// it advertises: a forwarded port says nothing of what is taken here.
+func (m *member) listeners() ([]weft.Listener, error) {
+	list, err := agent.HostListeners()
+	if port := m.state.Listen.Port(); err == nil && port != m.state.Advertise.Port() {
+		list = append(list, weft.Listener{Protocol: weft.TCP, Port: port})
 	}
-	return m.peers.Agent(n.ID, netip.AddrPortFrom(n.Status.Addr, port)), nil
+	return list, err
 }
 
 // describe says what this node is and which of its host's ranges are in use.
@@ -304,48 +317,14 @@ func describeNode(cfg daemonConfig) (weft.NodeDescription, error) {
 	return d, err
 }
 
-// renew replaces the node's certificate at half of its life.
-func (m *member) renew(ctx context.Context) error {
-	for {
-		notBefore, notAfter := m.creds.Validity()
-		wait := time.Until(ca.RenewAt(notBefore, notAfter, jitter()))
-		if wait < renewRetry {
-			wait = renewRetry
+// sign has the cluster sign a request of this node.
+func (m *member) sign(ctx context.Context, csr []byte) ([]byte, error) {
+	if m.manager != nil {
+		// A start is no failure to report: it takes an election.
+		if err := m.manager.Await(ctx); err != nil {
+			return nil, err
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		if err := m.renewOnce(ctx); err != nil && ctx.Err() == nil {
-			m.log.Error("renew certificate", "expires", notAfter, weft.KeyErr, err)
-		}
+		return wire.RenewVia(m.manager, m.client, m.state.Node)(ctx, csr)
 	}
-}
-
-// renewRetry is the pause after a failed renewal; half a certificate's life is
-// left for it.
-const renewRetry = time.Minute
-
-func (m *member) renewOnce(ctx context.Context) error {
-	_, notAfter := m.creds.Validity()
-	notBefore, _ := m.creds.Validity()
-	if time.Now().Before(ca.RenewAt(notBefore, notAfter, 0)) {
-		return nil
-	}
-	key, csr, err := ca.NewCSR()
-	if err != nil {
-		return err
-	}
-	cert, err := m.client.Renew(ctx, m.state.Node, csr)
-	if err != nil {
-		return err
-	}
-	b := ca.Bundle{Cert: cert, Key: key, CA: m.creds.CA()}
-	if err := ca.Save(pkiDir(m.cfg.DataRoot), b); err != nil {
-		return err
-	}
-	return m.creds.Swap(b)
+	return m.client.Renew(ctx, m.state.Node, csr)
 }

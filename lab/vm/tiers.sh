@@ -67,11 +67,10 @@ gofmt_clean() {
   [ -z "$files" ] || { echo "not gofmt'ed: $files"; return 1; }
 }
 
-# What was unpacked because this machine has none: behind its own commands, but
-# for busybox, which may be there and not be static.
+# What tests of all tiers use, where it is there. Unpacked things come behind the
+# machine's own commands, but for busybox, which may be there and not be static.
+need runc busybox && runc=yes || { runc=; runc_reason=$reason; }
 need docker && docker=yes || { docker=; docker_reason=$reason; }
-need busybox && busybox=yes || { busybox=; busybox_reason=$reason; }
-need runc || true # without it, and without busybox, the tests that want them say so
 export PATH=$PWD/bin/cache/busybox/bin:$PWD/bin/cache/busybox/usr/bin:$PATH:$PWD/bin/cache/docker/usr/bin
 
 tier gofmt gofmt_clean
@@ -93,12 +92,10 @@ if [ "$(id -u)" != 0 ]; then
   without 2-lab root "needs root"
 elif [ -z "$docker" ]; then
   without 2-lab docker "$docker_reason"
-elif [ -z "$busybox" ]; then
-  without 2-lab root "$busybox_reason"
-elif need runc; then
+elif [ -n "$runc" ]; then
   tier 2-lab env CGO_ENABLED=0 go test -count=1 -v -timeout 15m -tags "$TAGS lab" -run 'Lab|Faults' ./lab/...
 else
-  without 2-lab root "$reason"
+  without 2-lab root "$runc_reason"
 fi
 
 if need runc qemu busybox kernel; then

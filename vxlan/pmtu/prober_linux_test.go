@@ -128,12 +128,16 @@ func TestProberOnAWire(t *testing.T) {
 			b.link <- struct{}{}
 			a.eventually(t, b.vtep, 9000)
 			b.eventually(t, a.vtep, 1280)
+			for deadline := time.After(10 * time.Second); a.proven.Load() != 9000 || b.proven.Load() != 1280; {
+				select {
+				case <-time.After(10 * time.Millisecond):
+				case <-deadline:
+					t.Fatalf("the kernels were told %d and %d", a.proven.Load(), b.proven.Load())
+				}
+			}
 			cancel()
 			if err := g.Wait(); err != nil {
 				t.Error(err)
-			}
-			if a.proven.Load() != 9000 || b.proven.Load() != 1280 {
-				t.Errorf("the kernels were told %d and %d", a.proven.Load(), b.proven.Load())
 			}
 		})
 	}
