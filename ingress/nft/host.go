@@ -139,7 +139,7 @@ func postroutingChain(t ingress.Table) []rule {
 // leads out only: neither another task nor a neighbour of the host that routes
 // the bridge's range here opens a connection to a task's leg.
 func forwardChain(t ingress.Table) []rule {
-	var rules []rule
+	rules := clampRules(t)
 	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 	if t.Ingress.Link != "" {
 		rules = append(rules,
