@@ -11,6 +11,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/netns"
 )
 
 // routeProtocol marks our routes in a namespace that is not ours alone
@@ -50,33 +51,29 @@ func (r *Router) ApplyRoutes(ctx context.Context, want vxlan.State) error {
 			}
 		}
 		for _, p := range n.Ports {
-			err := withNS(p.NetNS, func(c *conn) error { return c.setRoutes(p.IfName, routes[vni]) })
+			err := netns.Do(p.NetNS, func() error { return setRoutes(p.IfName, routes[vni]) })
 			if errors.Is(err, weft.ErrNotFound) {
 				err = nil // the task is gone; whoever makes its port has said so
 			}
 			fail(err)
 		}
 		if n.HostLeg != nil {
-			fail(withHost(func(c *conn) error { return c.setRoutes(n.HostLeg.Name, routes[vni]) }))
+			fail(setRoutes(n.HostLeg.Name, routes[vni]))
 		}
 	}
 	r.isClean = none && len(errs) == 0
 	return errors.Join(errs...)
 }
 
-func withHost(f func(*conn) error) error {
+// setRoutes makes our routes over a link of the calling thread's namespace equal
+// to want: what is new first, so that no packet meets a table without either. A
+// link that is not there has no routes.
+func setRoutes(link string, want []vxlan.Route) error {
 	c, err := dial()
 	if err != nil {
 		return err
 	}
 	defer c.close()
-	return f(c)
-}
-
-// setRoutes makes our routes over a link equal to want: what is new first, so
-// that no packet meets a table without either. A link that is not there has no
-// routes.
-func (c *conn) setRoutes(link string, want []vxlan.Route) error {
 	l, err := c.find(link)
 	if err != nil || l == nil {
 		return err
@@ -85,11 +82,15 @@ func (c *conn) setRoutes(link string, want []vxlan.Route) error {
 	if err != nil {
 		return fmt.Errorf("list routes over %s: %w", link, err)
 	}
+	var wider []netip.Prefix
 	for _, w := range want {
 		mtu, ok := have[w.Dst]
 		delete(have, w.Dst)
 		if ok && mtu == w.MTU {
 			continue
+		}
+		if ok && mtu < w.MTU {
+			wider = append(wider, w.Dst)
 		}
 		err := c.RouteReplace(&netlink.Route{
 			LinkIndex: l.Attrs().Index, Dst: ipNet(w.Dst), Scope: netlink.SCOPE_LINK, Protocol: routeProtocol, MTU: w.MTU,
@@ -103,8 +104,9 @@ func (c *conn) setRoutes(link string, want []vxlan.Route) error {
 		if err != nil && !gone(err) {
 			return fmt.Errorf("delete route to %s over %s: %w", dst, link, err)
 		}
+		wider = append(wider, dst)
 	}
-	return nil
+	return c.forgetPaths(l.Attrs().Index, wider)
 }
 
 // routesOver are our routes over a link: destination to MTU.

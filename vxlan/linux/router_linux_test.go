@@ -130,8 +130,8 @@ func TestNarrowWay(t *testing.T) {
 				must(t, exchange(a.NetNS, b))
 			}
 			// Behind our back: a route is gone, another has come.
-			must(t, withNS(a.NetNS, func(c *conn) error {
-				return c.setRoutes(a.IfName, []vxlan.Route{{Dst: netip.PrefixFrom(other.Addr.Addr(), other.Addr.Addr().BitLen()), MTU: 1290}})
+			must(t, netns.Do(a.NetNS, func() error {
+				return setRoutes(a.IfName, []vxlan.Route{{Dst: netip.PrefixFrom(other.Addr.Addr(), other.Addr.Addr().BitLen()), MTU: 1290}})
 			}))
 			set(1330)
 			if got := routesAt(t, a); len(got) != 1 || believed(t, a, b.Addr.Addr()) != 1330 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -80,20 +81,31 @@ func PathProven(from, to netip.Addr, bytes int) error {
 	if len(routes) == 0 || routes[0].MTU == 0 || routes[0].MTU >= bytes {
 		return nil
 	}
-	if to.Is4() {
+	return c.forgetPaths(routes[0].LinkIndex, []netip.Prefix{netip.PrefixFrom(to, to.BitLen())})
+}
+
+// forgetPaths has the kernel forget what it has learnt, by ICMP, of the paths to
+// single addresses: of IPv4 of all others with them, of IPv6 over one link. The
+// connection must lead into the calling thread's namespace.
+func (c *conn) forgetPaths(link int, to []netip.Prefix) error {
+	if slices.ContainsFunc(to, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
 		if err := os.WriteFile("/proc/sys/net/ipv4/route/flush", []byte("1"), 0); err != nil {
 			return fmt.Errorf("flush learnt paths: %w", err)
 		}
-		return nil
 	}
-	msg := nl.NewRtDelMsg()
-	msg.Family, msg.Dst_len, msg.Flags = unix.AF_INET6, 128, unix.RTM_F_CLONED
-	req := c.request(unix.RTM_DELROUTE, unix.NLM_F_ACK)
-	req.AddData(msg)
-	req.AddData(nl.NewRtAttr(unix.RTA_DST, to.AsSlice()))
-	req.AddData(nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(routes[0].LinkIndex))))
-	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !gone(err) {
-		return fmt.Errorf("forget learnt path to %s: %w", to, err)
+	for _, p := range to {
+		if p.Addr().Is4() || !p.IsSingleIP() {
+			continue // what was learnt by a route goes with it
+		}
+		msg := nl.NewRtDelMsg()
+		msg.Family, msg.Dst_len, msg.Flags = unix.AF_INET6, 128, unix.RTM_F_CLONED
+		req := c.request(unix.RTM_DELROUTE, unix.NLM_F_ACK)
+		req.AddData(msg)
+		req.AddData(nl.NewRtAttr(unix.RTA_DST, p.Addr().AsSlice()))
+		req.AddData(nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(link))))
+		if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !gone(err) {
+			return fmt.Errorf("forget learnt path to %s: %w", p.Addr(), err)
+		}
 	}
 	return nil
 }

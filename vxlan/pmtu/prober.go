@@ -59,12 +59,11 @@ type Prober struct {
 	sign signer
 	wake chan struct{} // capacity 1: the core was changed; never closed
 
-	// mu guards: core, mtus, changed, proven.
+	// mu guards: core, mtus, changed.
 	mu      sync.Mutex
 	core    *core
 	mtus    map[netip.Addr]int // never written once set
 	changed chan struct{}      // closed at the next change of mtus
-	proven  map[netip.Addr]int // not yet told to Config.Proven
 }
 
 // New checks the configuration; it does no I/O and starts nothing.
@@ -84,7 +83,7 @@ func New(cfg Config) (*Prober, error) {
 	}
 	return &Prober{
 		cfg: cfg, sign: sign, wake: make(chan struct{}, 1), core: newCore(drawID),
-		mtus: map[netip.Addr]int{}, changed: make(chan struct{}), proven: map[netip.Addr]int{},
+		mtus: map[netip.Addr]int{}, changed: make(chan struct{}),
 	}, nil
 }
 
@@ -98,7 +97,6 @@ func drawID() uint64 {
 func (p *Prober) Watch(vteps []netip.Addr) {
 	p.mu.Lock()
 	p.core.watch(time.Now(), vteps)
-	p.publishLocked()
 	p.mu.Unlock()
 	p.kick()
 }
@@ -213,7 +211,6 @@ func (p *Prober) read(c *net.UDPConn) {
 		if f, ok := p.sign.parse(buf[:n]); ok && f.kind == kindAnswer {
 			p.mu.Lock()
 			p.core.answered(time.Now(), f)
-			p.publishLocked()
 			p.mu.Unlock()
 			p.kick()
 			continue
@@ -235,8 +232,9 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 			p.readLimits(ctx, known)
 			read = now
 		}
-		p.tellProven()
-		wait := min(p.send(conn), time.Until(read.Add(reread)))
+		next := p.send(conn)
+		p.publish()
+		wait := min(next, time.Until(read.Add(reread)))
 		timer := time.NewTimer(max(wait, time.Millisecond))
 		select {
 		case <-ctx.Done():
@@ -252,19 +250,6 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 			read = time.Time{}
 		}
 		timer.Stop()
-	}
-}
-
-// tellProven passes on what was found since the last time.
-func (p *Prober) tellProven() {
-	p.mu.Lock()
-	proven := p.proven
-	p.proven = map[netip.Addr]int{}
-	p.mu.Unlock()
-	for peer, bytes := range proven {
-		if err := p.cfg.Proven(peer, bytes); err != nil {
-			p.cfg.Log.Warn("kernel keeps an old path mtu", weft.KeyPeer, peer, "mtu", bytes, weft.KeyErr, err)
-		}
 	}
 }
 
@@ -298,9 +283,6 @@ func (p *Prober) readLimits(ctx context.Context, known map[netip.Addr]bool) {
 		p.core.limit(time.Now(), a, limit)
 		p.mu.Unlock()
 	}
-	p.mu.Lock()
-	p.publishLocked()
-	p.mu.Unlock()
 }
 
 // send does what is due and returns how long there is nothing more to do.
@@ -308,7 +290,6 @@ func (p *Prober) send(conn *net.UDPConn) time.Duration {
 	p.mu.Lock()
 	now := time.Now()
 	packets := p.core.step(now)
-	p.publishLocked()
 	next := p.core.next()
 	p.mu.Unlock()
 	for _, k := range packets {
@@ -327,26 +308,37 @@ func (p *Prober) send(conn *net.UDPConn) time.Duration {
 	return next.Sub(now)
 }
 
-// publishLocked tells of what has changed.
-func (p *Prober) publishLocked() {
-	for _, c := range p.core.news() {
-		if c.proven {
-			p.proven[c.peer] = c.mtu
-		}
-		switch {
-		case !c.proven:
-			p.cfg.Log.Debug("path mtu is assumed", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
-		case c.mtu < c.cap:
-			p.cfg.Log.Warn("path mtu is smaller than the link's", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
-		default:
-			p.cfg.Log.Info("path mtu", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
-		}
+// publish tells of what has changed: the kernel first, so that nobody sends by
+// the new size what the kernel still refuses by the old one.
+func (p *Prober) publish() {
+	p.mu.Lock()
+	news, mtus := p.core.news(), p.core.mtus()
+	p.mu.Unlock()
+	for _, c := range news {
+		p.tell(c)
 	}
-	mtus := p.core.mtus()
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if maps.Equal(mtus, p.mtus) {
 		return
 	}
 	p.mtus = mtus
 	close(p.changed)
 	p.changed = make(chan struct{})
+}
+
+// tell passes on what is known of one path now.
+func (p *Prober) tell(c change) {
+	switch {
+	case !c.proven:
+		p.cfg.Log.Debug("path mtu is assumed", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
+		return
+	case c.mtu < c.cap:
+		p.cfg.Log.Warn("path mtu is smaller than the link's", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
+	default:
+		p.cfg.Log.Info("path mtu", weft.KeyPeer, c.peer, "mtu", c.mtu, "link", c.cap)
+	}
+	if err := p.cfg.Proven(c.peer, c.mtu); err != nil {
+		p.cfg.Log.Warn("kernel keeps an old path mtu", weft.KeyPeer, c.peer, "mtu", c.mtu, weft.KeyErr, err)
+	}
 }
