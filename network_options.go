@@ -34,6 +34,7 @@ type networkOption struct {
 func networkOptions() []networkOption {
 	return []networkOption{
 		{OptionMTU, OptionMTU + "=BYTES", checkNetworkMTU},
+		{OptionEncrypted, OptionEncrypted, checkEncrypted},
 	}
 }
 

@@ -120,7 +120,12 @@ func badNetworks(w *words) {
 		{"--opt color=red x", `Options\["color"\]: there is no such option`},
 		{"--opt com.docker.network.driver.mtu=1400b x", `Options\["com\.docker\.network\.driver\.mtu"\]: "1400b": write a number of bytes`},
 		{"--opt com.docker.network.driver.mtu=575 x", `575: use 576 to 65535 bytes`},
-		{"--ipv6 x", "EnableIPv6"},
+		{"--opt encrypted=false x", `Options\["encrypted"\]: "false": leave the value out`},
+		{"--ipv6 --subnet fd00:5::/126 x", "fd00:5::/126 must be /16 to /125"},
+		{"--ipv6 --subnet fd00:5::1/64 x", "host bits"},
+		{"--ipv6 --subnet fe80::/64 x", "which hosts cannot use"},
+		{"--ipv6 --subnet fd00:5:: x", `IPAM\.Config\[0\]\.Subnet`},
+		{"--subnet fd00:5::/64 x", "EnableIPv6"},
 	} {
 		w.refused("h3", 1, tc.want, append([]string{"network", "create", "-d", "overlay"}, strings.Fields(tc.args)...)...)
 	}

@@ -26,9 +26,16 @@ func TestMTUFollowsPaths(t *testing.T) {
 			}
 		}
 		in.Nodes = append(in.Nodes, Node{ID: "n3", VTEP: vtep3, IngressAddr: netip.MustParsePrefix("10.255.0.33/16")})
+		overhead := 50
+		if rapid.Bool().Draw(r, "encrypted") {
+			in.Networks[1].Spec.Options, overhead = map[string]string{weft.OptionEncrypted: ""}, 60
+		}
 		bound := rapid.SampledFrom([]int{0, 1300, 8000}).Draw(r, "bound")
 		if bound > 0 {
-			in.Networks[1].Spec.Options = map[string]string{weft.OptionMTU: fmt.Sprint(bound)}
+			if in.Networks[1].Spec.Options == nil {
+				in.Networks[1].Spec.Options = map[string]string{}
+			}
+			in.Networks[1].Spec.Options[weft.OptionMTU] = fmt.Sprint(bound)
 		}
 		in.Local = []LocalTask{localWeb(1, "10.0.16.3/20", "10.255.0.5/16", weft.EndpointReady)}
 		near, far := remoteWeb(2, "10.0.16.4", weft.EndpointReady), remoteWeb(3, "10.0.16.5", weft.EndpointDraining)
@@ -37,7 +44,7 @@ func TestMTUFollowsPaths(t *testing.T) {
 
 		out := Derive(in)
 		n := out.Overlay.Networks[front.VNI]
-		port := in.MTU - 50
+		port := in.MTU - overhead
 		if bound > 0 {
 			port = min(port, bound)
 		}
@@ -53,8 +60,8 @@ func TestMTUFollowsPaths(t *testing.T) {
 		least := port
 		for _, p := range n.Peers {
 			want := port
-			if path := in.Paths[p.VTEP]; path >= 118 { // less leaves nothing for an inner packet
-				want = min(port, path-50)
+			if path := in.Paths[p.VTEP]; path >= 68+overhead { // less leaves nothing for an inner packet
+				want = min(port, path-overhead)
 			}
 			if got := effective(p.MTU); got != want || p.MTU >= port {
 				r.Fatalf("peer %s has %d, want %d of %d", p.Addr, p.MTU, want, port)

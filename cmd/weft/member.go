@@ -26,6 +26,7 @@ import (
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // member is this node as part of one cluster: everything that runs between
@@ -47,22 +48,24 @@ type member struct {
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	engine  *nft.Engine
+	crypt   *wg.Engine
 
-	learned    chan struct{} // closed by the first word from the leader
-	ended      chan struct{} // closed by membership.serve when run has returned
-	retirement retirement
+	stage stage
 
-	// mu guards: state.Managers, state.Cluster, closing learned. The rest of state stays
+	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
 	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
+	heard bool
 }
 
-// retirement is the end of the agent alone.
-type retirement struct {
-	once  sync.Once
-	asked chan struct{} // closed by retire
-	done  chan struct{} // closed by runAgent at its end
+// stage tells how far a member's life has come.
+type stage struct {
+	learned chan struct{} // closed by the first word from the leader
+	ended   chan struct{} // closed by membership.serve when run has returned
+	// retiring is closed by retire, retired by runAgent at its end.
+	retiring, retired chan struct{}
+	retireOnce        sync.Once
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -88,8 +91,9 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), ended: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
-	m.retirement.asked, m.retirement.done = make(chan struct{}), make(chan struct{})
+	m := &member{cfg: cfg, state: state, stage: stage{
+		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
+	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
@@ -110,8 +114,18 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
 	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
-	overlay, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	bridge, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
 	if err != nil {
+		return err
+	}
+	m.crypt, err = wg.New(wg.Config{
+		Node: s.Node, NetNSDir: netnsDir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: bridge, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := m.crypt.Probe(ctx); err != nil {
 		return err
 	}
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
@@ -141,7 +155,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
 		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: overlay, Router: &linux.Router{}}, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: m.crypt, Router: &linux.Router{}}, Keys: m.crypt.Keys, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -187,12 +201,12 @@ func (m *member) run(ctx context.Context) error {
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.retirement.done)
+	defer close(m.stage.retired)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.retirement.asked:
+		case <-m.stage.retiring:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -209,9 +223,9 @@ var errRetired = errors.New("the agent is not wanted any more")
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.retirement.once.Do(func() { close(m.retirement.asked) })
+	m.stage.retireOnce.Do(func() { close(m.stage.retiring) })
 	select {
-	case <-m.retirement.done:
+	case <-m.stage.retired:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -227,10 +241,9 @@ func (m *member) remove(ctx context.Context) error {
 func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	select {
-	case <-m.learned:
-	default:
-		close(m.learned)
+	if !m.heard {
+		m.heard = true
+		close(m.stage.learned)
 	}
 	next := m.state
 	if len(managers) > 0 {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -22,6 +23,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/agent/runtime/containerd"
 	"github.com/weftnet/weft/orchestrator/ca"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // insideEnv marks the process that a test has started in namespaces of its own.
@@ -53,10 +55,7 @@ func inNamespaces(t *testing.T) bool {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
-		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "userns") {
-			t.Fatal(err)
-		}
-		t.Skipf("user, network and mount namespaces are refused here: %v", err)
+		netnstest.Missing(t, "userns", fmt.Errorf("user, network and mount namespaces: %w", err))
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("in namespaces: %v\n%s", err, &out)
@@ -121,7 +120,7 @@ func TestMemberRenewsItsCertificate(t *testing.T) {
 	done := make(chan error, 1) // the one result of run
 	go func() { done <- m.run(running) }()
 	select {
-	case <-m.learned: // over a connection with the new certificate
+	case <-m.stage.learned: // over a connection with the new certificate
 	case err := <-done:
 		t.Fatalf("the member ended: %v", err)
 	case <-ctx.Done():

@@ -108,7 +108,7 @@ func (ms *membership) serve(ctx context.Context, m *member) {
 		ms.failure = err
 		ms.log.Error("cluster membership failed", weft.KeyErr, err)
 	}
-	close(m.ended)
+	close(m.stage.ended)
 }
 
 func (ms *membership) failed() error {
@@ -171,7 +171,7 @@ func (ms *membership) end(ctx context.Context) error {
 	}
 	stop()
 	select {
-	case <-m.ended:
+	case <-m.stage.ended:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end cluster membership: %w", ctx.Err())

@@ -56,10 +56,8 @@ func (ms *membership) Local() weft.LocalInfo {
 	info.Node, info.Addr = m.state.Node, m.state.Advertise.Addr()
 	info.Manager, info.Managers = m.state.Role == weft.RoleManager, m.state.Managers
 	info.State = weft.LocalPending
-	select {
-	case <-m.learned:
+	if m.heard {
 		info.State = weft.LocalActive
-	default:
 	}
 	if err := m.creds.Expired(); err != nil {
 		info.State, info.Error = weft.LocalError, weft.Text(err)
@@ -77,7 +75,11 @@ func engineChoices(m *member) []weft.EngineChoice {
 			service.Reason = "probed: tables load; this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
 		}
 	}
-	return []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	out := []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
+	if m != nil {
+		out = append(out, m.crypt.Choices()...)
+	}
+	return out
 }
 
 // Init implements api.Swarm.
@@ -127,7 +129,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 func newCluster(r weft.InitRequest, state *memberState) (*clusterBoot, error) {
 	c := weft.Cluster{
 		ID: weft.NewID(), Spec: weft.DefaultClusterSpec(), AddrPools: r.AddrPools, MaskLength: r.MaskLength,
-		DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
+		ULA: weft.NewULA(), DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
 	}
 	if len(c.AddrPools) == 0 {
 		c.AddrPools = weft.DefaultAddrPools()
@@ -210,12 +212,12 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		return err
 	}
 	select {
-	case <-m.learned:
+	case <-m.stage.learned:
 		if m.manager != nil {
 			return m.manager.AwaitVote(ctx)
 		}
 		return nil
-	case <-m.ended:
+	case <-m.stage.ended:
 		if f := ms.failed(); f != nil {
 			return f
 		}

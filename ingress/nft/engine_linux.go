@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 
 	"github.com/google/nftables"
@@ -31,6 +32,9 @@ type Engine struct {
 	// tracked is what the last Apply left for connection tracking to lead
 	// datagrams to; nil before the first. Owned by Apply.
 	tracked *trackable
+	// routed are the backends behind the router after the last Apply; nil
+	// before the first. Owned by Apply.
+	routed map[netip.Addr]bool
 }
 
 // New returns an engine that has done nothing yet. scratchDir is a folder in
@@ -85,6 +89,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	var errs []error
 	if err := e.applyHost(t); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
+	}
+	if err := e.applyRouter(t.Router); err != nil {
+		for _, vni := range t.Router.VNIs {
+			errs = append(errs, &ingress.NetworkError{VNI: vni, Err: fmt.Errorf("apply service addresses behind the router: %w", err)})
+		}
 	}
 	kept := map[string]map[string]bool{}
 	for _, n := range t.Networks {

@@ -56,13 +56,15 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	if err != nil {
 		return n, err
 	}
-	var bridge, tunnel netlink.Link
+	var bridge, tunnel, uplink netlink.Link
 	for _, l := range links {
 		switch l.Attrs().Name {
 		case weft.BridgeName(vni):
 			bridge = l
 		case weft.VXLANName(vni):
 			tunnel = l
+		case weft.UplinkName(vni):
+			uplink = l
 		}
 	}
 	br, ok := bridge.(*netlink.Bridge)
@@ -85,6 +87,10 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 			n.MTU = 0
 		}
 	}
+	if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
+		tunnelIndex = up.Index
+		k.readUplink(&n, up, br, flags[up.Index] == tunnelPort())
+	}
 	local, err := readTables(h.conn, br.Index, tunnelIndex, &tables)
 	if err != nil {
 		return n, err
@@ -92,7 +98,7 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	n.Peers, n.VIPs = vxlan.Observed(tables)
 	for _, l := range links {
 		v, ok := l.(*netlink.Veth)
-		if !ok {
+		if !ok || l == uplink {
 			continue
 		}
 		sound := v.MasterIndex == br.Index && v.Flags&unix.IFF_UP != 0 && flags[v.Index] == localPort() && v.MTU == br.MTU
@@ -167,9 +173,9 @@ func (k *Kernel) readPort(p vxlan.Port, v *netlink.Veth, sound bool, local map[i
 		return p
 	}
 	err := withNS(p.NetNS, func(c *conn) error {
-		mac, addr, err := readEnd(c, p.IfName, v)
+		mac, addr, addr6, err := readEnd(c, p.IfName, v)
 		if err == nil && slices.Contains(local[v.Index], vxlan.MACOf(mac)) {
-			p.MAC, p.Addr = mac, addr
+			p.MAC, p.Addr, p.Addr6 = mac, addr, addr6
 		}
 		return err
 	})
@@ -192,37 +198,44 @@ func (k *Kernel) readLeg(v *netlink.Veth, sound bool, local map[int][]vxlan.MAC)
 		return leg
 	}
 	leg.Name = l.Attrs().Name
-	mac, addr, err := readEnd(c, leg.Name, v)
+	mac, addr, addr6, err := readEnd(c, leg.Name, v)
 	if err == nil && sound && slices.Contains(local[v.Index], vxlan.MACOf(mac)) {
-		leg.MAC, leg.Addr = mac, addr
+		leg.MAC, leg.Addr, leg.Addr6 = mac, addr, addr6
 	}
 	return leg
 }
 
-// readEnd returns MAC and address of the other end of a veth, zero values if
+// readEnd returns MAC and addresses of the other end of a veth, zero values if
 // it is not as it should be.
-func readEnd(c *conn, name string, peer *netlink.Veth) (mac []byte, addr netip.Prefix, err error) {
+func readEnd(c *conn, name string, peer *netlink.Veth) (mac []byte, addr, addr6 netip.Prefix, err error) {
 	l, err := c.find(name)
 	if err != nil || l == nil {
-		return nil, addr, err
+		return nil, addr, addr6, err
 	}
 	a := l.Attrs()
 	if a.ParentIndex != peer.Index || a.Index != peer.ParentIndex || a.MTU != peer.MTU || a.Flags&unix.IFF_UP == 0 {
-		return nil, addr, nil
+		return nil, addr, addr6, nil
 	}
 	addrs, err := complete(func() ([]netlink.Addr, error) { return c.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
-		return nil, addr, fmt.Errorf("list addresses of %s: %w", name, err)
+		return nil, addr, addr6, fmt.Errorf("list addresses of %s: %w", name, err)
 	}
+	var found []netip.Prefix
 	for _, x := range addrs {
 		if p := prefixOf(x.IPNet); !p.Addr().IsLinkLocalUnicast() {
-			if addr.IsValid() {
-				return nil, netip.Prefix{}, nil // more than the one we gave
-			}
-			addr = p
+			found = append(found, p)
 		}
 	}
-	return a.HardwareAddr, addr, nil
+	slices.SortFunc(found, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) }) // IPv4 first
+	switch {
+	case len(found) == 1:
+		addr = found[0]
+	case len(found) == 2 && found[0].Addr().Is4() && found[1].Addr().Is6():
+		addr, addr6 = found[0], found[1]
+	case len(found) > 0:
+		return nil, addr, addr6, nil // more than those we gave
+	}
+	return a.HardwareAddr, addr, addr6, nil
 }
 
 // withNS runs f with a connection into the namespace at path.
