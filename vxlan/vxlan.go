@@ -41,6 +41,10 @@ type Network struct {
 	// HostLeg, when set, is a port of the network in the host's own
 	// namespace (the ingress network's way in).
 	HostLeg *HostLeg
+	// Fault and DeviceFault are set by Read alone and never compared: what
+	// is wrong with the bridge, and with the VXLAN device, where no wish
+	// would explain it. They are the reason of a Repair.
+	Fault, DeviceFault string
 }
 
 // Port is a local task's port on a network.
@@ -51,6 +55,8 @@ type Port struct {
 	IfName string
 	Addr   netip.Prefix
 	MAC    net.HardwareAddr
+	// Fault is set by Read alone, as Network.Fault.
+	Fault string
 }
 
 // Peer is an endpoint on another node.
@@ -71,6 +77,8 @@ type HostLeg struct {
 	Name string // weft.IngressLeg
 	Addr netip.Prefix
 	MAC  net.HardwareAddr
+	// Fault is set by Read alone, as Network.Fault.
+	Fault string
 }
 
 // Kernel is the seam to the kernel. Implementations are vxlan/linux (package
