@@ -488,3 +488,37 @@ func TestConformance(t *testing.T) {
 	n.VIPs = []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC("s", vip)}}
 	must(t, h.ns.Do(func() error { vxlantest.Conformance(t, h.k, n); return nil }))
 }
+
+// The probe leaves nothing, finds what a killed one left, and disturbs nobody.
+func TestProbe(t *testing.T) {
+	h := rig(t, 1)[0]
+	n := network(h, weft.NewID(), nil)
+	must(t, h.apply(state(n)))
+	probe := func(ctx context.Context) error { return h.ns.Do(func() error { return h.k.Probe(ctx) }) }
+	must(t, probe(context.Background()))
+	for _, name := range []string{probeHost, weft.OverlayNetNS(probeNode, probeVNI)} {
+		_, err := netns.Create(h.dir, name)
+		must(t, err)
+	}
+	must(t, probe(context.Background()))
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := probe(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if names, err := netns.List(h.dir, ""); err != nil || len(names) != 1 {
+		t.Errorf("namespaces %v, %v; want that of the network alone", names, err)
+	}
+	expectEqual(t, h, state(n))
+	must(t, h.apply(state(n)))
+	if rs := h.taken(); len(rs) != 0 {
+		t.Errorf("the probe's doings were counted: %v", rs)
+	}
+}
+
+func BenchmarkProbe(b *testing.B) {
+	h := rig(b, 1)[0]
+	for b.Loop() {
+		must(b, h.ns.Do(func() error { return h.k.Probe(context.Background()) }))
+	}
+}

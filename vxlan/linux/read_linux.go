@@ -102,28 +102,31 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	}
 	n.Peers, n.VIPs = vxlan.Observed(tables)
 	for _, l := range links {
-		v, ok := l.(*netlink.Veth)
-		if !ok {
-			continue
+		if v, ok := l.(*netlink.Veth); ok {
+			k.readVeth(&n, v, br, flags[v.Index], local)
 		}
-		fault := portFault(v, br, flags[v.Index])
-		if fault == "" && v.MTU != br.MTU && n.MTU != 0 { // else every port is given its MTU anyway
-			fault = fmt.Sprintf("%s had MTU %d, %s %d", v.Name, v.MTU, br.Name, br.MTU)
-		}
-		if v.Name == legPeer {
-			n.HostLeg = k.readLeg(v, fault, local)
-			continue
-		}
-		if p, ok := parsePortAlias(k.cfg.Node, v.Alias); ok && v.Name == weft.PortVethName(p.Task, n.ID) {
-			n.Ports = append(n.Ports, k.readPort(p, v, fault, local))
-			continue
-		}
-		// The rest of a crash between a veth and its alias: known by no
-		// task, so it is named by its link and removed by Diff.
-		n.Ports = append(n.Ports, vxlan.Port{Task: strayTask(v.Name), Fault: "a veth that no task has"})
 	}
 	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return cmpString(string(a.Task), string(b.Task)) })
 	return n, nil
+}
+
+// readVeth files a veth of the hidden namespace as a task's port or the leg.
+func (k *Kernel) readVeth(n *vxlan.Network, v *netlink.Veth, br *netlink.Bridge, flags portFlags, local map[int][]vxlan.MAC) {
+	fault := portFault(v, br, flags)
+	if fault == "" && v.MTU != br.MTU && n.MTU != 0 { // else every port is given its MTU anyway
+		fault = fmt.Sprintf("%s had MTU %d, %s %d", v.Name, v.MTU, br.Name, br.MTU)
+	}
+	if v.Name == legPeer {
+		n.HostLeg = k.readLeg(v, fault, local)
+		return
+	}
+	if p, ok := parsePortAlias(k.cfg.Node, v.Alias); ok && v.Name == weft.PortVethName(p.Task, n.ID) {
+		n.Ports = append(n.Ports, k.readPort(p, v, fault, local))
+		return
+	}
+	// The rest of a crash between a veth and its alias: known by no task, so
+	// it is named by its link and removed by Diff.
+	n.Ports = append(n.Ports, vxlan.Port{Task: strayTask(v.Name), Fault: "a veth that no task has"})
 }
 
 // bridgeFault says what is set wrongly on a network's bridge; "" = nothing.
