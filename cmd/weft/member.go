@@ -20,7 +20,7 @@ import (
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/gossip"
-	"github.com/weftnet/weft/ingress/nft"
+	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/orchestrator"
 	"github.com/weftnet/weft/orchestrator/ca"
 	"github.com/weftnet/weft/orchestrator/wire"
@@ -31,11 +31,13 @@ import (
 // member is this node as part of one cluster: everything that runs between
 // joining and leaving. It is made by membership and run once.
 type member struct {
-	cfg    daemonConfig
-	log    *slog.Logger
-	creds  *ca.Credentials
-	client *wire.Client
-	peers  *wire.Peers
+	cfg     daemonConfig
+	log     *slog.Logger
+	engines *engines
+	repairs *agent.Repairs
+	creds   *ca.Credentials
+	client  *wire.Client
+	peers   *wire.Peers
 
 	manager *orchestrator.Manager // nil on workers
 	raft    *wire.Raft
@@ -44,12 +46,10 @@ type member struct {
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
 	boxes   *sandbox.Linux
-	engine  *nft.Engine
+	service ingress.Engine
 
 	learned chan struct{} // closed by the first word from the leader
-	// retiring is closed by retire, retired by runAgent at its end.
-	retiring, retired chan struct{}
-	retireOnce        sync.Once
+	pension *retirement
 
 	// mu guards: state, heard.
 	mu    sync.Mutex
@@ -80,7 +80,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, learned: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}), log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, engines: ms.engines, repairs: ms.repairs, learned: make(chan struct{}), pension: &retirement{asked: make(chan struct{}), done: make(chan struct{})}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
@@ -97,19 +97,15 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 // makeNode composes what every node has.
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
-	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
-	overlay, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	dir := netnsDir(m.cfg.ExecRoot)
+	overlay, service, err := m.engines.of(ctx, engineConfig{Node: s.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
 	if err != nil {
 		return err
 	}
-	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
+	m.service = service
+	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
 		return err
 	}
-	m.engine = nft.New(netnsDir)
-	if err := m.engine.Probe(ctx); err != nil {
-		return fmt.Errorf("service engine nft: %w", err)
-	}
-	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse())
 	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
 	if err != nil {
 		return err
@@ -123,10 +119,10 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.agent, err = agent.New(agent.Config{
-		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
+		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
 		VTEP: s.DataPath, Addr: s.Advertise.Addr(), MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: overlay, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: overlay, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -171,12 +167,12 @@ func (m *member) run(ctx context.Context) error {
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.retired)
+	defer close(m.pension.done)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.retiring:
+		case <-m.pension.asked:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -187,15 +183,22 @@ func (m *member) runAgent(ctx context.Context) error {
 	return nil
 }
 
+// retirement ends a member's agent before the rest of it: asked is closed by
+// retire, done by runAgent at its end.
+type retirement struct {
+	asked, done chan struct{}
+	once        sync.Once
+}
+
 var errRetired = errors.New("the agent is not wanted any more")
 
 // retire ends the agent alone, while the rest of the member goes on: a node
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.retireOnce.Do(func() { close(m.retiring) })
+	m.pension.once.Do(func() { close(m.pension.asked) })
 	select {
-	case <-m.retired:
+	case <-m.pension.done:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -204,7 +207,7 @@ func (m *member) retire(ctx context.Context) error {
 
 // remove takes away everything that the node made on its host.
 func (m *member) remove(ctx context.Context) error {
-	return errors.Join(m.agent.RemoveAll(ctx), m.engine.Close(ctx), m.boxes.Close(ctx))
+	return errors.Join(m.agent.RemoveAll(ctx), m.service.Close(ctx), m.boxes.Close(ctx))
 }
 
 // learn takes the leader's view of the cluster and keeps it for the next start.
@@ -279,7 +282,7 @@ func (m *member) agentOf(_ context.Context, n weft.Node) (wire.Agent, error) {
 
 // describe says what this node is and which of its host's ranges are in use.
 func (m *member) describe() (weft.NodeDescription, error) {
-	d, err := describeNode(m.cfg)
+	d, err := describeNode(m.cfg, m.engines)
 	if err != nil {
 		return d, err
 	}
@@ -287,9 +290,10 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	return d, err
 }
 
-func describeNode(cfg daemonConfig) (weft.NodeDescription, error) {
+func describeNode(cfg daemonConfig, e *engines) (weft.NodeDescription, error) {
 	d, err := agent.DescribeHost(cfg.Hostname)
-	d.OverlayEngine, d.ServiceEngine = "bridge", "nft"
+	chosen, _ := e.verdicts()
+	d.OverlayEngine, d.ServiceEngine = chosen.Overlay, chosen.Service
 	return d, err
 }
 
