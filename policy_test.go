@@ -82,7 +82,7 @@ var owners = map[string][]string{
 	"golang.org/x/sys":                        {"*"}, // the kernel's interface, as package syscall is frozen
 	"golang.org/x/sync":                       {"*"},
 	"github.com/vishvananda/netns":            {"vxlan/netns"},
-	"github.com/vishvananda/netlink":          {"vxlan/linux", "vxlan/bpf", "vxlan/wg", "ingress/ipvs", "agent/sandbox", "lab"},
+	"github.com/vishvananda/netlink":          {"vxlan/linux", "vxlan/bpf", "vxlan/wg", "ingress/ipvs", "ingress/nft", "agent/sandbox", "lab"},
 	"github.com/cilium/ebpf":                  {"vxlan/bpf", "ingress/bpf"},
 	"golang.zx2c4.com/wireguard":              {"vxlan/wg"},
 	"github.com/miekg/dns":                    {"dns"},

@@ -250,8 +250,8 @@ func localID(dir string) (weft.ID, error) {
 // one. A socket that a killed daemon left is replaced: the locks say
 // that nobody serves it.
 func listenAPI(cfg daemonConfig) (net.Listener, error) {
-	if err := os.Remove(cfg.Socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("remove old API socket: %w", err)
+	if err := freeSocket(cfg.Socket); err != nil {
+		return nil, err
 	}
 	ln, err := net.Listen("unix", cfg.Socket)
 	if err != nil {
@@ -270,4 +270,26 @@ func listenAPI(cfg daemonConfig) (net.Listener, error) {
 		}
 	}
 	return ln, nil
+}
+
+// freeSocket removes the socket that an ended daemon has left at path. A file of
+// another kind, and a socket at which somebody answers, are not ours to remove.
+func freeSocket(path string) error {
+	fi, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look at API socket: %w", err)
+	case fi.Mode().Type() != fs.ModeSocket:
+		return fmt.Errorf("%w: API socket %s: a file is there that is no socket; move it away or name another path", weft.ErrConflict, path)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return fmt.Errorf("%w: API socket %s: another program answers there; end it or name another path", weft.ErrConflict, path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove old API socket: %w", err)
+	}
+	return nil
 }

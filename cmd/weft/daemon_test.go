@@ -181,3 +181,38 @@ func TestExecRootIsForOneDaemon(t *testing.T) {
 	}
 	unlock()
 }
+
+// TestListenAPIReplacesOnlyItsOwn: a killed daemon's socket is replaced, a file
+// and a socket in use are kept.
+func TestListenAPIReplacesOnlyItsOwn(t *testing.T) {
+	listen := func(path string) (net.Listener, error) {
+		return listenAPI(daemonConfig{Socket: path, Group: "no-such-group"})
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if ln, err := listen(file); !errors.Is(err, weft.ErrConflict) {
+		t.Errorf("a file in the way: %v, %v, want ErrConflict", ln, err)
+	}
+	if b, err := os.ReadFile(file); string(b) != "precious" {
+		t.Errorf("the file is %q, %v", b, err)
+	}
+
+	path := filepath.Join(dir, "weft.sock")
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false) // as after kill -9
+	dead.Close()
+	ln, err := listen(path)
+	if err != nil {
+		t.Fatalf("a dead socket in the way: %v", err)
+	}
+	defer ln.Close()
+	if second, err := listen(path); !errors.Is(err, weft.ErrConflict) {
+		t.Errorf("a socket in use: %v, %v, want ErrConflict", second, err)
+	}
+}

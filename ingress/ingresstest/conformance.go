@@ -36,7 +36,8 @@ type Bed struct {
 	// Drops: the kernel cannot refuse on a network what no backend takes.
 	Drops bool
 	// Open begins a new flow: from the client on Network to VIP, or else
-	// from outside to Host. Nobody there is an error, ErrRefused or not.
+	// from outside to Host, each from a port of the client that was not used
+	// before. Nobody there is an error, ErrRefused or not.
 	Open func(t *testing.T, outside bool, p weft.Protocol, port uint16) (Flow, error)
 }
 
@@ -72,6 +73,7 @@ func Conformance(t *testing.T, b *Bed) {
 		{"no backend is refused", testIdle},
 		{"published ports", testPublished},
 		{"published ports drain", testPublishedDrain},
+		{"datagrams move with their backend", testDatagramsMove},
 		{"unpublished ports", testUnpublished},
 		{"a broken network", testBroken},
 		{"close", testClose},
@@ -248,6 +250,27 @@ func testPublishedDrain(t *testing.T, b *Bed) {
 		if got := b.count(t, true, p, 20); got[b.Backends[1].Task] != 20 {
 			t.Errorf("%s: new flows went to %v, the first drains", p, got)
 		}
+	}
+}
+
+// testDatagramsMove: a client that goes on sending from one port is not held to
+// a backend that has gone, nor to the answer that there is none.
+func testDatagramsMove(t *testing.T, b *Bed) {
+	b.apply(t, b.table(b.Backends[0]))
+	f := b.open(t, true, weft.UDP)
+	for _, to := range []ingress.Backend{b.Backends[1], b.Backends[2]} {
+		b.apply(t, b.table(to))
+		if id, err := f.Again(); err != nil || id != to.Task {
+			t.Errorf("more on a flow whose backend was replaced went to %q, %v, want %s", id, err, to.Task)
+		}
+	}
+	b.apply(t, b.table())
+	if id, err := f.Again(); err == nil {
+		t.Errorf("%s answered on a port without backends", id)
+	}
+	b.apply(t, b.table(b.Backends[0]))
+	if id, err := f.Again(); err != nil || id != b.Backends[0].Task {
+		t.Errorf("more on a flow after the port has backends again went to %q, %v", id, err)
 	}
 }
 

@@ -79,10 +79,10 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 			errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("open namespace %s: %w", n.NetNS, fs.ErrNotExist)})
 		}
 	}
-	// A flow inside a network ends with its backend; one from outside is
-	// known to connection tracking and stays.
+	// A flow inside a network and one of datagrams leave a backend that is
+	// gone; a connection from outside is tracked and ends with it.
 	for p, r := range e.flows {
-		if p.VNI != 0 && !slices.ContainsFunc(e.backendsLocked(p), func(b ingress.Backend) bool { return b.Task == r.Backend }) {
+		if (p.VNI != 0 || p.Protocol == weft.UDP) && !slices.ContainsFunc(e.backendsLocked(p), func(b ingress.Backend) bool { return b.Task == r.Backend }) {
 			delete(e.flows, p)
 		}
 	}

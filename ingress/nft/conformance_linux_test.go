@@ -31,12 +31,14 @@ func TestConformance(t *testing.T) {
 		Target: map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7}, Drops: !e.CanRefuse(),
 	}
 	bed.Network.Ports = f.ports // of the client and the backends, made just now
+	clientPort := 20000         // below what the kernel chooses from
 	bed.Open = func(t *testing.T, out bool, p weft.Protocol, port uint16) (ingresstest.Flow, error) {
 		ns, to := inside, netip.AddrPortFrom(bed.VIP, port)
 		if out {
 			ns, to = outside, netip.AddrPortFrom(bed.Host, port)
 		}
-		return openFlow(t, ns, string(p), to)
+		clientPort++
+		return openFlow(t, ns, string(p), clientPort, to)
 	}
 	t.Cleanup(func() { must(t, e.Close(t.Context())) })
 	ingresstest.Conformance(t, bed)
@@ -65,10 +67,14 @@ func (f *socketFlow) Again() (weft.ID, error) {
 // silence is how long nobody's answer is waited for.
 const silence = time.Second
 
-func openFlow(t *testing.T, ns, network string, to netip.AddrPort) (*socketFlow, error) {
+func openFlow(t *testing.T, ns, network string, from int, to netip.AddrPort) (*socketFlow, error) {
 	f := &socketFlow{udp: network == "udp"}
+	d := net.Dialer{Timeout: silence, LocalAddr: &net.TCPAddr{Port: from}}
+	if f.udp {
+		d.LocalAddr = &net.UDPAddr{Port: from}
+	}
 	err := netns.Do(ns, func() (err error) {
-		f.c, err = net.DialTimeout(network+"4", to.String(), silence)
+		f.c, err = d.DialContext(t.Context(), network+"4", to.String())
 		return err
 	})
 	if err == nil {

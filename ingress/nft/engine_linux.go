@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
@@ -27,6 +28,9 @@ type Engine struct {
 	// to. While none of them goes, the flow table need not be read, which is
 	// the one part that grows with traffic. Owned by Apply.
 	kept map[string]map[string]bool
+	// tracked is what the last Apply left for connection tracking to lead
+	// datagrams to; nil before the first. Owned by Apply.
+	tracked *trackable
 }
 
 // New returns an engine that has done nothing yet. scratchDir is a folder in
@@ -59,6 +63,14 @@ func (e *Engine) Probe(ctx context.Context) error {
 		}
 		return nil
 	})
+	if err == nil {
+		err = netns.Do(path, func() error {
+			if _, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET); err != nil {
+				return fmt.Errorf("%w: connection tracking over netlink (nf_conntrack_netlink): %w", weft.ErrUnsupported, err)
+			}
+			return nil
+		})
+	}
 	return errors.Join(err, netns.Remove(path))
 }
 
@@ -125,7 +137,17 @@ func (e *Engine) applyHost(t ingress.Table) error {
 	if err != nil {
 		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
 	}
-	return errors.Join(legErr, converge(conn, hostRules(t)))
+	if err := converge(conn, hostRules(t)); err != nil {
+		return errors.Join(legErr, err)
+	}
+	now := trackableOf(t)
+	if !now.follows(e.tracked) {
+		if err := now.release(); err != nil {
+			return errors.Join(legErr, err)
+		}
+	}
+	e.tracked = &now
+	return legErr
 }
 
 // prepareLeg lets requests cross from the host's other links to the ingress
@@ -177,6 +199,7 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // Close implements ingress.Engine: it removes the host's table. The tables of
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
+	e.tracked = nil
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)

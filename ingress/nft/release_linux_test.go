@@ -1,0 +1,108 @@
+package nft
+
+import (
+	"net/netip"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+)
+
+// Address plan: the host is 192.0.2.1, its leg 10.0.16.250, backends are
+// 10.0.16.1 to 10.0.16.3 with target ports 7 and 8, published are 30000 and
+// 30001, clients stand behind 192.0.2.2.
+
+func drawTrackable(r *rapid.T) ingress.Table {
+	t := ingress.Table{Ingress: ingress.Entry{Link: "leg", Addr: netip.MustParsePrefix("10.0.16.250/24")}}
+	for i := range uint16(2) {
+		if !rapid.Bool().Draw(r, "published") {
+			continue
+		}
+		p := ingress.Published{Protocol: weft.UDP, Port: 30000 + i, Target: 7 + i}
+		for n := range byte(3) {
+			if rapid.Bool().Draw(r, "backend") {
+				p.Backends = append(p.Backends, ingress.Backend{
+					Addr: netip.AddrFrom4([4]byte{10, 0, 16, n + 1}), Draining: rapid.Bool().Draw(r, "draining"),
+				})
+			}
+		}
+		t.Published = append(t.Published, p)
+	}
+	return t
+}
+
+// TestNothingMisledStays: a pass that does not read the tracked flows leaves
+// none that reading them would have deleted.
+func TestNothingMisledStays(t *testing.T) {
+	host := netip.MustParseAddr("192.0.2.1")
+	local := map[netip.Addr]bool{host: true}
+	rapid.Check(t, func(r *rapid.T) {
+		var was *trackable
+		flows := map[tracked]bool{}
+		for range rapid.IntRange(1, 12).Draw(r, "passes") {
+			table := drawTrackable(r)
+			now := trackableOf(table)
+			if !now.follows(was) {
+				for f := range flows {
+					if now.misled(f, local) {
+						delete(flows, f)
+					}
+				}
+			}
+			was = &now
+			for f := range flows {
+				if now.misled(f, local) {
+					r.Fatalf("%v stays with %+v", f, now)
+				}
+			}
+			// Every flow that can begin now does, and none of them is misled.
+			for _, f := range newFlows(table, host) {
+				if now.misled(f, local) {
+					r.Fatalf("new flow %v is misled with %+v", f, now)
+				}
+				flows[f] = true
+			}
+		}
+	})
+}
+
+func newFlows(t ingress.Table, host netip.Addr) []tracked {
+	var out []tracked
+	for port := uint16(30000); port < 30002; port++ {
+		asked := netip.AddrPortFrom(host, port)
+		found := false
+		for _, p := range t.Published {
+			for _, b := range p.Backends {
+				if p.Port == port && !b.Draining {
+					found = true
+					out = append(out, tracked{asked: asked, answers: netip.AddrPortFrom(b.Addr, p.Target), back: t.Ingress.Addr.Addr()})
+				}
+			}
+		}
+		if !found { // the host itself refuses
+			out = append(out, tracked{asked: asked, answers: asked, back: netip.MustParseAddr("192.0.2.2")})
+		}
+	}
+	return out
+}
+
+func TestForeignFlowsStay(t *testing.T) {
+	open := ingress.Table{
+		Ingress:   ingress.Entry{Link: "leg", Addr: netip.MustParsePrefix("10.0.16.250/24")},
+		Published: []ingress.Published{{Protocol: weft.UDP, Port: 30000, Target: 7, Backends: []ingress.Backend{{Addr: netip.MustParseAddr("10.0.16.1")}}}},
+	}
+	k := trackableOf(open)
+	local := map[netip.Addr]bool{netip.MustParseAddr("192.0.2.1"): true}
+	ap, back := netip.MustParseAddrPort, netip.MustParseAddr("192.0.2.2")
+	for name, f := range map[string]tracked{
+		"translated by another program": {ap("192.0.2.1:53"), ap("10.9.9.9:53"), back},
+		"the host's own server":         {ap("192.0.2.1:53"), ap("192.0.2.1:53"), back},
+		"routed through, same port":     {ap("203.0.113.5:30000"), ap("203.0.113.5:30000"), back},
+	} {
+		if k.misled(f, local) {
+			t.Errorf("%s: %v would be forgotten", name, f)
+		}
+	}
+}
