@@ -33,7 +33,9 @@ func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
 
 // serviceEngines are the service engines of this build, best first.
 func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
-	return []ingress.Engine{nft.New(c.NetNSDir)}, nil
+	n := nft.New(c.NetNSDir)
+	n.Repaired = c.Repaired
+	return []ingress.Engine{n}, nil
 }
 
 // engines chooses this host's engines once, by what its kernel can do, and
