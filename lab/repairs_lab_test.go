@@ -62,6 +62,7 @@ func repairs(t *testing.T, lab string, hosts, tasks int) {
 			t.Errorf("%s has repaired %v, and nobody has broken anything", h, c)
 		}
 	}
+	r.reach(names) // or what follows would prove nothing
 	before, wasKernel := r.processes(names), r.kernels(names, w)
 	want := map[string]map[string]int{}
 	began := time.Now()
