@@ -18,6 +18,7 @@ type Container struct {
 	Created time.Time
 	State   ContainerState
 	Spec    ContainerSpec
+	Limits  Resources // as the kernel enforces them
 	// Networks maps a network's name to the container's address there.
 	Networks map[string]Attachment
 	LogPath  string

@@ -79,6 +79,10 @@ type NodeStatus struct {
 	// Addr is where the node's cluster port, gossip and (unless DataPath is
 	// set) VXLAN are reached.
 	Addr netip.Addr
+	// ClusterPort is the port beside Addr that others dial; see ClusterAddr.
+	// 0 = not told, as in records older than this field, which keep their
+	// bytes by leaving it out.
+	ClusterPort uint16 `cbor:",omitempty"`
 	// Listeners are sockets of host processes outside weft, at most
 	// ListenerReportInterval old: a published port must not clash with one.
 	Listeners []Listener
@@ -107,6 +111,20 @@ type Node struct {
 	IngressAddr netip.Prefix
 	// Manager is nil on workers.
 	Manager *ManagerStatus
+}
+
+// ClusterAddr is where others dial the node's cluster port: the port it told, a
+// manager's own, or the constant ClusterPort. It is invalid while the node has no
+// address.
+func (n *Node) ClusterAddr() netip.AddrPort {
+	port := n.Status.ClusterPort
+	if port == 0 && n.Manager != nil {
+		port = n.Manager.Addr.Port()
+	}
+	if port == 0 {
+		port = ClusterPort
+	}
+	return netip.AddrPortFrom(n.Status.Addr, port)
 }
 
 // ManagerStatus is a manager's part in the Raft group.

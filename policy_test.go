@@ -450,6 +450,45 @@ func TestForbiddenCalls(t *testing.T) {
 	}
 }
 
+// TestSkips: a test skips by netnstest.Missing only, so that every skip can be
+// turned into a failure.
+func TestSkips(t *testing.T) {
+	fset := token.NewFileSet()
+	for _, s := range sources(t, fset) {
+		for _, pos := range skips(s.ast) {
+			if s.path != "vxlan/netns/netnstest/netnstest.go" {
+				t.Errorf("%s: skip with netnstest.Missing, which WEFT_TEST_REQUIRE can forbid", fset.Position(pos))
+			}
+		}
+	}
+}
+
+// skips finds calls of a test's ways to skip, by whatever name the test goes.
+func skips(file *ast.File) []token.Pos {
+	var out []token.Pos
+	ast.Inspect(file, func(n ast.Node) bool {
+		if c, ok := n.(*ast.CallExpr); ok {
+			if sel, ok := c.Fun.(*ast.SelectorExpr); ok && slices.Contains([]string{"Skip", "Skipf", "SkipNow"}, sel.Sel.Name) {
+				out = append(out, c.Pos())
+			}
+		}
+		return true
+	})
+	return out
+}
+
+// TestSkipRule: the rule must be able to find one.
+func TestSkipRule(t *testing.T) {
+	const src = "package p\nfunc f() { t.Skip(1); r.t.Skipf(``); tb().SkipNow(); t.Skipped(); Skip() }"
+	file, err := parser.ParseFile(token.NewFileSet(), "x.go", src, parser.SkipObjectResolution)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := len(skips(file)); got != 3 {
+		t.Errorf("%d skips found, want 3", got)
+	}
+}
+
 // TestNoInit: two nodes live in one process; nothing happens by being linked.
 func TestNoInit(t *testing.T) {
 	fset := token.NewFileSet()

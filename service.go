@@ -43,7 +43,7 @@ type ServiceSpec struct {
 	Replicas     uint64 // only with ModeReplicated
 	Container    ContainerSpec
 	Limits       Resources // enforced by the kernel; zero = unlimited
-	Reservations Resources // subtracted from the node when scheduling
+	Reservations Resources // subtracted from the node when scheduling; so far the API takes none
 	Restart      RestartPolicy
 	Constraints  []string // "node.hostname==h1", "node.labels.disk!=ssd", ...
 	Networks     []NetworkTarget
@@ -53,7 +53,9 @@ type ServiceSpec struct {
 	ForceUpdate  uint64 // a counter; a change of it replaces all tasks
 }
 
-// ContainerSpec says what runs in each task.
+// ContainerSpec says what runs in each task. So far the API refuses
+// Entrypoint, Labels, StopSignal, TTY and ReadOnly; stored formats and the node
+// know them.
 type ContainerSpec struct {
 	Image      string // as typed, or pinned: name[:tag][@sha256:…]
 	Entrypoint []string
@@ -65,7 +67,7 @@ type ContainerSpec struct {
 	Labels     map[string]string
 	Mounts     []Mount
 	StopSignal string
-	StopGrace  time.Duration // SIGTERM to SIGKILL; default DefaultStopGrace
+	StopGrace  time.Duration // SIGTERM to SIGKILL; 0 = at once
 	TTY        bool
 	ReadOnly   bool
 }
@@ -106,7 +108,8 @@ const (
 	RestartNone
 )
 
-// RestartPolicy says whether and when an ended task is replaced.
+// RestartPolicy says whether and when an ended task is replaced. So far the
+// API takes other conditions only; the rest stays at its default.
 type RestartPolicy struct {
 	Condition   RestartCondition
 	Delay       time.Duration // default DefaultRestartDelay
@@ -150,7 +153,7 @@ const (
 
 // PortSpec publishes a port of a service on every node of the cluster.
 type PortSpec struct {
-	Name      string
+	Name      string // so far the API takes none
 	Protocol  Protocol
 	Target    uint16 // the port in the container, 1-65535
 	Published uint16 // 0 in a spec = chosen from the automatic range; never 0 in Service.Ports

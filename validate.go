@@ -31,12 +31,9 @@ const (
 const weftLabelPrefix = "weft."
 
 // Defaults fills in what a client may leave out and a zero value cannot mean:
-// protocol of ports, stop grace period, restart delay, update parameters. It
-// does not touch Replicas, whose zero has a meaning.
+// protocol of ports, restart delay, update parameters. It does not touch
+// Replicas and StopGrace, whose zeros have a meaning.
 func (s *ServiceSpec) Defaults() {
-	if s.Container.StopGrace == 0 {
-		s.Container.StopGrace = DefaultStopGrace
-	}
 	if s.Restart.Delay == 0 {
 		s.Restart.Delay = DefaultRestartDelay
 	}

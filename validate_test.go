@@ -98,7 +98,7 @@ func TestDefaults(t *testing.T) {
 	shared := []PortSpec{{Target: 80}}
 	s := ServiceSpec{Ports: shared}
 	s.Defaults()
-	if s.Container.StopGrace != DefaultStopGrace || s.Restart.Delay != DefaultRestartDelay || s.Update != DefaultUpdate || s.Ports[0].Protocol != TCP || s.Replicas != 0 {
+	if s.Container.StopGrace != 0 || s.Restart.Delay != DefaultRestartDelay || s.Update != DefaultUpdate || s.Ports[0].Protocol != TCP || s.Replicas != 0 {
 		t.Errorf("got %+v", s)
 	}
 	if shared[0].Protocol != "" {

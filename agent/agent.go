@@ -32,9 +32,10 @@ type Config struct {
 	StateDir string
 	// NetNSDir is where namespaces are named.
 	NetNSDir string
-	// VTEP is this node's tunnel address, Addr its cluster address.
+	// VTEP is this node's tunnel address, Addr its advertised cluster port;
+	// an invalid Addr leaves what the leader has.
 	VTEP netip.Addr
-	Addr netip.Addr
+	Addr netip.AddrPort
 	// MTU of the tasks' ports, read anew at each pass of the data plane.
 	MTU func() (int, error)
 
@@ -261,7 +262,7 @@ func (a *Agent) session(ctx context.Context) error {
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx) // a failed report ends the session's context
 	s, err := a.cfg.Leader.OpenSession(ctx, wire.SessionRequest{
-		Version: wire.ProtocolVersion, Description: d, DataPath: a.cfg.VTEP, Addr: a.cfg.Addr,
+		Version: wire.ProtocolVersion, Description: d, DataPath: a.cfg.VTEP, Addr: a.cfg.Addr.Addr(), Port: a.cfg.Addr.Port(),
 	})
 	if err != nil {
 		return fmt.Errorf("open session: %w", err)

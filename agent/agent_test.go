@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -51,6 +52,18 @@ func TestTaskComesToLife(t *testing.T) {
 		r.journal.inOrder(t, "publish starting:t1", "overlay port:t1", "start t1", "publish ready:t1", "balancer take:t1")
 		if n := r.sockets.opened(); n != 1 {
 			t.Errorf("%d resolvers are open, want 1", n)
+		}
+	})
+}
+
+// The leader must be able to dial the node: a session tells the whole address.
+func TestSessionTellsItsClusterPort(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		r.running()
+		r.leader.mu.Lock()
+		defer r.leader.mu.Unlock()
+		if h := r.leader.hello; h.Addr != vtepA || h.Port != portA || h.DataPath != vtepA || h.Version != wire.ProtocolVersion {
+			t.Errorf("the session began with %+v", h)
 		}
 	})
 }
@@ -157,6 +170,24 @@ func TestDrainOrder(t *testing.T) {
 			t.Errorf("state %v", got.State)
 		}
 	})
+}
+
+// TestStopGrace: the time asked for is the time given, none at all included.
+func TestStopGrace(t *testing.T) {
+	for _, grace := range []time.Duration{0, time.Second, weft.DefaultStopGrace} {
+		bubble(t, func(t *testing.T, r *rig) {
+			one := testTask(1, front)
+			m := full(one)
+			m.Specs[0].Spec.Container.StopGrace = grace
+			r.start()
+			s := <-r.leader.sessions
+			s.send <- m
+			settle(time.Second)
+			s.send <- wire.Assignments{Seq: 2, Tasks: []weft.Task{desired(one, weft.TaskShutdown)}}
+			settle(time.Second)
+			r.journal.inOrder(t, fmt.Sprintf("stop t1 within %s", grace))
+		})
+	}
 }
 
 // TestRemovedNetworkStaysForItsLastTask: a network can be removed while tasks of

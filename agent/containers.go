@@ -46,6 +46,7 @@ func (m *model) container(node weft.ID, s runtime.Status) weft.Container {
 			Dir: s.Spec.Dir, User: s.Spec.User, Hostname: s.Spec.Hostname, Labels: s.Spec.Labels,
 			Mounts: s.Spec.Mounts, StopSignal: s.Spec.StopSignal, TTY: s.Spec.TTY, ReadOnly: s.Spec.ReadOnly,
 		},
+		Limits:   s.Spec.Limits,
 		Networks: map[string]weft.Attachment{},
 	}
 	if t, ok := m.Tasks[s.Task]; ok {

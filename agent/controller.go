@@ -209,11 +209,7 @@ func (c *controller) Shutdown(ctx context.Context) (task.Exit, error) {
 			return task.Exit{}, ctx.Err()
 		}
 	}
-	grace := c.spec.Container.StopGrace
-	if grace == 0 {
-		grace = weft.DefaultStopGrace
-	}
-	e, err := c.a.cfg.Runtime.Stop(ctx, c.task.ID, grace)
+	e, err := c.a.cfg.Runtime.Stop(ctx, c.task.ID, c.spec.Container.StopGrace)
 	if errors.Is(err, weft.ErrNotFound) {
 		return task.Exit{}, nil
 	}

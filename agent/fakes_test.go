@@ -73,7 +73,7 @@ func (l *loggedRuntime) Start(ctx context.Context, task weft.ID) (int, error) {
 }
 
 func (l *loggedRuntime) Stop(ctx context.Context, task weft.ID, grace time.Duration) (runtime.Exit, error) {
-	l.journal.add("stop %s", task.Short()[:2])
+	l.journal.add("stop %s within %s", task.Short()[:2], grace)
 	return l.Memory.Stop(ctx, task, grace)
 }
 
@@ -343,6 +343,7 @@ type fakeLeader struct {
 	history []wire.TaskReport
 	last    wire.Report
 	reports int
+	hello   wire.SessionRequest                            // the last
 	refuse  error                                          // of OpenSession
 	report  func(ctx context.Context, r wire.Report) error // nil: takes it
 }
@@ -360,6 +361,9 @@ func (l *fakeLeader) OpenSession(ctx context.Context, r wire.SessionRequest) (wi
 	if err != nil {
 		return nil, err
 	}
+	l.mu.Lock()
+	l.hello = r
+	l.mu.Unlock()
 	s := &fakeSession{ctx: ctx, send: make(chan wire.Assignments, 16), end: make(chan error, 1)}
 	l.sessions <- s
 	return s, ctx.Err()

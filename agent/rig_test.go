@@ -29,6 +29,7 @@ var (
 	svc   = testID("s")
 	front = weft.Network{ID: testID("f"), VNI: 4097, Spec: weft.NetworkSpec{Name: "front", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.0.16.0/20")}}}}
 	back  = weft.Network{ID: testID("k"), VNI: 4098, Spec: weft.NetworkSpec{Name: "back", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.0.32.0/20")}}}}
+	portA = uint16(4377) // cluster port of a
 	vtepA = netip.MustParseAddr("10.99.0.1")
 	vtepB = netip.MustParseAddr("10.99.0.2")
 )
@@ -114,7 +115,7 @@ func (r *rig) config() Config {
 		r.t.Fatal(err)
 	}
 	return Config{
-		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: vtepA,
+		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
 		MTU: func() (int, error) {
 			if mtu := r.mtu.Load(); mtu > 0 {
 				return int(mtu), nil

@@ -37,8 +37,8 @@ type ServiceStore interface {
 	Service(ctx context.Context, ref string) (weft.Service, error)
 	// CreateService resolves network names, allocates VIPs and ports, and
 	// answers the stored service. The spec arrives with every default filled
-	// in: a zero StopGrace or Restart.Delay in it was asked for. A name that
-	// is taken is ErrConflict, a network that does not exist ErrNotFound.
+	// in: a zero StopGrace in it was asked for. A name that is taken is
+	// ErrConflict, a network that does not exist ErrNotFound.
 	CreateService(ctx context.Context, spec weft.ServiceSpec) (weft.Service, error)
 	UpdateService(ctx context.Context, id weft.ID, index uint64, spec weft.ServiceSpec) (weft.Service, error)
 	RemoveService(ctx context.Context, id weft.ID) error

@@ -237,13 +237,12 @@ func TestServiceRoundTrip(t *testing.T) {
 			Name: word.Draw(t, "name"), Labels: map[string]string{word.Draw(t, "lk"): "v"}, Update: weft.DefaultUpdate,
 			Mode: weft.ServiceMode(rapid.IntRange(0, 1).Draw(t, "mode")),
 			Container: weft.ContainerSpec{
-				Image: word.Draw(t, "image"), Args: words.Draw(t, "args"), Labels: map[string]string{}, User: word.Draw(t, "user"),
-				TTY: rapid.Bool().Draw(t, "tty"), ReadOnly: rapid.Bool().Draw(t, "ro"),
+				Image: word.Draw(t, "image"), Args: words.Draw(t, "args"), User: word.Draw(t, "user"),
 				StopGrace: time.Duration(rapid.Int64Range(0, 1e12).Draw(t, "grace")),
 				Mounts:    []weft.Mount{{Type: weft.MountTmpfs, Target: "/" + word.Draw(t, "target"), TmpfsSize: rapid.Int64Range(0, 1e9).Draw(t, "size")}},
 			},
 			Limits:      weft.Resources{NanoCPUs: rapid.Int64Range(minCPU, 1e12).Draw(t, "cpu"), MemoryBytes: rapid.Int64Range(minMemory, 1e12).Draw(t, "mem")},
-			Restart:     weft.RestartPolicy{Condition: weft.RestartCondition(rapid.IntRange(0, 2).Draw(t, "cond")), Delay: time.Duration(rapid.Int64Range(0, 1e12).Draw(t, "delay"))},
+			Restart:     weft.RestartPolicy{Condition: weft.RestartCondition(rapid.IntRange(0, 2).Draw(t, "cond")), Delay: weft.DefaultRestartDelay},
 			Ports:       []weft.PortSpec{{Protocol: weft.UDP, Target: uint16(rapid.IntRange(1, 65535).Draw(t, "port")), Published: uint16(rapid.IntRange(0, 65535).Draw(t, "pub"))}},
 			Networks:    []weft.NetworkTarget{{Network: weft.ID(word.Draw(t, "net")), Aliases: words.Draw(t, "alias")}},
 			Constraints: []string{"node.hostname==" + word.Draw(t, "host")}, ForceUpdate: rapid.Uint64().Draw(t, "force"),
@@ -321,6 +320,58 @@ func TestCheckServiceFaults(t *testing.T) {
 		}
 		if err := checkService(&d); err == nil || !strings.Contains(err.Error(), want) || statusOf(err) != 400 {
 			t.Errorf("%s: %v, want %q", body, err, want)
+		}
+	}
+}
+
+// TestServiceRefusals: what create and update do not build is refused by its
+// path, and said to be unsupported, not wrong.
+func TestServiceRefusals(t *testing.T) {
+	const container = "TaskTemplate.ContainerSpec."
+	for _, c := range []struct{ body, want string }{
+		{`"TaskTemplate":{"ContainerSpec":{"Command":["sh"]}}`, container + "Command is not supported yet"},
+		{`"TaskTemplate":{"ContainerSpec":{"Labels":{"a":"b"}}}`, container + `Labels["a"] is not supported yet`},
+		{`"TaskTemplate":{"ContainerSpec":{"StopSignal":"SIGINT"}}`, container + "StopSignal is not supported yet"},
+		{`"TaskTemplate":{"ContainerSpec":{"TTY":true}}`, container + "TTY is not supported yet"},
+		{`"TaskTemplate":{"ContainerSpec":{"ReadOnly":true}}`, container + "ReadOnly is not supported yet"},
+		{`"TaskTemplate":{"Resources":{"Reservations":{"NanoCPUs":1000000000}}}`, "TaskTemplate.Resources.Reservations.NanoCPUs is not supported yet"},
+		{`"TaskTemplate":{"Resources":{"Reservations":{"MemoryBytes":8388608}}}`, "TaskTemplate.Resources.Reservations.MemoryBytes is not supported yet"},
+		{`"TaskTemplate":{"Resources":{"Reservations":{"GenericResources":[{}]}}}`, "TaskTemplate.Resources.Reservations.GenericResources is not supported yet"},
+		{`"TaskTemplate":{"Resources":{"Limits":{"Pids":9}}}`, "TaskTemplate.Resources.Limits.Pids is not supported yet"},
+		{`"TaskTemplate":{"RestartPolicy":{"Delay":100000000}}`, "TaskTemplate.RestartPolicy.Delay 100ms is not supported yet (only 5s)"},
+		{`"TaskTemplate":{"RestartPolicy":{"Delay":0}}`, "TaskTemplate.RestartPolicy.Delay 0s is not supported yet (only 5s)"},
+		{`"TaskTemplate":{"RestartPolicy":{"MaxAttempts":3}}`, "TaskTemplate.RestartPolicy.MaxAttempts 3 is not supported yet (only 0)"},
+		{`"TaskTemplate":{"RestartPolicy":{"Window":1000000000}}`, "TaskTemplate.RestartPolicy.Window 1s is not supported yet (only 0s)"},
+		{`"EndpointSpec":{"Ports":[{"Name":"http","TargetPort":80}]}`, "EndpointSpec.Ports[0].Name is not supported yet"},
+		{`"EndpointSpec":{"Ports":[{"PublishMode":"host","TargetPort":80}]}`, `EndpointSpec.Ports[0].PublishMode "host" is not supported yet (only "ingress")`},
+		{`"UpdateConfig":{"Parallelism":2}`, "UpdateConfig.Parallelism 2 is not supported yet (only 1)"},
+		{`"TaskTemplate":{"ContainerSpec":{"TTY":true},"RestartPolicy":{"MaxAttempts":3}}`, container + "TTY is not supported yet; TaskTemplate.RestartPolicy.MaxAttempts 3"},
+	} {
+		var d swarm.ServiceSpec
+		if err := decodeJSON([]byte("{"+c.body+"}"), &d); err != nil {
+			t.Fatal(err)
+		}
+		if err := serviceRules().check(d); err == nil || !strings.HasPrefix(err.Error(), c.want) || statusOf(err) != 501 {
+			t.Errorf("%s: %v, want %q", c.body, err, c.want)
+		}
+	}
+}
+
+// TestServiceDefaultsPass: clients send defaults along, as words and as zeros.
+func TestServiceDefaultsPass(t *testing.T) {
+	for _, body := range []string{
+		`"TaskTemplate":{"RestartPolicy":{"Condition":"none","Delay":5000000000,"MaxAttempts":0,"Window":0}}`,
+		`"TaskTemplate":{"RestartPolicy":{"Condition":"on-failure","Delay":null}}`,
+		`"TaskTemplate":{"Resources":{"Limits":{},"Reservations":{"NanoCPUs":0,"MemoryBytes":0}}}`,
+		`"TaskTemplate":{"ContainerSpec":{"Command":[],"Labels":{},"StopSignal":"","TTY":false,"ReadOnly":false}}`,
+		`"EndpointSpec":{"Ports":[{"Name":"","PublishMode":"ingress","TargetPort":80}]}`,
+	} {
+		var d swarm.ServiceSpec
+		if err := decodeJSON([]byte("{"+body+"}"), &d); err != nil {
+			t.Fatal(err)
+		}
+		if err := serviceRules().check(d); err != nil {
+			t.Errorf("%s: %v", body, err)
 		}
 	}
 }

@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/weftnet/weft/api"
 	"github.com/weftnet/weft/api/apitest"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // serve runs a server over a fake on a Unix socket until the test ends.
@@ -54,10 +56,7 @@ type dockerCLI struct {
 func newDocker(t *testing.T, c *apitest.Cluster) *dockerCLI {
 	t.Helper()
 	if _, err := exec.LookPath("docker"); err != nil {
-		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "docker") {
-			t.Fatal(err)
-		}
-		t.Skip(err)
+		netnstest.Missing(t, "docker", err)
 	}
 	return &dockerCLI{t, serve(t, c), t.TempDir()}
 }
@@ -166,6 +165,14 @@ func TestDockerServices(t *testing.T) {
 	id := out[:25]
 	d.bad("name conflicts", "service", "create", "-d", "--name", "web", "busybox")
 	d.bad("TaskTemplate.ContainerSpec.Healthcheck.Test is not supported yet", "service", "create", "-d", "--health-cmd", "x", "busybox")
+	for flag, path := range map[string]string{
+		"--container-label a=b": `ContainerSpec.Labels\["a"\]`, "--entrypoint sh": "ContainerSpec.Command", "--tty": "ContainerSpec.TTY",
+		"--read-only": "ContainerSpec.ReadOnly", "--stop-signal SIGINT": "ContainerSpec.StopSignal",
+		"--reserve-cpu 1": "Resources.Reservations.NanoCPUs", "--reserve-memory 8m": "Resources.Reservations.MemoryBytes",
+		"--restart-delay 1s": "RestartPolicy.Delay 1s", "--restart-max-attempts 3": "RestartPolicy.MaxAttempts 3", "--restart-window 1s": "RestartPolicy.Window 1s",
+	} {
+		d.bad(`TaskTemplate\.`+path+" is not supported yet", slices.Concat([]string{"service", "create", "-d"}, strings.Fields(flag), []string{"busybox"})...)
+	}
 	d.bad("TaskTemplate.LogDriver", "service", "create", "-d", "--log-driver", "syslog", "busybox")
 	d.bad("network nope not found|No such network: nope", "service", "create", "-d", "--network", "nope", "busybox")
 	d.bad("PublishMode", "service", "create", "-d", "--publish", "mode=host,target=80", "busybox")
@@ -178,6 +185,9 @@ func TestDockerServices(t *testing.T) {
 	d.ok("", "service", "update", "-d", "--image", "other:1", "--env-add", "C=d", "--force", "web")
 	d.ok(`other:1 \[(A=b C=d|C=d A=b)\] 1`, "service", "inspect", "-f",
 		"{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.Spec.TaskTemplate.ContainerSpec.Env}} {{.Spec.TaskTemplate.ForceUpdate}}", "web")
+	d.ok("", "service", "update", "-d", "--restart-condition", "any", "web") // the client sends Docker's other defaults along
+	d.bad(`ContainerSpec\.StopSignal is not supported yet`, "service", "update", "-d", "--stop-signal", "SIGINT", "web")
+	d.bad(`RestartPolicy\.Delay 1s is not supported yet \(only 5s\)`, "service", "update", "-d", "--restart-delay", "1s", "web")
 	d.ok("web", "service", "update", "--replicas", "1", "web") // an update that is complete is not monitored
 	d.bad("rolling a service back", "service", "rollback", "-d", "web")
 	d.ok(`web\.1\.[0-9a-z]+@h1 +\| out of`, "service", "logs", "web")

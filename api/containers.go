@@ -204,6 +204,7 @@ func inspectContainer(ct *weft.Container, execs []string) container.InspectRespo
 		},
 		HostConfig: &container.HostConfig{
 			LogConfig: container.LogConfig{Type: "json-file", Config: map[string]string{}}, NetworkMode: "default",
+			Resources:      container.Resources{Memory: ct.Limits.MemoryBytes, NanoCPUs: ct.Limits.NanoCPUs},
 			ReadonlyRootfs: ct.Spec.ReadOnly, RestartPolicy: container.RestartPolicy{Name: container.RestartPolicyDisabled},
 		},
 		Mounts: containerMounts(ct),

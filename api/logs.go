@@ -139,12 +139,12 @@ func (s *Server) serviceLogs(c *call) error {
 	if err != nil {
 		return err
 	}
-	f, err := startStream(c.w, streamType(v.Spec.Container.TTY, c.version))
+	f, err := startStream(c.w, streamType(false, c.version)) // no service has a terminal
 	if err != nil {
 		return err
 	}
 	l := &clusterLogs{s: s, r: r, tasks: weft.TaskFilter{Services: []weft.ID{v.ID}}, nodes: map[weft.ID]weft.Task{}}
-	l.stdout, l.stderr = outputs(f, v.Spec.Container.TTY)
+	l.stdout, l.stderr = outputs(f, false)
 	return s.endOfLogs(c.Context(), l.stderr, l.run(c.Context()))
 }
 
@@ -153,17 +153,16 @@ func (s *Server) taskLogs(c *call) error {
 	if err != nil {
 		return err
 	}
-	t, view, err := s.task(c.Context(), c.vars["name"])
+	t, _, err := s.task(c.Context(), c.vars["name"])
 	if err != nil {
 		return err
 	}
-	isTTY := view.spec(&t).Container.TTY
-	f, err := startStream(c.w, streamType(isTTY, c.version))
+	f, err := startStream(c.w, streamType(false, c.version))
 	if err != nil {
 		return err
 	}
 	l := &clusterLogs{s: s, r: r, nodes: map[weft.ID]weft.Task{t.ID: t}}
-	l.stdout, l.stderr = outputs(f, isTTY)
+	l.stdout, l.stderr = outputs(f, false)
 	return s.endOfLogs(c.Context(), l.stderr, l.read(c.Context(), []weft.ID{t.ID}))
 }
 

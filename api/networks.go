@@ -81,7 +81,7 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 		return none, unsupportedf("Driver: network %s would have driver %s, and weft makes networks across hosts only: use --driver overlay", d.Name, driver)
 	}
 	var faults []string
-	checkLabels("Labels", d.Labels, func(path, format string, a ...any) {
+	checkLabels(d.Labels, func(path, format string, a ...any) {
 		faults = append(faults, path+": "+fmt.Sprintf(format, a...))
 	})
 	out := weft.NetworkSpec{

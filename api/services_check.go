@@ -23,13 +23,10 @@ func serviceRules() ruleSet {
 	r.honour("", "Name", "Labels", "Mode.Replicated.Replicas", "Mode.Global", "EndpointSpec.Mode")
 	r.honour("TaskTemplate.", "ForceUpdate", "Placement.Constraints",
 		"Networks[].Target", "Networks[].Aliases",
-		"Resources.Limits.NanoCPUs", "Resources.Limits.MemoryBytes",
-		"Resources.Reservations.NanoCPUs", "Resources.Reservations.MemoryBytes",
-		"RestartPolicy.Condition", "RestartPolicy.Delay", "RestartPolicy.MaxAttempts", "RestartPolicy.Window")
-	r.honour("TaskTemplate.ContainerSpec.", "Image", "Labels", "Command", "Args", "Hostname", "Env", "Dir",
-		"User", "StopSignal", "TTY", "ReadOnly", "StopGracePeriod",
+		"Resources.Limits.NanoCPUs", "Resources.Limits.MemoryBytes", "RestartPolicy.Condition")
+	r.honour("TaskTemplate.ContainerSpec.", "Image", "Args", "Hostname", "Env", "Dir", "User", "StopGracePeriod",
 		"Mounts[].Type", "Mounts[].Source", "Mounts[].Target", "Mounts[].ReadOnly", "Mounts[].TmpfsOptions.SizeBytes")
-	r.honour("EndpointSpec.Ports[].", "Name", "Protocol", "TargetPort", "PublishedPort")
+	r.honour("EndpointSpec.Ports[].", "Protocol", "TargetPort", "PublishedPort")
 
 	r["Mode.ReplicatedJob"] = absent()
 	r["Mode.GlobalJob"] = absent()
@@ -45,6 +42,11 @@ func serviceRules() ruleSet {
 	r["TaskTemplate.ContainerSpec.Mounts[].BindOptions.Propagation"] = only("", "rprivate")
 	r["TaskTemplate.ContainerSpec.Mounts[].VolumeOptions.DriverConfig.Name"] = only("", "local")
 	r["EndpointSpec.Ports[].PublishMode"] = only("", "ingress")
+	// Docker's own defaults, which clients send along: a replacement starts
+	// after five seconds, as often as needed.
+	r["TaskTemplate.RestartPolicy.Delay"] = only(weft.DefaultRestartDelay)
+	r["TaskTemplate.RestartPolicy.MaxAttempts"] = only(uint64(0))
+	r["TaskTemplate.RestartPolicy.Window"] = only(time.Duration(0))
 	// Docker's own defaults: one at a time, stop first, pause on failure.
 	r["UpdateConfig.Parallelism"] = only(weft.DefaultUpdate.Parallelism)
 	r["UpdateConfig.FailureAction"] = only("", "pause")
@@ -81,7 +83,7 @@ func checkService(d *swarm.ServiceSpec) error {
 	if d.Name != "" && (len(d.Name) > maxName || !serviceName.MatchString(d.Name)) {
 		bad("Name", "%q must be at most %d letters, digits, '-' and '_', and begin and end with a letter or digit", d.Name, maxName)
 	}
-	checkLabels("Labels", d.Labels, bad)
+	checkLabels(d.Labels, bad)
 	checkMode(d, bad)
 	t := &d.TaskTemplate
 	if t.ContainerSpec == nil {
@@ -117,13 +119,13 @@ type badFunc func(path, format string, a ...any)
 
 // checkLabels refuses the labels that weft keeps for its own options: one that
 // is not understood must not be taken for one that works.
-func checkLabels(path string, labels map[string]string, bad badFunc) {
+func checkLabels(labels map[string]string, bad badFunc) {
 	for k := range labels {
 		if strings.HasPrefix(k, "weft.") {
-			bad(fmt.Sprintf("%s[%q]", path, k), "this version knows no label that begins with weft.")
+			bad(fmt.Sprintf("Labels[%q]", k), "this version knows no label that begins with weft.")
 		}
 		if k == "" {
-			bad(path, "a label without a name")
+			bad("Labels", "a label without a name")
 		}
 	}
 }
@@ -144,7 +146,6 @@ func checkContainer(c *swarm.ContainerSpec, bad badFunc) {
 	} else if _, err := reference.ParseNormalizedNamed(c.Image); err != nil {
 		bad(at+"Image", "%q: %v", c.Image, err)
 	}
-	checkLabels(at+"Labels", c.Labels, bad)
 	for i, e := range c.Env {
 		if k, v, _ := strings.Cut(e, "="); k == "" || strings.ContainsRune(e, 0) {
 			bad(fmt.Sprintf("%sEnv[%d]", at, i), "%q must be NAME=value", e)
@@ -210,22 +211,15 @@ func checkMount(at string, m *mount.Mount, bad badFunc) {
 }
 
 func checkResources(r *swarm.ResourceRequirements, bad badFunc) {
-	if r == nil {
+	if r == nil || r.Limits == nil {
 		return
 	}
-	one := func(at string, cpu, memory int64) {
-		if cpu < 0 || (cpu > 0 && cpu < minCPU) {
-			bad(at+"NanoCPUs", "%d is less than 0.001 of a core", cpu)
-		}
-		if memory < 0 || (memory > 0 && memory < minMemory) {
-			bad(at+"MemoryBytes", "%d is less than 4 MiB", memory)
-		}
+	const at = "TaskTemplate.Resources.Limits."
+	if cpu := r.Limits.NanoCPUs; cpu < 0 || (cpu > 0 && cpu < minCPU) {
+		bad(at+"NanoCPUs", "%d is less than 0.001 of a core", cpu)
 	}
-	if l := r.Limits; l != nil {
-		one("TaskTemplate.Resources.Limits.", l.NanoCPUs, l.MemoryBytes)
-	}
-	if l := r.Reservations; l != nil {
-		one("TaskTemplate.Resources.Reservations.", l.NanoCPUs, l.MemoryBytes)
+	if memory := r.Limits.MemoryBytes; memory < 0 || (memory > 0 && memory < minMemory) {
+		bad(at+"MemoryBytes", "%d is less than 4 MiB", memory)
 	}
 }
 
@@ -237,12 +231,6 @@ func checkRestart(p *swarm.RestartPolicy, bad badFunc) {
 	case "", swarm.RestartPolicyConditionAny, swarm.RestartPolicyConditionNone, swarm.RestartPolicyConditionOnFailure:
 	default:
 		bad("TaskTemplate.RestartPolicy.Condition", "%q must be none, on-failure or any", p.Condition)
-	}
-	if p.Delay != nil && *p.Delay < 0 {
-		bad("TaskTemplate.RestartPolicy.Delay", "%s is negative", *p.Delay)
-	}
-	if p.Window != nil && *p.Window < 0 {
-		bad("TaskTemplate.RestartPolicy.Window", "%s is negative", *p.Window)
 	}
 }
 

@@ -34,16 +34,11 @@ func serviceSpec(d *swarm.ServiceSpec) weft.ServiceSpec {
 	default:
 		s.Replicas = 1
 	}
-	if r := t.Resources; r != nil {
-		if r.Limits != nil {
-			s.Limits = weft.Resources{NanoCPUs: r.Limits.NanoCPUs, MemoryBytes: r.Limits.MemoryBytes}
-		}
-		if r.Reservations != nil {
-			s.Reservations = weft.Resources{NanoCPUs: r.Reservations.NanoCPUs, MemoryBytes: r.Reservations.MemoryBytes}
-		}
+	if r := t.Resources; r != nil && r.Limits != nil {
+		s.Limits = weft.Resources{NanoCPUs: r.Limits.NanoCPUs, MemoryBytes: r.Limits.MemoryBytes}
 	}
 	if p := t.RestartPolicy; p != nil {
-		s.Restart = restartPolicy(p)
+		s.Restart.Condition = restartCondition(p.Condition)
 	}
 	if t.Placement != nil {
 		s.Constraints = t.Placement.Constraints
@@ -64,7 +59,6 @@ func serviceSpec(d *swarm.ServiceSpec) weft.ServiceSpec {
 
 func portSpec(p swarm.PortConfig) weft.PortSpec {
 	out := weft.PortSpec{
-		Name:      p.Name,
 		Protocol:  weft.Protocol(p.Protocol),
 		Target:    uint16(p.TargetPort),
 		Published: uint16(p.PublishedPort),
@@ -75,40 +69,25 @@ func portSpec(p swarm.PortConfig) weft.PortSpec {
 	return out
 }
 
-func restartPolicy(p *swarm.RestartPolicy) weft.RestartPolicy {
-	out := weft.RestartPolicy{Delay: weft.DefaultRestartDelay}
-	switch p.Condition {
+func restartCondition(c swarm.RestartPolicyCondition) weft.RestartCondition {
+	switch c {
 	case swarm.RestartPolicyConditionNone:
-		out.Condition = weft.RestartNone
+		return weft.RestartNone
 	case swarm.RestartPolicyConditionOnFailure:
-		out.Condition = weft.RestartOnFailure
+		return weft.RestartOnFailure
 	}
-	if p.Delay != nil {
-		out.Delay = *p.Delay
-	}
-	if p.MaxAttempts != nil {
-		out.MaxAttempts = *p.MaxAttempts
-	}
-	if p.Window != nil {
-		out.Window = *p.Window
-	}
-	return out
+	return weft.RestartAny
 }
 
 func containerSpec(c *swarm.ContainerSpec) weft.ContainerSpec {
 	out := weft.ContainerSpec{
-		Image:      c.Image,
-		Entrypoint: c.Command, // Docker's Command overrides the image's entry point
-		Args:       c.Args,
-		Env:        c.Env,
-		Dir:        c.Dir,
-		User:       c.User,
-		Hostname:   c.Hostname,
-		Labels:     orEmpty(c.Labels),
-		StopSignal: c.StopSignal,
-		StopGrace:  weft.DefaultStopGrace,
-		TTY:        c.TTY,
-		ReadOnly:   c.ReadOnly,
+		Image:     c.Image,
+		Args:      c.Args,
+		Env:       c.Env,
+		Dir:       c.Dir,
+		User:      c.User,
+		Hostname:  c.Hostname,
+		StopGrace: weft.DefaultStopGrace,
 	}
 	if c.StopGracePeriod != nil {
 		out.StopGrace = *c.StopGracePeriod
@@ -157,18 +136,18 @@ func dockerSpec(s *weft.ServiceSpec) swarm.ServiceSpec {
 }
 
 func dockerTaskSpec(s *weft.ServiceSpec) swarm.TaskSpec {
-	delay, attempts, window := s.Restart.Delay, s.Restart.MaxAttempts, s.Restart.Window
+	delay := s.Restart.Delay
 	t := swarm.TaskSpec{
 		ContainerSpec: dockerContainer(&s.Container),
 		Resources: &swarm.ResourceRequirements{
 			Limits:       &swarm.Limit{NanoCPUs: s.Limits.NanoCPUs, MemoryBytes: s.Limits.MemoryBytes},
-			Reservations: &swarm.Resources{NanoCPUs: s.Reservations.NanoCPUs, MemoryBytes: s.Reservations.MemoryBytes},
+			Reservations: &swarm.Resources{},
 		},
 		RestartPolicy: &swarm.RestartPolicy{
 			Condition:   swarm.RestartPolicyCondition([...]string{"any", "on-failure", "none"}[s.Restart.Condition%3]),
 			Delay:       &delay,
-			MaxAttempts: &attempts,
-			Window:      &window,
+			MaxAttempts: new(uint64),
+			Window:      new(time.Duration),
 		},
 		Placement:   &swarm.Placement{Constraints: s.Constraints},
 		ForceUpdate: s.ForceUpdate,
@@ -184,16 +163,11 @@ func dockerContainer(c *weft.ContainerSpec) *swarm.ContainerSpec {
 	grace := c.StopGrace
 	out := &swarm.ContainerSpec{
 		Image:           c.Image,
-		Labels:          c.Labels,
-		Command:         c.Entrypoint,
 		Args:            c.Args,
 		Hostname:        c.Hostname,
 		Env:             c.Env,
 		Dir:             c.Dir,
 		User:            c.User,
-		StopSignal:      c.StopSignal,
-		TTY:             c.TTY,
-		ReadOnly:        c.ReadOnly,
 		StopGracePeriod: &grace,
 		DNSConfig:       &swarm.DNSConfig{},
 		Isolation:       "default",
@@ -212,7 +186,6 @@ func dockerPorts(ports []weft.PortSpec) []swarm.PortConfig {
 	var out []swarm.PortConfig
 	for _, p := range ports {
 		out = append(out, swarm.PortConfig{
-			Name:          p.Name,
 			Protocol:      network.IPProtocol(p.Protocol),
 			TargetPort:    uint32(p.Target),
 			PublishedPort: uint32(p.Published),

@@ -20,6 +20,7 @@ import (
 
 	"github.com/weftnet/weft/agent/runtime/imagetest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Tier 2: every word of services, networks, nodes, containers and images that
@@ -158,7 +159,7 @@ func (w *words) busyboxTar() string {
 		w.t.Fatal(err)
 	}
 	if err := errors.Join(imagetest.Busybox(f), f.Close()); err != nil {
-		skipOrFail(w.t, "root", err)
+		netnstest.Missing(w.t, "root", err)
 	}
 	return f.Name()
 }
@@ -304,6 +305,9 @@ func wordsContainer(w *words) {
 	if out := w.d("h2", "ps", "--filter", "name=full.", "--format", "{{.Image}} {{.Command}} {{.Status}}"); !strings.HasPrefix(out, `busybox:latest "sleep 1000000" Up `) {
 		w.t.Errorf("ps: %s", out)
 	}
+	if out := w.d("h2", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}}", w.containers("h2", "full")[0]); out != "67108864 500000000" {
+		w.t.Errorf("limits in inspect: %s", out)
+	}
 	// The command that the image brings is shown, too.
 	w.create("plain", "--constraint", "node.hostname==h2", "weft/whoami")
 	w.runs("plain", "1/1")
@@ -356,6 +360,11 @@ func wordsExec(w *words) {
 		if want := md5Of(in); err != nil || !strings.HasPrefix(string(out), want) {
 			w.t.Errorf("exec -i with %d bytes: %q %v, want %s", len(in), out, err, want)
 		}
+	}
+	// 12 is CAP_NET_ADMIN, which containers do not have by default.
+	const netAdmin = `echo $(( (0x$(sed -n "s/CapEff:\t//p" /proc/self/status) >> 12) & 1 ))`
+	if plain, all := w.d("h1", "exec", c, "sh", "-c", netAdmin), w.d("h1", "exec", "--privileged", c, "sh", "-c", netAdmin); plain != "0" || all != "1" {
+		w.t.Errorf("exec has CAP_NET_ADMIN: %q, with --privileged %q; want 0 and 1", plain, all)
 	}
 	w.d("h1", "exec", "-d", c, "sh", "-c", "echo done >/tmp/detached")
 	w.says("h1", "^done$", "exec", c, "cat", "/tmp/detached")
@@ -437,9 +446,9 @@ func wordsMounts(w *words) {
 // wordsEnds: restart conditions, and tasks that cannot run say why.
 func wordsEnds(w *words) {
 	w.create("never", "--restart-condition", "none", "busybox", "sh", "-c", "exit 3")
-	w.create("failing", "--restart-condition", "on-failure", "--restart-delay", "100ms", "busybox", "sh", "-c", "exit 4")
-	w.create("fine", "--restart-condition", "on-failure", "--restart-delay", "100ms", "busybox", "true")
-	w.create("again", "--restart-condition", "any", "--restart-delay", "100ms", "busybox", "true")
+	w.create("failing", "--restart-condition", "on-failure", "busybox", "sh", "-c", "exit 4")
+	w.create("fine", "--restart-condition", "on-failure", "busybox", "true")
+	w.create("again", "--restart-condition", "any", "busybox", "true")
 	w.create("homeless", "--constraint", "node.hostname==h9", "busybox", "true")
 	w.create("noimage", "--no-resolve-image", w.plan.gateway().String()+":5000/no/image:1")
 	w.create("nofile", "busybox", "/no/such/program")

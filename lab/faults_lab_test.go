@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Faults, with counts: what must go on while a part is dead, and what must be
@@ -22,7 +24,7 @@ import (
 func soak(t *testing.T) {
 	t.Helper()
 	if os.Getenv("WEFT_SOAK") == "" {
-		t.Skip("set WEFT_SOAK=1 for the long form")
+		netnstest.Missing(t, "soak", errors.New("set WEFT_SOAK=1 for the long form"))
 	}
 }
 

@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan of these tests: labs named "t-…" inside namespaces of their own;
@@ -35,7 +36,7 @@ func TestMain(m *testing.M) {
 	if err == nil {
 		os.Exit(code)
 	}
-	if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "userns") {
+	if netnstest.Required("userns") {
 		fmt.Fprintln(os.Stderr, "namespaces are required but refused:", err)
 		os.Exit(1)
 	}
@@ -69,7 +70,7 @@ func runInner() (int, error) {
 func needKernel(t *testing.T) {
 	t.Helper()
 	if os.Getenv(innerEnv) == "" {
-		t.Skip("namespaces are refused here")
+		netnstest.Missing(t, "userns", errors.New("namespaces are refused here"))
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestLabReadme types the README's tour as it stands there. The tour's lab has
@@ -18,7 +20,10 @@ func TestLabReadme(t *testing.T) {
 	weftBinary := binary(t)
 	docker, err := exec.LookPath("docker")
 	if err != nil {
-		skipOrFail(t, "docker", err)
+		netnstest.Missing(t, "docker", err)
+	}
+	if err := oneRun(); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := os.Stat("/var/lib/weft/lab/lab"); err == nil {
 		t.Fatal(`a lab named "lab" stands here: remove it with weft lab down`)

@@ -16,10 +16,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/weftnet/weft"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Tier 2: the real daemon, the stock docker command. Labs are named "t-…";
@@ -43,12 +46,15 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 	r := &rig{t: t, name: name, weft: binary(t)}
 	var err error
 	if r.docker, err = exec.LookPath("docker"); err != nil {
-		skipOrFail(t, "docker", err)
+		netnstest.Missing(t, "docker", err)
 	}
 	if _, err := exec.LookPath("runc"); err != nil {
-		skipOrFail(t, "root", err)
+		netnstest.Missing(t, "root", err)
 	}
 	needKernel(t)
+	if err := oneRun(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			r.dump()
@@ -63,19 +69,24 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 	return r
 }
 
-// skipOrFail ends the test: as a failure where WEFT_TEST_REQUIRE has the word.
-func skipOrFail(t *testing.T, word string, err error) {
-	t.Helper()
-	if slices.Contains(strings.Split(os.Getenv("WEFT_TEST_REQUIRE"), ","), word) {
-		t.Fatal(err)
+// oneRun waits until no other run of these tests is on this machine, of another
+// checkout too: labs of the same names would share their data folders. The lock
+// ends with the process.
+var oneRun = sync.OnceValue(func() error {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "weft-lab-tests.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
 	}
-	t.Skipf("%v: %v", weft.ErrUnsupported, err)
-}
+	heldLock = f
+	return unix.Flock(int(f.Fd()), unix.LOCK_EX)
+})
+
+var heldLock *os.File // kept open, so that it is not collected
 
 func binary(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		skipOrFail(t, "root", errors.New("not root"))
+		netnstest.Missing(t, "root", errors.New("not root"))
 	}
 	path, err := filepath.Abs("../bin/weft")
 	if err != nil {
@@ -231,7 +242,7 @@ func busyboxImage(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {
-		skipOrFail(t, "root", err)
+		netnstest.Missing(t, "root", err)
 	}
 	body, err := os.ReadFile(path)
 	if err != nil {

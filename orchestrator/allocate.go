@@ -287,6 +287,13 @@ func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Por
 			return nil, fmt.Errorf("reserve weft's own ports: %w", err)
 		}
 	}
+	for _, n := range v.Nodes() {
+		if !state.HasDeparted(&n) {
+			// Most have the one that is taken already; of others the first
+			// is named.
+			_ = ports.Take(weft.TCP, n.ClusterAddr().Port(), "the cluster port of node "+nodeName(n)) //nolint:errcheck // see above
+		}
+	}
 	for _, s := range v.Services() {
 		if but != nil && s.ID == but.ID {
 			continue

@@ -259,6 +259,8 @@ type agent struct {
 	r    *rig
 	id   weft.ID
 	name string
+	addr netip.Addr
+	port uint16 // told when a session opens; changed only while it is stopped
 
 	// mu guards: fields below.
 	mu     sync.Mutex
@@ -270,10 +272,11 @@ type agent struct {
 
 func (r *rig) worker(i int) *agent {
 	r.t.Helper()
+	addr := netip.AddrFrom4([4]byte{10, 99, 1, byte(i)})
 	resp, err := r.leader().Admit(r.ctx, wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("csr"),
-		Hostname: fmt.Sprintf("w%d", i)}, netip.AddrFrom4([4]byte{10, 99, 1, byte(i)}))
+		Hostname: fmt.Sprintf("w%d", i)}, addr)
 	r.must(err)
-	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
+	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
 	a.start()
 	return a
 }
@@ -309,7 +312,7 @@ func (a *agent) sessions(ctx context.Context) {
 		a.anyLeader(func(m *member) error {
 			return m.Session(ctx, a.id, wire.SessionRequest{Version: wire.ProtocolVersion, Description: weft.NodeDescription{
 				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30,
-			}}, a.take)
+			}, Addr: a.addr, Port: a.port}, a.take)
 		})
 		select {
 		case <-ctx.Done():

@@ -23,6 +23,10 @@ type liveness struct {
 // leader itself stood still.
 const looksPerLimit = 4
 
+// admitGrace is how long an admitted node may take to open its first session: as
+// long as the join itself waits for it.
+const admitGrace = 30 * time.Second
+
 // newLiveness gives every node of the state a grace: a new leader has heard
 // nobody yet, and agents need time to find it.
 func newLiveness(v *state.Snapshot, grace time.Duration, now time.Time) *liveness {
@@ -51,8 +55,9 @@ func (l *liveness) when(node weft.ID) time.Time {
 }
 
 // silent lists, in the order of ids, the ready nodes that were not heard for
-// longer than limit, and when to look again. If this process stood still, its
-// own silence is not held against the nodes: they get the whole limit again.
+// longer than limit and those that never were within admitGrace, and when to look
+// again. If this process stood still, its own silence is not held against the
+// nodes: they get the whole limit again.
 func (l *liveness) silent(nodes []weft.Node, limit time.Duration, now time.Time) (down []weft.ID, again time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -71,10 +76,15 @@ func (l *liveness) silent(nodes []weft.Node, limit time.Duration, now time.Time)
 			last = now
 			l.last[n.ID] = now
 		}
-		if n.Status.State != weft.NodeReady {
+		var end time.Time
+		switch n.Status.State {
+		case weft.NodeReady:
+			end = last.Add(limit)
+		case weft.NodeUnknown:
+			end = last.Add(admitGrace)
+		default:
 			continue
 		}
-		end := last.Add(limit)
 		if !now.Before(end) {
 			down = append(down, n.ID)
 		} else if again.IsZero() || end.Before(again) {

@@ -103,8 +103,12 @@ func (t *term) checkNodes(ctx context.Context, v *state.Snapshot, now time.Time)
 	changes := make([]state.Change, len(down))
 	isDown := weft.NodeDown
 	for i, id := range down {
-		t.log.Warn("node is silent and taken for down", weft.KeyNode, id, "limit", c.Spec.NodeDownAfter)
-		changes[i] = state.Change{NodeStatus: &state.NodeStatus{Node: id, State: &isDown, Message: "heartbeat failure"}}
+		why := "heartbeat failure"
+		if n, ok := v.Node(id); ok && n.Status.State == weft.NodeUnknown {
+			why = "never connected"
+		}
+		t.log.Warn("node is silent and taken for down", weft.KeyNode, id, "reason", why)
+		changes[i] = state.Change{NodeStatus: &state.NodeStatus{Node: id, State: &isDown, Message: why}}
 	}
 	if err := t.prop.one(ctx, changes); err != nil {
 		return again, fmt.Errorf("mark %d silent nodes down: %w", len(down), err)

@@ -33,6 +33,14 @@ func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr
 	if err != nil {
 		return none, fmt.Errorf("join: %w", err)
 	}
+	// The address is checked against all others, and the port against what
+	// services publish: one at a time.
+	release, err := t.edit(ctx)
+	if err != nil {
+		return none, fmt.Errorf("join: %w", err)
+	}
+	defer release()
+	v = t.store.View()
 	n, err := joiner(v, r, remote, role)
 	if err != nil {
 		return none, err
@@ -63,39 +71,87 @@ func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr
 
 // joiner is the record of a new node.
 func joiner(v *state.Snapshot, r wire.AdmitRequest, remote netip.Addr, role weft.Role) (weft.Node, error) {
-	adv := r.Advertise
-	if !adv.Addr().IsValid() || adv.Addr().IsUnspecified() {
-		adv = netip.AddrPortFrom(remote.Unmap(), adv.Port())
-	}
-	if adv.Port() == 0 {
-		adv = netip.AddrPortFrom(adv.Addr(), weft.ClusterPort)
-	}
-	if !adv.Addr().IsValid() {
-		return weft.Node{}, fmt.Errorf("join: AdvertiseAddr: none was given and none can be derived: %w", weft.ErrInvalid)
+	adv, err := advertised(r.Advertise, remote)
+	if err != nil {
+		return weft.Node{}, err
 	}
 	if r.Availability > weft.AvailabilityDrain {
 		return weft.Node{}, fmt.Errorf("join: Availability: %d is not active, pause or drain: %w", r.Availability, weft.ErrInvalid)
+	}
+	if err := checkAddr(v, adv); err != nil {
+		return weft.Node{}, fmt.Errorf("join: %w", err)
 	}
 	n := weft.Node{
 		ID:          weft.NewID(),
 		Spec:        weft.NodeSpec{Role: role, Availability: r.Availability},
 		Description: weft.NodeDescription{Hostname: r.Hostname},
-		Status:      weft.NodeStatus{Addr: adv.Addr()},
+		Status:      weft.NodeStatus{Addr: adv.Addr(), ClusterPort: adv.Port()},
 		DataPath:    r.DataPath,
 	}
 	if !n.DataPath.IsValid() || n.DataPath.IsUnspecified() {
 		n.DataPath = adv.Addr()
 	}
-	if role != weft.RoleManager {
-		return n, nil
+	if role == weft.RoleManager {
+		n.Manager = &weft.ManagerStatus{Addr: adv}
 	}
-	for _, o := range v.Nodes() {
-		if o.Manager != nil && o.Manager.Addr == adv {
-			return n, fmt.Errorf("join: AdvertiseAddr: manager %s has address %s; if it is lost for good, remove it first ('weft node rm --force %s'): %w", nodeName(o), adv, o.ID.Short(), weft.ErrConflict)
+	return n, nil
+}
+
+// advertised completes the address that a joining node told: it may leave the
+// address to the one its request came from, the port to the usual one.
+func advertised(told netip.AddrPort, remote netip.Addr) (netip.AddrPort, error) {
+	addr, port := told.Addr().Unmap(), told.Port()
+	if !addr.IsValid() || addr.IsUnspecified() {
+		addr = remote.Unmap()
+	}
+	if port == 0 {
+		port = weft.ClusterPort
+	}
+	if !addr.IsValid() {
+		return netip.AddrPort{}, fmt.Errorf("join: AdvertiseAddr: none was given and none can be derived: %w", weft.ErrInvalid)
+	}
+	return netip.AddrPortFrom(addr, port), nil
+}
+
+// checkAddr refuses an address that another node has, and a cluster port at
+// which the routing mesh would take the node's own traffic.
+func checkAddr(v *state.Snapshot, adv netip.AddrPort) error {
+	if o := holder(v.Nodes(), adv.Addr()); o != nil {
+		var what, advice string
+		switch {
+		case o.Status.State == weft.NodeReady:
+			what, advice = "which is ready", "let it leave first if this host takes its place, else give this one an address of its own ('--advertise-addr')"
+		case o.Manager != nil:
+			what, advice = "a manager", fmt.Sprintf("if it is lost for good, remove it first ('weft node rm --force %s')", o.ID.Short())
+		default:
+			what, advice = "which was admitted and has not connected yet", fmt.Sprintf("try again in %s, or remove it first ('weft node rm --force %s')", admitGrace, o.ID.Short())
+		}
+		return fmt.Errorf("AdvertiseAddr: %s is the address of node %s (%s), %s; %s: %w", adv.Addr(), nodeName(*o), o.ID.Short(), what, advice, weft.ErrConflict)
+	}
+	for _, s := range v.Services() {
+		for _, p := range s.Ports {
+			if p.Protocol == weft.TCP && p.Published == adv.Port() {
+				return fmt.Errorf("ListenAddr: every node answers for service %s on port %d: choose another with '--listen-addr': %w", s.Spec.Name, adv.Port(), weft.ErrConflict)
+			}
 		}
 	}
-	n.Manager = &weft.ManagerStatus{Addr: adv}
-	return n, nil
+	return nil
+}
+
+// holder is the node that an address belongs to; nil = it is free. The port does
+// not tell nodes apart: gossip and overlay traffic have the same on all. A worker
+// that is down holds no address: its host was set up anew, or another has its
+// address now. A manager does, because it is in the Raft group until it is
+// removed.
+func holder(nodes []weft.Node, addr netip.Addr) *weft.Node {
+	for i := range nodes {
+		n := &nodes[i]
+		has := n.Status.Addr == addr || n.Manager != nil && n.Manager.Addr.Addr() == addr
+		if has && (n.Status.State != weft.NodeDown || n.Manager != nil) {
+			return n
+		}
+	}
+	return nil
 }
 
 func managers(v *state.Snapshot) []wire.NodeView {

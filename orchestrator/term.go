@@ -39,8 +39,8 @@ type term struct {
 	alloc    *allocator
 	live     *liveness
 	dispatch *dispatch.Dispatcher
-	// editing holds one token while nobody edits services or networks: an
-	// edit is checked against all others, so they go one at a time.
+	// editing holds one token while nobody edits services or networks or is
+	// admitted: each is checked against all others, so they go one at a time.
 	editing chan struct{}
 }
 
@@ -110,6 +110,7 @@ func (t *term) found(ctx context.Context) error {
 	if !node.Status.Addr.IsValid() {
 		node.Status.Addr = t.m.cfg.Addr.Addr()
 	}
+	node.Status.ClusterPort = t.m.cfg.Addr.Port()
 	if !node.DataPath.IsValid() {
 		node.DataPath = node.Status.Addr
 	}
@@ -197,7 +198,7 @@ func (t *term) explain(outer context.Context, err error) error {
 	return fmt.Errorf("leadership was lost while the call was under way; it may or may not have been done: %w", weft.ErrUnavailable)
 }
 
-// edit waits for its turn to edit services or networks.
+// edit waits for its turn to edit services or networks, or to admit a node.
 func (t *term) edit(ctx context.Context) (release func(), err error) {
 	select {
 	case <-t.editing:

@@ -259,8 +259,8 @@ func (c *Cluster) Containers(context.Context) ([]weft.Container, error) {
 		}
 		ct := weft.Container{
 			ID: weft.ContainerID(t.ID), Name: t.Name(spec.Name), Task: t.ID, Service: t.Service, Node: t.Node,
-			Image: spec.Container.Image, Command: append(slices.Clone(spec.Container.Entrypoint), spec.Container.Args...),
-			Created: t.Meta.CreatedAt, Spec: spec.Container, Networks: map[string]weft.Attachment{},
+			Image: spec.Container.Image, Command: slices.Clone(spec.Container.Args),
+			Created: t.Meta.CreatedAt, Spec: spec.Container, Limits: spec.Limits, Networks: map[string]weft.Attachment{},
 			Labels: map[string]string{"com.docker.swarm.service.name": spec.Name},
 			State:  weft.ContainerState{Status: "running", PID: int(t.Status.PID), StartedAt: t.Status.At},
 		}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"time"
 
@@ -59,7 +58,3 @@ type agentLogs struct{ a *agent.Agent }
 func (l agentLogs) Logs(ctx context.Context, task weft.ID, o weft.LogOptions, f func(weft.LogRecord) error) error {
 	return l.a.ContainerLogs(ctx, task, o, f)
 }
-
-// jitter draws the moment of a renewal, so that nodes that joined together do
-// not renew together.
-func jitter() float64 { return rand.Float64() }

@@ -1,15 +1,23 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/moby/moby/api/types/swarm"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/ca"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
 
@@ -121,6 +129,138 @@ func TestTakenPortsAreNamed(t *testing.T) {
 	foreign := netip.MustParseAddrPort("192.0.2.77:2377") // TEST-NET-1, RFC 5737: not ours
 	if err := ms.checkPorts(memberState{Listen: foreign}); err == nil || !strings.Contains(err.Error(), "--listen-addr") {
 		t.Errorf("an address this host does not have: %v", err)
+	}
+}
+
+func TestAddressesOfANode(t *testing.T) {
+	ap := func(text string) netip.AddrPort {
+		if text == "" {
+			return netip.AddrPort{}
+		}
+		return netip.MustParseAddrPort(text)
+	}
+	for _, c := range []struct {
+		name, listen, told, want string
+	}{
+		{"all by default", "", "", "0.0.0.0:2377"},
+		{"another port", "0.0.0.0:4377", "", "0.0.0.0:4377"},
+		{"one address", "10.99.0.1:4377", "", "10.99.0.1:4377"},
+		{"told", "0.0.0.0:4377", "10.99.0.1:4377", "10.99.0.1:4377"},
+		{"told without a port", "0.0.0.0:4377", "10.99.0.1:0", "10.99.0.1:4377"},
+		{"a forwarded port", "10.99.0.1:4377", "192.0.2.1:5377", "192.0.2.1:5377"},
+		{"IPv6", "[::]:4377", "", "[::]:4377"},
+	} {
+		listen := listenAddr(ap(c.listen))
+		got := joinAddr(ap(c.told), listen)
+		if got != ap(c.want) {
+			t.Errorf("%s: a joining node advertises %s, want %s", c.name, got, c.want)
+		}
+		if got.Addr().IsUnspecified() {
+			continue // what the host has is asked by the test of the lab
+		}
+		if init, err := advertiseAddr(ap(c.told), listen); err != nil || init != got {
+			t.Errorf("%s: a new cluster advertises %s, %v, want %s", c.name, init, err, got)
+		}
+	}
+	if a := explicitDataPath(netip.Addr{}, ap("0.0.0.0:4377")); a.IsValid() {
+		t.Errorf("the VTEP that the manager chooses is checked as %s", a)
+	}
+	if a := explicitDataPath(netip.Addr{}, ap("10.99.0.1:4377")); a.String() != "10.99.0.1" {
+		t.Errorf("the VTEP of an advertised address is %s", a)
+	}
+}
+
+// The command that admits a host names a manager that answers: this one.
+func TestManagerAddr(t *testing.T) {
+	others := []swarm.Peer{{NodeID: "a", Addr: "10.99.0.1:2377"}, {NodeID: "b", Addr: "10.99.0.2:5377"}}
+	for node, want := range map[string]string{"a": "10.99.0.1:2377", "b": "10.99.0.2:5377", "": "10.99.0.1:2377", "worker": "10.99.0.1:2377"} {
+		if got, err := managerAddr(swarm.Info{NodeID: node, RemoteManagers: others}); err != nil || got != want {
+			t.Errorf("on node %q: %s, %v, want %s", node, got, err, want)
+		}
+	}
+	if got, err := managerAddr(swarm.Info{NodeAddr: "10.99.0.1"}); err == nil {
+		t.Errorf("without a known manager: %s", got)
+	}
+}
+
+// agentCalled answers Logs.
+type agentCalled struct{ asked chan weft.ID }
+
+func (a agentCalled) Logs(_ context.Context, task weft.ID, _ weft.LogOptions, _ func(weft.LogRecord) error) error {
+	a.asked <- task
+	return nil
+}
+
+// TestAgentOfIsDialledAtItsPort: the leader reads logs of a worker whose cluster
+// port is not the usual one.
+func TestAgentOfIsDialledAtItsPort(t *testing.T) {
+	cluster := weft.Cluster{ID: weft.NewID()}
+	root, err := ca.NewRoot(string(cluster.ID), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cluster.CACert, cluster.CAKey = root.Cert, root.Key
+	creds := func(node weft.ID, role weft.Role) *ca.Credentials {
+		key, csr, err := ca.NewCSR()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := authority{}.Sign(cluster, csr, node, role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := ca.NewCredentials(ca.Bundle{Cert: cert, Key: key, CA: root.Cert}, time.Now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	worker, called := weft.NewID(), agentCalled{make(chan weft.ID, 1)}
+	server, err := wire.NewServer(wire.ServerConfig{Credentials: creds(worker, weft.RoleWorker), Agent: called, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := wire.Listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	g, ctx := errgroup.WithContext(ctx)
+	m := &member{peers: wire.NewPeers(creds(weft.NewID(), weft.RoleManager))}
+	g.Go(func() error { return server.Run(ctx, ln) })
+	g.Go(func() error { return m.peers.Run(ctx) })
+
+	at := ln.Addr().(*net.TCPAddr).AddrPort()
+	a, err := m.agentOf(ctx, weft.Node{ID: worker, Status: weft.NodeStatus{Addr: at.Addr(), ClusterPort: at.Port()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	task := weft.NewID()
+	if err := a.Logs(ctx, task, weft.LogOptions{}, nil); err != nil {
+		t.Errorf("logs of a node at %s: %v", at, err)
+	} else if got := <-called.asked; got != task {
+		t.Errorf("the node was asked for task %s", got)
+	}
+	if _, err := m.agentOf(ctx, weft.Node{Description: weft.NodeDescription{Hostname: "h9"}}); !errors.Is(err, weft.ErrUnavailable) || !strings.Contains(err.Error(), "h9") {
+		t.Errorf("a node without an address: %v", err)
+	}
+	stop()
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A port that is forwarded to this node says nothing of the one that it holds.
+func TestListenersHaveTheForwardedPort(t *testing.T) {
+	for _, c := range []struct {
+		advertise string
+		want      bool
+	}{{"192.0.2.1:5377", true}, {"192.0.2.1:4377", false}} {
+		m := &member{state: memberState{Listen: netip.MustParseAddrPort("0.0.0.0:4377"), Advertise: netip.MustParseAddrPort(c.advertise)}}
+		list, err := m.listeners()
+		if got := slices.Contains(list, weft.Listener{Protocol: weft.TCP, Port: 4377}); err != nil || got != c.want {
+			t.Errorf("listening on 4377, advertising %s: reported %v, %v", c.advertise, got, err)
+		}
 	}
 }
 

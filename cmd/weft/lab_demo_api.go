@@ -66,14 +66,12 @@ func (d *demo) createNetwork(ctx context.Context, name string) (demoNetwork, err
 	return n, nil
 }
 
-// demoService is a service of weft/whoami with quick restarts.
+// demoService is a service of weft/whoami.
 func demoService(name, network string, replicas uint64, published uint32) swarm.ServiceSpec {
-	delay := 100 * time.Millisecond
 	s := swarm.ServiceSpec{
 		Annotations: swarm.Annotations{Name: name},
 		TaskTemplate: swarm.TaskSpec{
 			ContainerSpec: &swarm.ContainerSpec{Image: "weft/whoami"},
-			RestartPolicy: &swarm.RestartPolicy{Condition: swarm.RestartPolicyConditionAny, Delay: &delay},
 			Networks:      []swarm.NetworkAttachmentConfig{{Target: network}},
 		},
 		Mode: swarm.ServiceMode{Replicated: &swarm.ReplicatedService{Replicas: &replicas}},

@@ -354,7 +354,7 @@ func (d *demo) killContainer(ctx context.Context) (string, error) {
 	if err := d.allAnswer(ctx, d.hosts); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("task on %s killed, replaced; tasks on %s; all hosts answer", victim.host, hostsOf(ts)), nil
+	return fmt.Sprintf("task on %s killed, replaced after the usual %s; tasks on %s; all hosts answer", victim.host, weft.DefaultRestartDelay, hostsOf(ts)), nil
 }
 
 // replaced wants n running tasks, victim not among them.

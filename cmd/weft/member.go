@@ -45,16 +45,26 @@ type member struct {
 	ln      net.Listener
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
+	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	service ingress.Engine
 
-	learned chan struct{} // closed by the first word from the leader
-	pension *retirement
+	stage stage
 
-	// mu guards: state, heard.
+	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
+	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
 	heard bool
+}
+
+// stage tells how far a member's life has come.
+type stage struct {
+	learned chan struct{} // closed by the first word from the leader
+	ended   chan struct{} // closed by membership.serve when run has returned
+	// retiring is closed by retire, retired by runAgent at its end.
+	retiring, retired chan struct{}
+	retireOnce        sync.Once
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -80,12 +90,17 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, engines: ms.engines, repairs: ms.repairs, learned: make(chan struct{}), pension: &retirement{asked: make(chan struct{}), done: make(chan struct{})}, log: ms.log.With(weft.KeyNode, state.Node)}
+	m := &member{cfg: cfg, state: state, engines: ms.engines, repairs: ms.repairs, stage: stage{
+		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
+	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
 	}
 	m.peers = wire.NewPeers(m.creds)
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+		return nil, err
+	}
+	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if err := m.makeNode(ctx, d); err != nil {
@@ -120,10 +135,10 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
-		VTEP: s.DataPath, Addr: s.Advertise.Addr(), MTU: m.taskMTU,
+		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: overlay, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
-		Describe: m.describe, Listeners: agent.HostListeners, Learned: m.learn, Log: m.log,
+		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
 }
@@ -161,18 +176,18 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
-	g.Go(func() error { return m.renew(ctx) })
+	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }
 
 // runAgent runs the agent until ctx ends or retire is called.
 func (m *member) runAgent(ctx context.Context) error {
-	defer close(m.pension.done)
+	defer close(m.stage.retired)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		select {
 		case <-ctx.Done():
-		case <-m.pension.asked:
+		case <-m.stage.retiring:
 		}
 		return errRetired // ends the agent's context
 	})
@@ -183,22 +198,15 @@ func (m *member) runAgent(ctx context.Context) error {
 	return nil
 }
 
-// retirement ends a member's agent before the rest of it: asked is closed by
-// retire, done by runAgent at its end.
-type retirement struct {
-	asked, done chan struct{}
-	once        sync.Once
-}
-
 var errRetired = errors.New("the agent is not wanted any more")
 
 // retire ends the agent alone, while the rest of the member goes on: a node
 // that has said that it leaves must not be heard of again. It is called by
 // Leave only.
 func (m *member) retire(ctx context.Context) error {
-	m.pension.once.Do(func() { close(m.pension.asked) })
+	m.stage.retireOnce.Do(func() { close(m.stage.retiring) })
 	select {
-	case <-m.pension.done:
+	case <-m.stage.retired:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end the agent: %w", ctx.Err())
@@ -216,7 +224,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	defer m.mu.Unlock()
 	if !m.heard {
 		m.heard = true
-		close(m.learned)
+		close(m.stage.learned)
 	}
 	next := m.state
 	if len(managers) > 0 {
@@ -226,7 +234,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 	if sameManagers(next.Managers, m.state.Managers) && next.Cluster.DataPathPort == m.state.Cluster.DataPathPort {
 		return
 	}
-	m.state = next
+	m.state.Managers, m.state.Cluster = next.Managers, next.Cluster
 	if err := next.save(m.cfg.DataRoot); err != nil {
 		m.log.Error("remember managers", weft.KeyErr, err)
 	}
@@ -270,14 +278,21 @@ func (m *member) seeds() []netip.AddrPort {
 
 // agentOf reaches the agent of a node for the leader.
 func (m *member) agentOf(_ context.Context, n weft.Node) (wire.Agent, error) {
-	if !n.Status.Addr.IsValid() {
+	addr := n.ClusterAddr()
+	if !addr.IsValid() {
 		return nil, fmt.Errorf("%w: node %s has no address", weft.ErrUnavailable, n.Description.Hostname)
 	}
-	port := weft.ClusterPort
-	if n.Manager != nil {
-		port = n.Manager.Addr.Port()
+	return m.peers.Agent(n.ID, addr), nil
+}
+
+// listeners are the host's, and this node's cluster port where it is not the one
+// it advertises: a forwarded port says nothing of what is taken here.
+func (m *member) listeners() ([]weft.Listener, error) {
+	list, err := agent.HostListeners()
+	if port := m.state.Listen.Port(); err == nil && port != m.state.Advertise.Port() {
+		list = append(list, weft.Listener{Protocol: weft.TCP, Port: port})
 	}
-	return m.peers.Agent(n.ID, netip.AddrPortFrom(n.Status.Addr, port)), nil
+	return list, err
 }
 
 // describe says what this node is and which of its host's ranges are in use.
@@ -306,48 +321,14 @@ func (m *member) taskMTU() (int, error) {
 	return vxlan.MTU(mtu, m.state.DataPath)
 }
 
-// renew replaces the node's certificate at half of its life.
-func (m *member) renew(ctx context.Context) error {
-	for {
-		notBefore, notAfter := m.creds.Validity()
-		wait := time.Until(ca.RenewAt(notBefore, notAfter, jitter()))
-		if wait < renewRetry {
-			wait = renewRetry
+// sign has the cluster sign a request of this node.
+func (m *member) sign(ctx context.Context, csr []byte) ([]byte, error) {
+	if m.manager != nil {
+		// A start is no failure to report: it takes an election.
+		if err := m.manager.Await(ctx); err != nil {
+			return nil, err
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		if err := m.renewOnce(ctx); err != nil && ctx.Err() == nil {
-			m.log.Error("renew certificate", "expires", notAfter, weft.KeyErr, err)
-		}
+		return wire.RenewVia(m.manager, m.client, m.state.Node)(ctx, csr)
 	}
-}
-
-// renewRetry is the pause after a failed renewal; half a certificate's life is
-// left for it.
-const renewRetry = time.Minute
-
-func (m *member) renewOnce(ctx context.Context) error {
-	_, notAfter := m.creds.Validity()
-	notBefore, _ := m.creds.Validity()
-	if time.Now().Before(ca.RenewAt(notBefore, notAfter, 0)) {
-		return nil
-	}
-	key, csr, err := ca.NewCSR()
-	if err != nil {
-		return err
-	}
-	cert, err := m.client.Renew(ctx, m.state.Node, csr)
-	if err != nil {
-		return err
-	}
-	b := ca.Bundle{Cert: cert, Key: key, CA: m.creds.CA()}
-	if err := ca.Save(pkiDir(m.cfg.DataRoot), b); err != nil {
-		return err
-	}
-	return m.creds.Swap(b)
+	return m.client.Renew(ctx, m.state.Node, csr)
 }

@@ -35,11 +35,10 @@ type membership struct {
 	// starts hands a member to run. Never closed.
 	starts chan *member
 
-	// mu guards: current, stop, ended, failure.
+	// mu guards: current, stop, failure.
 	mu      sync.Mutex
 	current *member
 	stop    context.CancelFunc // ends current
-	ended   chan struct{}      // closed by run when current has ended
 	failure error              // why there is membership on disk but no member
 }
 
@@ -100,9 +99,8 @@ func (ms *membership) resume(ctx context.Context) *member {
 func (ms *membership) serve(ctx context.Context, m *member) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	ended := make(chan struct{})
 	ms.mu.Lock()
-	ms.current, ms.stop, ms.ended, ms.failure = m, stop, ended, nil
+	ms.current, ms.stop, ms.failure = m, stop, nil
 	ms.mu.Unlock()
 
 	err := m.run(ctx)
@@ -114,7 +112,7 @@ func (ms *membership) serve(ctx context.Context, m *member) {
 		ms.failure = err
 		ms.log.Error("cluster membership failed", weft.KeyErr, err)
 	}
-	close(ended)
+	close(m.stage.ended)
 }
 
 func (ms *membership) failed() error {
@@ -132,7 +130,7 @@ func (ms *membership) member() (*member, error) {
 	case m != nil:
 		return m, nil
 	case failure != nil:
-		return nil, fmt.Errorf("%w: this node is a member of a cluster but cannot take part: %w", weft.ErrUnavailable, failure)
+		return nil, cannotTakePart(failure)
 	case ms.onDisk() != nil:
 		return nil, fmt.Errorf("%w: this node is taking up its place in the cluster; try again", weft.ErrUnavailable)
 	}
@@ -170,14 +168,14 @@ func (ms *membership) start(ctx context.Context, m *member) error {
 // end stops the running member and waits until all of it has ended.
 func (ms *membership) end(ctx context.Context) error {
 	ms.mu.Lock()
-	stop, ended, running := ms.stop, ms.ended, ms.current != nil
+	stop, m := ms.stop, ms.current
 	ms.mu.Unlock()
-	if !running {
+	if m == nil {
 		return nil
 	}
 	stop()
 	select {
-	case <-ended:
+	case <-m.stage.ended:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("end cluster membership: %w", ctx.Err())
@@ -190,5 +188,12 @@ func (ms *membership) control() (wire.Control, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := m.creds.Expired(); err != nil {
+		return nil, cannotTakePart(err) // sooner and clearer than what its connections meet
+	}
 	return m.client, nil
+}
+
+func cannotTakePart(why error) error {
+	return fmt.Errorf("%w: this node is a member of a cluster but cannot take part: %w", weft.ErrUnavailable, why)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -124,12 +125,26 @@ func printJoin(cmd *cobra.Command, api *client.Client, role string, quiet bool) 
 	if err != nil {
 		return err
 	}
-	addr := info.Info.Swarm.NodeAddr + ":2377"
-	if m := info.Info.Swarm.RemoteManagers; len(m) > 0 {
-		addr = m[0].Addr
+	addr, err := managerAddr(info.Info.Swarm)
+	if err != nil {
+		return err
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), "To add a %s to this swarm, run the following command:\n\n    weft swarm join --token %s %s\n\n", role, token, addr)
 	return nil
+}
+
+// managerAddr is the cluster port of a manager: of this node if it is one, for
+// it has just answered.
+func managerAddr(s swarm.Info) (string, error) {
+	if len(s.RemoteManagers) == 0 {
+		return "", errors.New("this node knows no manager's address: ask a manager")
+	}
+	for _, m := range s.RemoteManagers {
+		if m.NodeID == s.NodeID {
+			return m.Addr, nil
+		}
+	}
+	return s.RemoteManagers[0].Addr, nil
 }
 
 func swarmLeave(c *connection) *cobra.Command {

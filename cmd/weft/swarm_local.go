@@ -5,11 +5,14 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/orchestrator"
@@ -23,6 +26,9 @@ const (
 	initTimeout  = 20 * time.Second // a manager alone elects itself in about a second
 	joinTimeout  = 30 * time.Second // until the leader has sent the first assignments
 	leaveTimeout = 60 * time.Second // until all containers are gone
+	// departTimeout is for telling the leader, without whom a node leaves as
+	// well.
+	departTimeout = 5 * time.Second
 )
 
 // Local implements api.Swarm.
@@ -53,6 +59,9 @@ func (ms *membership) Local() weft.LocalInfo {
 	if m.heard {
 		info.State = weft.LocalActive
 	}
+	if err := m.creds.Expired(); err != nil {
+		info.State, info.Error = weft.LocalError, weft.Text(err)
+	}
 	return info
 }
 
@@ -66,12 +75,13 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if r.ForceNewCluster {
 		return "", fmt.Errorf("ForceNewCluster: %w yet", weft.ErrUnsupported)
 	}
-	advertise, err := advertiseAddr(r.AdvertiseAddr)
+	listen := listenAddr(r.ListenAddr)
+	advertise, err := advertiseAddr(r.AdvertiseAddr, listen)
 	if err != nil {
 		return "", err
 	}
 	state := memberState{Version: memberVersion, Node: weft.NewID(), Role: weft.RoleManager,
-		Listen: listenAddr(r.ListenAddr), Advertise: advertise, DataPath: r.DataPathAddr, Managers: []netip.AddrPort{advertise}}
+		Listen: listen, Advertise: advertise, DataPath: r.DataPathAddr, Managers: []netip.AddrPort{advertise}}
 	if !state.DataPath.IsValid() {
 		state.DataPath = advertise.Addr()
 	}
@@ -160,7 +170,11 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		if err != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
 			defer cancel()
-			err = errors.Join(err, ms.end(undo), forgetMember(ms.cfg.DataRoot))
+			// The second end is for one that was resumed before it was forgotten.
+			err = errors.Join(err, ms.end(undo), forgetMember(ms.cfg.DataRoot), ms.end(undo))
+			if boot.Cluster.ID == "" {
+				ms.giveBack(undo, state, boot.bundle)
+			}
 		}
 	}()
 	if err := ca.Save(pkiDir(ms.cfg.DataRoot), boot.bundle); err != nil {
@@ -181,17 +195,55 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 		return err
 	}
 	select {
-	case <-m.learned:
+	case <-m.stage.learned:
 		if m.manager != nil {
 			return m.manager.AwaitVote(ctx)
 		}
 		return nil
+	case <-m.stage.ended:
+		if f := ms.failed(); f != nil {
+			return f
+		}
+		return fmt.Errorf("%w: the daemon is stopping", weft.ErrUnavailable)
 	case <-ctx.Done():
 		if f := ms.failed(); f != nil {
 			return f
 		}
-		return fmt.Errorf("%w: the leader sent this node nothing within %s; see the daemon's log", weft.ErrUnavailable, limit)
+		hint := ""
+		if state.Advertise.Port() != state.Listen.Port() {
+			hint = fmt.Sprintf("; nodes dial %s (--advertise-addr), this one listens on %s", state.Advertise, state.Listen)
+		}
+		return fmt.Errorf("%w: the leader sent this node nothing within %s%s; see the daemon's log", weft.ErrUnavailable, limit, hint)
 	}
+}
+
+// giveBack tells the cluster that a node which it has admitted does not come: its
+// address, and a manager's place in the Raft group, are then free for the next
+// try. Without an answer the node stays listed until somebody removes it.
+func (ms *membership) giveBack(ctx context.Context, state memberState, b ca.Bundle) {
+	ctx, cancel := context.WithTimeout(ctx, departTimeout)
+	defer cancel()
+	creds, err := ca.NewCredentials(b, time.Now)
+	if err == nil {
+		err = depart(ctx, state, creds, ms.log)
+	}
+	if err != nil {
+		ms.log.Warn("tell the leader that this node does not join", weft.KeyNode, state.Node, weft.KeyErr, err)
+	}
+}
+
+// depart tells the leader, by connections of its own, that this node leaves.
+func depart(ctx context.Context, state memberState, creds *ca.Credentials, log *slog.Logger) error {
+	client, err := wire.NewClient(wire.ClientConfig{Credentials: creds, Managers: func() []netip.AddrPort { return state.Managers }, Log: log})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return client.Run(ctx) })
+	err = client.Depart(ctx, state.Node)
+	cancel()
+	return errors.Join(err, g.Wait())
 }
 
 // Join implements api.Swarm.
@@ -205,7 +257,8 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 	if err := ms.checkPorts(state); err != nil {
 		return err
 	}
-	if vtep := explicitDataPath(r); vtep.IsValid() {
+	advertise := joinAddr(r.AdvertiseAddr, state.Listen)
+	if vtep := explicitDataPath(r.DataPathAddr, advertise); vtep.IsValid() {
 		if err := checkDataPath(vtep); err != nil {
 			return err
 		}
@@ -215,16 +268,15 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 		return err
 	}
 	joined, err := wire.Join(ctx, wire.JoinParams{
-		Remotes: r.Remotes, Token: r.Token, Hostname: d.Hostname, Advertise: r.AdvertiseAddr,
+		Remotes: r.Remotes, Token: r.Token, Hostname: d.Hostname, Advertise: advertise,
 		DataPath: r.DataPathAddr, Availability: r.Availability,
 	})
 	if err != nil {
 		return err
 	}
 	state.Node, state.Role, state.Cluster = joined.Node, joined.Role, joined.Cluster
-	state.Advertise = r.AdvertiseAddr
-	if !state.Advertise.IsValid() {
-		state.Advertise = netip.AddrPortFrom(joined.Addr, state.Listen.Port())
+	if state.Advertise = advertise; advertise.Addr().IsUnspecified() {
+		state.Advertise = netip.AddrPortFrom(joined.Addr, advertise.Port())
 	}
 	if state.DataPath = r.DataPathAddr; !state.DataPath.IsValid() {
 		state.DataPath = state.Advertise.Addr()
@@ -242,11 +294,11 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 
 // explicitDataPath is the VTEP that a join request names; invalid when it leaves
 // that to the manager, which takes the address it sees.
-func explicitDataPath(r weft.JoinRequest) netip.Addr {
-	if r.DataPathAddr.IsValid() {
-		return r.DataPathAddr
+func explicitDataPath(told netip.Addr, advertise netip.AddrPort) netip.Addr {
+	if told.IsValid() || advertise.Addr().IsUnspecified() {
+		return told
 	}
-	return r.AdvertiseAddr.Addr()
+	return advertise.Addr()
 }
 
 // checkDataPath refuses a VTEP that no link of this host has: VXLAN would send
@@ -282,7 +334,7 @@ func (ms *membership) Leave(ctx context.Context, force bool) error {
 	if err != nil {
 		return ms.leaveDead(ctx, *state)
 	}
-	departCtx, done := context.WithTimeout(ctx, 5*time.Second)
+	departCtx, done := context.WithTimeout(ctx, departTimeout)
 	if err := m.agent.Withdraw(departCtx); err != nil {
 		ms.log.Warn("withdraw endpoints", weft.KeyErr, err)
 	}
@@ -399,24 +451,34 @@ func listenAddr(a netip.AddrPort) netip.AddrPort {
 	return a
 }
 
-// advertiseAddr completes the address that others dial: the one given, or the
-// only one the host has.
-func advertiseAddr(a netip.AddrPort) (netip.AddrPort, error) {
-	if a.Addr().IsValid() {
-		if a.Port() == 0 {
-			a = netip.AddrPortFrom(a.Addr(), weft.ClusterPort)
-		}
+// advertiseAddr is what others dial: the address given, else the one listened on,
+// else the only one the host has; the port is that listened on unless one is
+// given.
+func advertiseAddr(told, listen netip.AddrPort) (netip.AddrPort, error) {
+	if a := joinAddr(told, listen); !a.Addr().IsUnspecified() {
 		return a, nil
 	}
 	candidates, err := linux.AddrCandidates()
 	if err != nil {
-		return a, err
+		return netip.AddrPort{}, err
 	}
 	switch len(candidates) {
 	case 1:
-		return netip.AddrPortFrom(candidates[0], weft.ClusterPort), nil
+		return netip.AddrPortFrom(candidates[0], listen.Port()), nil
 	case 0:
-		return a, fmt.Errorf("%w: this host has no address that others could reach: give one with --advertise-addr", weft.ErrInvalid)
+		return netip.AddrPort{}, fmt.Errorf("%w: this host has no address that others could reach: give one with --advertise-addr", weft.ErrInvalid)
 	}
-	return a, fmt.Errorf("%w: this host has several addresses (%v): choose one with --advertise-addr", weft.ErrInvalid, candidates)
+	return netip.AddrPort{}, fmt.Errorf("%w: this host has several addresses (%v): choose one with --advertise-addr", weft.ErrInvalid, candidates)
+}
+
+// joinAddr is advertiseAddr for a node that joins: an unspecified address stands
+// for the one that the manager sees.
+func joinAddr(told, listen netip.AddrPort) netip.AddrPort {
+	switch {
+	case !told.Addr().IsValid():
+		return listen
+	case told.Port() == 0:
+		return netip.AddrPortFrom(told.Addr(), listen.Port())
+	}
+	return told
 }

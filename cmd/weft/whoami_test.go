@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // startWhoami serves on free ports of loopback until the test ends, and fails
@@ -146,7 +148,7 @@ func TestWhoamiLookup(t *testing.T) {
 func TestWhoamiPing(t *testing.T) {
 	p, err := openPinger()
 	if err != nil {
-		t.Skipf("neither ping nor raw socket here: %v", err)
+		netnstest.Missing(t, "root", err)
 	}
 	p.conn.Close()
 	out, err := runWhoami(t, "ping", "--count", "3", "127.0.0.1")

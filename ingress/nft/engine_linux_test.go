@@ -20,6 +20,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 func TestProbe(t *testing.T) {
@@ -80,15 +81,21 @@ func TestServiceAddress(t *testing.T) {
 	}
 }
 
+// needRefusal probes: the kernel must be able to refuse on a bridge or at ports.
+func needRefusal(t *testing.T, e *Engine) {
+	t.Helper()
+	must(t, e.Probe(context.Background()))
+	if !e.CanRefuse() {
+		netnstest.Missing(t, "userns", fmt.Errorf("neither nft_reject_bridge nor nft_reject_netdev: %w", weft.ErrUnsupported))
+	}
+}
+
 func TestServiceWithoutBackendsIsRefusedAtOnce(t *testing.T) {
 	f := newFabric(t)
 	s := service()
 	ns := f.client(50, s)
 	e := New(f.dir)
-	must(t, e.Probe(context.Background()))
-	if !e.CanRefuse() {
-		t.Skip(fmt.Errorf("%w: nft_reject_bridge, nft_reject_netdev", weft.ErrUnsupported))
-	}
+	needRefusal(t, e)
 	f.apply(e, s)
 	began := time.Now()
 	_, _, _, err := f.get(ns, vipText+":80")
@@ -104,10 +111,7 @@ func TestServiceWithoutBackendsIsRefusedAtOnce(t *testing.T) {
 func TestLastBackendDrains(t *testing.T) {
 	f := newFabric(t)
 	e := New(f.dir)
-	must(t, e.Probe(context.Background()))
-	if !e.CanRefuse() {
-		t.Skip(fmt.Errorf("%w: nft_reject_bridge, nft_reject_netdev", weft.ErrUnsupported))
-	}
+	needRefusal(t, e)
 	a := f.task(11)
 	ns := f.client(50, service(a))
 	f.apply(e, service(a))
@@ -127,10 +131,7 @@ func TestLastBackendDrains(t *testing.T) {
 func TestUDPWithoutBackendsIsUnreachable(t *testing.T) {
 	f := newFabric(t)
 	e := New(f.dir)
-	must(t, e.Probe(context.Background()))
-	if !e.CanRefuse() {
-		t.Skip(fmt.Errorf("%w: nft_reject_bridge, nft_reject_netdev", weft.ErrUnsupported))
-	}
+	needRefusal(t, e)
 	s := service()
 	ns := f.client(50, s)
 	f.apply(e, s)

@@ -16,6 +16,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 func TestParseModinfo(t *testing.T) {
@@ -129,7 +130,7 @@ func TestInitramfsUnpacks(t *testing.T) {
 	cmd.Stdin = bytes.NewReader(archive)
 	list, err := cmd.Output()
 	if errors.Is(err, exec.ErrNotFound) {
-		t.Skipf("no busybox to read it with: %v", errors.Join(err, weft.ErrUnsupported))
+		netnstest.Missing(t, "vm", fmt.Errorf("no busybox to read it with: %w", err))
 	}
 	if err != nil {
 		t.Fatal(err)

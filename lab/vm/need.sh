@@ -1,6 +1,8 @@
 #!/bin/bash
 # Makes sure that what the arguments name is on this machine:
-#   runc gcc qemu busybox   installed with apt-get where the command is missing
+#   runc gcc qemu           installed with apt-get where the command is missing
+#   busybox                 where the busybox command is missing or needs libraries, Debian's
+#                           static one, unpacked to bin/cache/busybox
 #   docker                  where there is no docker command, the client of Debian's
 #                           package, unpacked to bin/cache/docker (no engine is started)
 #   kernel                  Debian's cloud kernel, unpacked to bin/cache/kernel (not installed)
@@ -48,6 +50,18 @@ docker_client() {
   [ -x "$cache/docker/usr/bin/docker" ] || unpack docker.io "$cache/docker" || fail "could not fetch a docker client"
 }
 
+static_busybox() {
+  local have
+  # The interpreter's name stands in the first page of one that needs libraries.
+  have=$(command -v busybox) && ! head -c 4096 "$have" | grep -q ld-linux && return 0
+  [ -d "$cache/busybox" ] && return 0
+  update
+  echo "unpacking busybox-static" >&2
+  rm -rf "$cache/busybox.new"
+  unpack busybox-static "$cache/busybox.new" || fail "could not fetch busybox-static"
+  mv "$cache/busybox.new" "$cache/busybox"
+}
+
 kernel() {
   [ "$(uname -m)" = x86_64 ] || fail "the VM lane knows amd64 only, this machine is $(uname -m)"
   ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1 && return 0
@@ -66,7 +80,7 @@ for need in "$@"; do
     runc) install runc runc ;;
     gcc) install gcc gcc; [ -e /usr/include/stdlib.h ] || { update; $sudo apt-get -q -y install --no-install-recommends libc6-dev >/dev/null; } ;;
     qemu) install qemu-system-x86_64 qemu-system-x86; install mke2fs e2fsprogs ;;
-    busybox) install busybox busybox-static ;;
+    busybox) static_busybox ;;
     docker) docker_client ;;
     kernel) kernel ;;
     *) fail "do not know how to get $need" ;;

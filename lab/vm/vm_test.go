@@ -5,7 +5,6 @@ package vm
 import (
 	"context"
 	"errors"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // bootLimit bounds one boot with its work. The demo takes under 3 minutes on
@@ -25,8 +25,8 @@ func need(t *testing.T, err error) {
 	t.Helper()
 	switch {
 	case err == nil:
-	case errors.Is(err, weft.ErrUnsupported) && !strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "vm"):
-		t.Skip(err)
+	case errors.Is(err, weft.ErrUnsupported):
+		netnstest.Missing(t, "vm", err)
 	default:
 		t.Fatal(err)
 	}

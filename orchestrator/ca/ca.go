@@ -4,9 +4,10 @@
 //
 // It owns who a peer is (Identity, from its certificate) and nothing of what a
 // peer may do: orchestrator/wire decides that by role. It talks to no network
-// and starts no goroutine; only Save and Load touch files. Time is always
-// passed in. All functions, and the methods of Credentials, are safe for
-// concurrent use. The leader signs (orchestrator); every node verifies.
+// and starts no goroutine; only Save, Load and a Renewal touch files. Time is
+// always passed in, but for the pauses of a Renewal. All functions, and the
+// methods of Credentials, are safe for concurrent use. The leader signs
+// (orchestrator); every node verifies, and runs one Renewal.
 package ca
 
 import (

@@ -28,7 +28,7 @@ type Bundle struct {
 	CA   []byte // PEM, the root
 }
 
-// Credentials is a node's identity in use. Its certificate can be swapped
+// Credentials is a node's identity in use. A Renewal replaces its certificate
 // while connections are made; those that stand keep the one they were made
 // with.
 type Credentials struct {
@@ -71,20 +71,35 @@ func (c *Credentials) Validity() (notBefore, notAfter time.Time) {
 	return leaf.NotBefore, leaf.NotAfter
 }
 
-// Swap puts a renewed certificate to use. It must be of the same node, role
-// and cluster and under the same root; else weft.ErrInvalid and the old one
-// stays.
-func (c *Credentials) Swap(b Bundle) error {
+// replace puts a renewed identity to use and into dir. It must be of the same
+// node, role and cluster and under the same root, else weft.ErrInvalid. It is
+// judged before it is saved and saved before it is used: when that fails, the old
+// one stays in both places.
+func (c *Credentials) replace(b Bundle, dir string) error {
 	cert, id, err := c.check(b)
 	if err != nil {
 		return err
 	}
 	if id != c.id {
-		return fmt.Errorf("swap certificate: the new one is for %s %s of cluster %s, this node is %s %s of cluster %s: %w",
+		return fmt.Errorf("replace certificate: the new one is for %s %s of cluster %s, this node is %s %s of cluster %s: %w",
 			id.Role, id.Node, id.Cluster, c.id.Role, c.id.Node, c.id.Cluster, weft.ErrInvalid)
+	}
+	if err := Save(dir, b); err != nil {
+		return err
 	}
 	c.current.Store(cert)
 	return nil
+}
+
+// Expired is nil while the certificate in use is good by the clock of the
+// credentials; then it is weft.ErrUnavailable and says what to do, because no
+// other node talks to this one any more.
+func (c *Credentials) Expired() error {
+	_, notAfter := c.Validity()
+	if !c.now().After(notAfter) {
+		return nil
+	}
+	return fmt.Errorf("the certificate of this node expired on %s and other nodes refuse it: if the clock of this host is right, leave ('weft swarm leave --force') and join again: %w", notAfter.UTC().Format(time.DateTime+" MST"), weft.ErrUnavailable)
 }
 
 // check verifies a bundle against the root and makes a chain of it. The chain

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -122,10 +123,10 @@ func trustAny(c *tls.Config) *tls.Config {
 	return c
 }
 
-func TestSwap(t *testing.T) {
+func TestReplace(t *testing.T) {
 	root := newRoot(t)
 	id := Identity{weft.NewID(), weft.RoleManager, weft.NewID()}
-	now := testNow
+	now, dir := testNow, t.TempDir()
 	c, err := NewCredentials(signed(t, root, id, testNow), func() time.Time { return now })
 	if err != nil {
 		t.Fatal(err)
@@ -135,12 +136,16 @@ func TestSwap(t *testing.T) {
 	if se, ce := shake(t, server, client); se == nil && ce == nil {
 		t.Fatal("an expired certificate was accepted")
 	}
-	if err := c.Swap(signed(t, root, id, now)); err != nil {
+	if err := c.replace(signed(t, root, id, now), dir); err != nil {
 		t.Fatal(err)
 	}
-	// The configurations made before the swap use the new certificate.
+	saved, err := Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The configurations made before the change use the new certificate.
 	if se, ce := shake(t, server, client); se != nil || ce != nil {
-		t.Fatalf("after the swap: server %v, client %v", se, ce)
+		t.Fatalf("after the change: server %v, client %v", se, ce)
 	}
 	other := id
 	other.Role = weft.RoleWorker
@@ -148,11 +153,14 @@ func TestSwap(t *testing.T) {
 	mixed := signed(t, root, id, now)
 	mixed.Key = foreign.Key
 	for name, b := range map[string]Bundle{"other role": signed(t, root, other, now), "other root": foreign, "other key": mixed, "nothing": {}} {
-		if err := c.Swap(b); !errors.Is(err, weft.ErrInvalid) {
-			t.Errorf("swap with %s: %v", name, err)
+		if err := c.replace(b, dir); !errors.Is(err, weft.ErrInvalid) {
+			t.Errorf("replace by one of %s: %v", name, err)
 		}
 	}
 	if se, ce := shake(t, server, client); se != nil || ce != nil {
-		t.Errorf("after refused swaps: server %v, client %v", se, ce)
+		t.Errorf("after refused changes: server %v, client %v", se, ce)
+	}
+	if now, err := Load(dir); err != nil || !reflect.DeepEqual(now, saved) {
+		t.Errorf("a refused change went to disk (%v)", err)
 	}
 }

@@ -137,14 +137,14 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	switch n, ok := d.cfg.Store.View().Node(node); {
 	case !ok:
 		return fmt.Errorf("open session: node %s %w in this cluster: it was removed; leave and join again", node, weft.ErrNotFound)
-	case departed(&n):
+	case state.HasDeparted(&n):
 		return fmt.Errorf("open session: node %s has left this cluster; leave there once more if that was cut off, and join again: %w", node, weft.ErrForbidden)
 	}
 	ready := weft.NodeReady
 	d.cfg.Seen(node)
 	err := d.cfg.Propose(ctx, []state.Change{{NodeStatus: &state.NodeStatus{
 		Node: node, State: &ready, Description: &r.Description,
-		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath},
+		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath, Port: r.Port},
 	}}})
 	if err != nil {
 		return fmt.Errorf("open session of node %s: %w", node, err)
@@ -244,12 +244,6 @@ func (d *Dispatcher) current(node weft.ID) Set {
 	return compute(v, sh, node)
 }
 
-// departed: the node has said that it leaves. What it still reports, while it
-// ends its tasks, is no sign of coming back.
-func departed(n *weft.Node) bool {
-	return n.Status.State == weft.NodeDown && n.Status.Message == state.Departed
-}
-
 // Report implements wire.Dispatcher. It returns when the states are committed;
 // what the store already has is not proposed again.
 func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) error {
@@ -277,7 +271,9 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 		}
 		changes = append(changes, state.Change{TaskStatus: &state.TaskStatus{Task: k.Task, Node: node, Status: k.Status}})
 	}
-	if n.Status.State == weft.NodeDown && !departed(&n) {
+	// What a node that has left still reports, while it ends its tasks, is no
+	// sign of coming back.
+	if n.Status.State == weft.NodeDown && !state.HasDeparted(&n) {
 		// It was silent for too long and is heard again on its old stream.
 		ready := weft.NodeReady
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, State: &ready}})

@@ -449,3 +449,28 @@ func TestDepartedNodeStaysDown(t *testing.T) {
 		t.Errorf("a node that has left is %s (%s)", n.Status.State, n.Status.Message)
 	}
 }
+
+// The leader dials a node at the port that its newest session told.
+func TestSessionTellsClusterPort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.base()
+		d, ctx, stop := start(t, w)
+		defer stop()
+		for _, c := range []struct {
+			port, want uint16
+		}{
+			{4377, 4377}, {0, 4377}, {5377, 5377}, // 0: the session of an older release
+		} {
+			r := hello
+			r.Addr, r.Port = netip.MustParseAddr("10.99.0.1"), c.port
+			if err := d.Session(ctx, "n1", r, func(wire.Assignments) error { return io.ErrClosedPipe }); !errors.Is(err, io.ErrClosedPipe) {
+				t.Fatal(err)
+			}
+			n, _ := w.store.View().Node("n1")
+			if got := n.ClusterAddr(); got != netip.AddrPortFrom(r.Addr, c.want) {
+				t.Errorf("after a session with port %d: %s", c.port, got)
+			}
+		}
+	})
+}

@@ -345,6 +345,9 @@ func (t *tx) nodeStatus(s *NodeStatus) error {
 		if s.Session.Addr.IsValid() {
 			c.Status.Addr = s.Session.Addr
 		}
+		if s.Session.Port != 0 {
+			c.Status.ClusterPort = s.Session.Port
+		}
 		if s.Session.DataPath.IsValid() {
 			c.DataPath = s.Session.DataPath
 		}

@@ -53,6 +53,12 @@ type Change struct {
 // does not come back under its id.
 const Departed = "left the cluster"
 
+// HasDeparted reports whether the node has left the cluster by itself: what is
+// still listed of it is the past.
+func HasDeparted(n *weft.Node) bool {
+	return n.Status.State == weft.NodeDown && n.Status.Message == Departed
+}
+
 // NodeStatus is what sessions and liveness change of a node. Nil and invalid
 // fields leave the stored value.
 type NodeStatus struct {
@@ -69,10 +75,11 @@ type NodeStatus struct {
 }
 
 // NodeSession is the addresses that a node gave when its session opened; an
-// invalid one leaves the stored value.
+// invalid one leaves the stored value, and so does port 0.
 type NodeSession struct {
 	Addr     netip.Addr
 	DataPath netip.Addr
+	Port     uint16 `cbor:",omitempty"` // of the cluster port at Addr
 }
 
 // ServiceUpdate is the progress of a rolling update.

@@ -156,6 +156,54 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestGoldenClusterPort is the second recording of version 1, with nodes that
+// tell their cluster port. The first has none and keeps its bytes.
+func TestGoldenClusterPort(t *testing.T) {
+	told := testNode(3)
+	told.Status.ClusterPort = 4377
+	b, err := EncodeEntry([]Command{{At: t0, Changes: []Change{
+		{Node: told}, {Node: testNode(4)},
+		{NodeStatus: &NodeStatus{Node: id(4), Session: &NodeSession{Addr: netip.MustParseAddr("10.99.0.4"), Port: 5377}}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New()
+	errs, err := s.Apply(7, golden(t, "entry-v1.1.cbor", b))
+	if err != nil || errors.Join(errs...) != nil {
+		t.Fatal(err, errs)
+	}
+	snap := golden(t, "snapshot-v1.1.cbor", persist(t, s))
+	r := New()
+	if err := r.Restore(bytes.NewReader(snap)); err != nil {
+		t.Fatal(err)
+	}
+	for n, want := range map[int]string{3: "10.99.0.1:4377", 4: "10.99.0.4:5377"} {
+		k, ok := r.View().Node(id(n))
+		if got := k.ClusterAddr().String(); !ok || got != want {
+			t.Errorf("node %d is dialled at %s, want %s", n, got, want)
+		}
+	}
+	// A record that was written before, and a session of a node that does not
+	// tell its port.
+	old := New()
+	first, err := os.ReadFile(filepath.Join("testdata", "snapshot-v1.cbor"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := old.Restore(bytes.NewReader(first)); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, old, 8, Command{Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), DropManager: true, Session: &NodeSession{Addr: netip.MustParseAddr("10.99.0.9")}}}}})
+	if n, _ := old.View().Node(id(3)); n.Status.ClusterPort != 0 || n.ClusterAddr().String() != "10.99.0.9:2377" {
+		t.Errorf("a node of the first recording is dialled at %s", n.ClusterAddr())
+	}
+	apply(t, s, 8, Command{Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), Session: &NodeSession{}}}}})
+	if n, _ := s.View().Node(id(3)); n.Status.ClusterPort != 4377 {
+		t.Errorf("a session without a port left %d", n.Status.ClusterPort)
+	}
+}
+
 func TestUnknownAndBroken(t *testing.T) {
 	s := New()
 	apply(t, s, 1, goldenCommands()...)

@@ -57,7 +57,8 @@ func drawChange(t *rapid.T, index uint64) Change {
 		return Change{TaskAttach: &TaskAttach{Task: task(), Attachments: []weft.Attachment{{Network: id(401)}}}}
 	case 10:
 		st := rapid.SampledFrom([]weft.NodeState{weft.NodeReady, weft.NodeDown}).Draw(t, "state")
-		return Change{NodeStatus: &NodeStatus{Node: node(), State: &st, DropManager: rapid.Bool().Draw(t, "drop")}}
+		session := &NodeSession{Port: rapid.SampledFrom([]uint16{0, 2377, 4377}).Draw(t, "port")}
+		return Change{NodeStatus: &NodeStatus{Node: node(), State: &st, Session: session, DropManager: rapid.Bool().Draw(t, "drop")}}
 	default:
 		k := rapid.SampledFrom([]Kind{KindNode, KindService, KindNetwork, KindTask}).Draw(t, "delete")
 		base := map[Kind]int{KindNode: 100, KindService: 200, KindTask: 300, KindNetwork: 400}[k]

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"io/fs"
 	"math"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -48,34 +50,116 @@ func samples() []sample {
 	}
 }
 
+// recordings are the folders of golden files, oldest first. A message whose form
+// grew has a file in more than one; files of all but the newest folder are never
+// written again.
+var recordings = []string{"v1", "v1.1"}
+
+// goldens are the recordings of one message, oldest first.
+func goldens(t *testing.T, name string) [][]byte {
+	t.Helper()
+	var out [][]byte
+	for _, dir := range recordings {
+		b, err := os.ReadFile(filepath.Join("testdata", dir, name+".cbor"))
+		if err == nil {
+			out = append(out, b)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	return out
+}
+
+// record writes the file of a message that is new or has grown.
+func record(t *testing.T, name string, b []byte) {
+	t.Helper()
+	if old := goldens(t, name); len(old) > 0 && bytes.Equal(old[len(old)-1], b) {
+		return
+	}
+	dir := filepath.Join("testdata", recordings[len(recordings)-1])
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, name+".cbor"), b, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestGolden: what version 1 of the protocol wrote is read for ever, and this
 // build writes the same. A change here breaks clusters in the middle of an
-// upgrade: fields may be added (then -update), never renamed or removed.
+// upgrade: fields may be added (into a new folder of recordings, then -update),
+// never renamed or removed.
 func TestGolden(t *testing.T) {
 	for _, s := range samples() {
-		path := filepath.Join("testdata", "v1", s.name+".cbor")
 		b, err := encode(s.value)
 		if err != nil {
 			t.Fatalf("%s: %v", s.name, err)
 		}
 		if *update {
-			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-				t.Fatal(err)
+			record(t, s.name, b)
+		}
+		all := goldens(t, s.name)
+		if len(all) == 0 {
+			t.Fatalf("%s has no golden file", s.name)
+		}
+		newest := all[len(all)-1]
+		if !bytes.Equal(b, newest) {
+			t.Errorf("%s: the encoding has changed (%d bytes, golden %d)", s.name, len(b), len(newest))
+		}
+		got, err := s.decode(newest)
+		if err != nil || !reflect.DeepEqual(got, s.value) {
+			t.Errorf("%s: decoded %+v, want %+v, %v", s.name, got, s.value, err)
+		}
+		for i, old := range all[:len(all)-1] {
+			// What was not there yet is left out when it is empty, so an old
+			// message that comes back whole has lost nothing.
+			got, err := s.decode(old)
+			if err != nil {
+				t.Errorf("%s of recording %s: %v", s.name, recordings[i], err)
+				continue
 			}
-			if err := os.WriteFile(path, b, 0o644); err != nil {
-				t.Fatal(err)
+			if again, err := encode(got); err != nil || !bytes.Equal(again, old) {
+				t.Errorf("%s of recording %s came back as %+v, %v", s.name, recordings[i], got, err)
 			}
 		}
-		golden, err := os.ReadFile(path)
+	}
+}
+
+// TestClusterPortTravels: a port is told and kept, and messages from before it
+// was told stand for the usual one.
+func TestClusterPortTravels(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		port := rapid.Uint16().Draw(t, "port")
+		addr := netip.MustParseAddr("10.99.0.2")
+		b, err := encode(SessionRequest{Version: ProtocolVersion, Addr: addr, Port: port})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !bytes.Equal(b, golden) {
-			t.Errorf("%s: the encoding has changed (%d bytes, golden %d)", s.name, len(b), len(golden))
+		var r SessionRequest
+		if err := decode(b, &r); err != nil || r.Port != port || r.Addr != addr {
+			t.Fatalf("port %d came back as %+v, %v", port, r, err)
 		}
-		got, err := s.decode(golden)
-		if err != nil || !reflect.DeepEqual(got, s.value) {
-			t.Errorf("%s: decoded %+v, want %+v, %v", s.name, got, s.value, err)
+		if b, err = encode(nodesAnswer{Nodes: []weft.Node{{Status: weft.NodeStatus{Addr: r.Addr, ClusterPort: r.Port}}}}); err != nil {
+			t.Fatal(err)
+		}
+		var a nodesAnswer
+		if err := decode(b, &a); err != nil {
+			t.Fatal(err)
+		}
+		want := netip.AddrPortFrom(addr, port)
+		if port == 0 {
+			want = netip.AddrPortFrom(addr, weft.ClusterPort)
+		}
+		if got := a.Nodes[0].ClusterAddr(); got != want {
+			t.Fatalf("port %d: dialled at %s", port, got)
+		}
+	})
+	old := goldens(t, "nodesAnswer")[0]
+	var a nodesAnswer
+	if err := decode(old, &a); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range a.Nodes {
+		n.Manager = nil
+		if got := n.ClusterAddr().Port(); got != weft.ClusterPort || n.Status.ClusterPort != 0 {
+			t.Errorf("a worker of the first recording is dialled at port %d", got)
 		}
 	}
 }

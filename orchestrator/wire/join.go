@@ -32,7 +32,7 @@ type JoinParams struct {
 	Remotes      []string // HOST[:PORT] of managers, tried in order; default port weft.ClusterPort
 	Token        string
 	Hostname     string
-	Advertise    netip.AddrPort // invalid = the manager takes the address it sees
+	Advertise    netip.AddrPort // an unspecified address = the one that the manager sees; invalid = that at weft.ClusterPort
 	DataPath     netip.Addr     // invalid = as Advertise
 	Availability weft.Availability
 	Now          func() time.Time // nil = time.Now
@@ -95,7 +95,7 @@ func Join(ctx context.Context, p JoinParams) (Joined, error) {
 	if otherCluster {
 		return Joined{}, fmt.Errorf("join cluster: %w than the manager at that address; ask for the token with 'weft swarm join-token' there (%s): %w", ca.ErrOtherCluster, causes, weft.ErrInvalid)
 	}
-	return Joined{}, fmt.Errorf("join cluster: no manager could be reached (%s); check the addresses, that weft runs there and that TCP port %d is open: %w", causes, weft.ClusterPort, weft.ErrUnavailable)
+	return Joined{}, fmt.Errorf("join cluster: no manager could be reached (%s); check addresses and ports, that weft runs there and that no firewall is in between: %w", causes, weft.ErrUnavailable)
 }
 
 func withPort(remote string) (string, error) {
@@ -242,6 +242,19 @@ func AdmitVia(local Membership, c *Client) AdmitFunc {
 			return c.Admit(ctx, r, remote)
 		}
 		return resp, err
+	}
+}
+
+// RenewVia is AdmitVia for this node's own certificate. A manager that leads signs
+// without a connection, so that the only manager of a cluster can replace a
+// certificate that has expired: no connection would be made with it.
+func RenewVia(local Membership, c *Client, node weft.ID) func(ctx context.Context, csr []byte) (cert []byte, err error) {
+	return func(ctx context.Context, csr []byte) ([]byte, error) {
+		cert, err := local.Renew(ctx, node, csr)
+		if _, ok := asNotLeader(err); ok {
+			return c.Renew(ctx, node, csr)
+		}
+		return cert, err
 	}
 }
 

@@ -107,6 +107,34 @@ func TestJoinThroughFollower(t *testing.T) {
 	mustBeNoLeader(t, err)
 }
 
+// TestRenewVia: a manager that leads signs for itself without a connection, even
+// when none could be made; any other asks the leader.
+func TestRenewVia(t *testing.T) {
+	c := newTestCluster(t)
+	leader := &recorder{cert: []byte("from the leader")}
+	srv := c.serve(ServerConfig{Membership: leader})
+	creds := c.creds(weft.RoleManager)
+	self := creds.Identity().Node
+	local := &recorder{cert: []byte("from here")}
+	cert, err := RenewVia(local, c.client(c.credsAt(weft.RoleManager, time.Now().Add(-2*ca.Lifetime)), srv.addr), self)(soon(t), []byte("csr"))
+	if err != nil || string(cert) != "from here" || len(leader.seen()) != 0 {
+		t.Errorf("where this manager leads: %q, %v, the other saw %v", cert, err, leader.seen())
+	}
+	if want := []recorded{{"Renew", []any{self, []byte("csr")}}}; !reflect.DeepEqual(local.seen(), want) {
+		t.Errorf("it saw %v", local.seen())
+	}
+	for name, refusal := range map[string]error{"another leads": &NotLeader{Leader: srv.addr}, "no leader is known": &NotLeader{}} {
+		cert, err = RenewVia(&recorder{err: refusal}, c.client(creds, srv.addr), self)(soon(t), []byte("csr"))
+		if err != nil || string(cert) != "from the leader" {
+			t.Errorf("where %s: %q, %v", name, cert, err)
+		}
+	}
+	local.err = weft.ErrForbidden
+	if _, err := RenewVia(local, c.client(creds, srv.addr), self)(soon(t), []byte("csr")); !errors.Is(err, weft.ErrForbidden) {
+		t.Errorf("a refusal of the leader: %v", err)
+	}
+}
+
 func TestJoinRefused(t *testing.T) {
 	c, other := newTestCluster(t), newTestCluster(t)
 	adm := newAdmitter(c)

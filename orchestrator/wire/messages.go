@@ -99,6 +99,9 @@ type SessionRequest struct {
 	Description weft.NodeDescription
 	DataPath    netip.Addr
 	Addr        netip.Addr
+	// Port is the advertised cluster port at Addr; 0 = not told (an older
+	// node): what the leader has stays.
+	Port uint16 `cbor:",omitempty"`
 }
 
 // Assignments is all (Full) or the changes of what one node must know. Seq
@@ -169,7 +172,7 @@ type AdmitRequest struct {
 	Token        string
 	CSR          []byte // PEM
 	Hostname     string
-	Advertise    netip.AddrPort // of the joiner's cluster port; invalid = derive
+	Advertise    netip.AddrPort // of the joiner's cluster port; an unspecified address = the one the request comes from; invalid = that at weft.ClusterPort
 	DataPath     netip.Addr
 	Availability weft.Availability
 }

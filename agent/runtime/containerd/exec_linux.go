@@ -83,7 +83,12 @@ func execProcess(own *specs.Process, s runtime.ExecSpec, root string) (*specs.Pr
 	caps := *own.Capabilities
 	switch {
 	case s.Privileged:
-		all := cap.Known()
+		// Not all that the kernel knows: the daemon may run with fewer, and
+		// what it lacks it cannot give.
+		all, err := cap.Current()
+		if err != nil {
+			return nil, fmt.Errorf("read the daemon's own capabilities: %w", err)
+		}
 		caps = specs.LinuxCapabilities{Bounding: all, Permitted: all, Effective: all}
 	case p.User.UID == 0:
 		caps.Permitted, caps.Effective = caps.Bounding, caps.Bounding

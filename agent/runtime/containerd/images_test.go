@@ -47,9 +47,7 @@ func TestLoad(t *testing.T) {
 	ctx := t.Context()
 	h.loadBusybox(t)
 	plain, err := busyboxTar()
-	if err != nil {
-		t.Fatal(err)
-	}
+	needBusybox(t, err)
 	var gz bytes.Buffer
 	zw := gzip.NewWriter(&gz)
 	zw.Write(plain)
@@ -58,9 +56,7 @@ func TestLoad(t *testing.T) {
 		t.Errorf("compressed archive: %v, %v", names, err)
 	}
 	img, err := imagetest.BusyboxImage()
-	if err != nil {
-		t.Fatal(err)
-	}
+	needBusybox(t, err)
 	img, err = mutate.Config(img, *must(img.ConfigFile()).Config.DeepCopy())
 	if err != nil {
 		t.Fatal(err)
@@ -194,9 +190,7 @@ func TestPull(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	img, err := imagetest.BusyboxImage()
-	if err != nil {
-		t.Fatal(err)
-	}
+	needBusybox(t, err)
 	srv := httptest.NewServer(serveImage("/v2/team/box", img))
 	defer srv.Close()
 	repo := strings.TrimPrefix(srv.URL, "http://") + "/team/box"

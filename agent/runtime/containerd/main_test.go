@@ -16,6 +16,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/agent/runtime/containerd"
 	"github.com/weftnet/weft/agent/runtime/imagetest"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // The test binary is server, shim and logger as well, as weft's executable is.
@@ -34,21 +35,26 @@ func TestMain(m *testing.M) {
 // needRoot skips where the machine cannot run containers at all.
 func needRoot(t testing.TB) {
 	t.Helper()
-	why := ""
 	if os.Getuid() != 0 {
-		why = "not root"
-	} else if _, err := exec.LookPath("runc"); err != nil {
+		netnstest.Missing(t, "root", errors.New("not root"))
+	}
+	if _, err := exec.LookPath("runc"); err != nil {
 		if _, err := os.Stat("/usr/sbin/runc"); err != nil {
-			why = "no runc: apt-get install runc"
+			netnstest.Missing(t, "root", errors.New("no runc: apt-get install runc"))
 		}
 	}
-	if why == "" {
-		return
+}
+
+// needBusybox fails for the error of making a busybox image, or skips where the
+// machine has no busybox to make it of.
+func needBusybox(t testing.TB, err error) {
+	t.Helper()
+	switch {
+	case errors.Is(err, weft.ErrUnsupported):
+		netnstest.Missing(t, "root", err)
+	case err != nil:
+		t.Fatal(err)
 	}
-	if slices.Contains(strings.Split(os.Getenv("WEFT_TEST_REQUIRE"), ","), "root") {
-		t.Fatalf("WEFT_TEST_REQUIRE has root, but: %s", why)
-	}
-	t.Skip(why)
 }
 
 // host is a driver with its directories, run until the test ends.
@@ -166,9 +172,7 @@ var busyboxTar = sync.OnceValues(func() ([]byte, error) {
 func (h *host) loadBusybox(t testing.TB) {
 	t.Helper()
 	b, err := busyboxTar()
-	if err != nil {
-		t.Fatal(err)
-	}
+	needBusybox(t, err)
 	names, err := h.Load(t.Context(), bytes.NewReader(b))
 	if err != nil || !slices.Equal(names, []string{"busybox:latest"}) {
 		t.Fatalf("load: %v, %v", names, err)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	goruntime "runtime"
 	"strings"
 	"time"
@@ -108,7 +109,8 @@ func BusyboxImage() (v1.Image, error) {
 
 // findBusybox returns the path of a busybox without a dynamic linker.
 func findBusybox() (string, error) {
-	for _, p := range []string{"/bin/busybox", "/usr/bin/busybox"} {
+	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/bin", "/usr/bin") {
+		p := filepath.Join(dir, "busybox")
 		b, err := os.ReadFile(p)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
@@ -120,7 +122,7 @@ func findBusybox() (string, error) {
 			return p, nil
 		}
 	}
-	return "", fmt.Errorf("find a static busybox in /bin: install it with: apt-get install busybox-static: %w", weft.ErrUnsupported)
+	return "", fmt.Errorf("find a static busybox on PATH or in /bin: lab/vm/need.sh busybox unpacks Debian's: %w", weft.ErrUnsupported)
 }
 
 func busyboxLayer(bin string) ([]byte, error) {

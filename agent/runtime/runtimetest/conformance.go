@@ -250,10 +250,12 @@ func testStop(ctx context.Context, t *testing.T, h Harness, r Target) {
 }
 
 func testStopKills(ctx context.Context, t *testing.T, h Harness, r Target) {
-	id := h.start(ctx, t, r, h.Stubborn)
-	exit, err := r.Stop(ctx, id, 10*time.Millisecond)
-	if err != nil || exit.Code != 137 || !exit.Known {
-		t.Errorf("stop: %+v, %v; want code 137", exit, err)
+	for _, grace := range []time.Duration{10 * time.Millisecond, 0} {
+		id := h.start(ctx, t, r, h.Stubborn)
+		exit, err := r.Stop(ctx, id, grace)
+		if err != nil || exit.Code != 137 || !exit.Known {
+			t.Errorf("stop within %s: %+v, %v; want code 137", grace, exit, err)
+		}
 	}
 }
 

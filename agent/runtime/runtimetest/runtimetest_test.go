@@ -24,7 +24,7 @@ func TestProcess(t *testing.T) {
 	runtimetest.Run(t, runtimetest.Harness{
 		New:      func(t *testing.T) runtimetest.Target { return runtimetest.NewProcess(weft.NewID(), t.TempDir()) },
 		Image:    "any",
-		Sleep:    []string{"sh", "-c", `trap 'kill $!; exit 7' TERM; echo ready; while :; do sleep 1000 & wait $!; done`},
+		Sleep:    []string{"sh", "-c", `trap 'kill -KILL $!; exit 7' TERM; echo ready; while :; do sleep 1000 & wait $!; done`},
 		Stubborn: []string{"sh", "-c", `trap '' TERM; echo ready; while :; do sleep 1000; done`},
 		Exit:     func(code int) []string { return []string{"sh", "-c", "exit " + strconv.Itoa(code)} },
 		Print:    []string{"sh", "-c", "echo out1; echo err1 >&2; echo out2"},

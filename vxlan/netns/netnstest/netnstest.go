@@ -1,7 +1,8 @@
 // Package netnstest runs a test binary in namespaces of its own.
 //
-// It is for tests only and owns one thing: the re-execution that lets tests of
-// the kernel half run without privilege and without touching the machine.
+// It is for tests only and owns two things: the re-execution that lets tests of
+// the kernel half run without privilege and without touching the machine, and
+// what happens to a test for which the machine lacks something.
 package netnstest
 
 import (
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,6 +18,31 @@ import (
 
 // inside marks the process that runs in its own namespaces.
 const inside = "WEFT_TEST_INSIDE"
+
+// require is a list of words, with commas: what must not be skipped.
+//
+//	userns  new namespaces, and what tests of the kernel need in them
+//	root    root, runc, static busybox: containers and labs
+//	docker  the stock docker command
+//	vm      QEMU, Debian's kernel, static busybox
+//	soak    the long forms of tests
+const require = "WEFT_TEST_REQUIRE"
+
+// Required reports whether the environment demands what a word stands for.
+func Required(word string) bool {
+	return slices.Contains(strings.Split(os.Getenv(require), ","), word)
+}
+
+// Missing ends a test for which the machine lacks what a word stands for: as a
+// skip, or as a failure where the word is required. why says what is missing.
+// It is the only way in which a test of weft skips.
+func Missing(t testing.TB, word string, why error) {
+	t.Helper()
+	if Required(word) {
+		t.Fatalf("%s has %s, but: %v", require, word, why)
+	}
+	t.Skip(why)
+}
 
 // Main runs the tests again in new user, network and mount namespaces with a
 // fresh /run, and ends the process with their code. It is called by TestMain.
@@ -40,7 +67,7 @@ func Main(m *testing.M) {
 	}
 	if err := cmd.Start(); err != nil {
 		fmt.Fprintln(os.Stderr, "SKIP: user, network and mount namespaces are refused here:", err)
-		if strings.Contains(os.Getenv("WEFT_TEST_REQUIRE"), "userns") {
+		if Required("userns") {
 			os.Exit(1)
 		}
 		os.Exit(0)
