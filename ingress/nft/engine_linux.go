@@ -163,7 +163,7 @@ func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
 			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
 		}
 	}
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
 		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
 	}
@@ -253,7 +253,7 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
 	e.tracked = nil
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
@@ -266,6 +266,29 @@ func (e *Engine) Close(ctx context.Context) error {
 	return nil
 }
 
+// Socket buffers in bytes. A transaction is one message to the kernel and one
+// service of 2,048 tasks has a ring of 16,384 slots in it, at some 100 bytes
+// each, twice when all change: the default of 208 KiB ends at 128 tasks. They
+// are limits and not reserved; without privileges the kernel's own apply.
+const (
+	sendBuffer    = 64 << 20
+	receiveBuffer = 8 << 20
+)
+
+// open makes a connection whose transactions may be large.
+func open(o ...nftables.ConnOption) (*nftables.Conn, error) {
+	return nftables.New(append(o, nftables.WithSockOptions(largeBuffers))...)
+}
+
+// largeBuffers is generic so that the netlink library below nftables need not be
+// named.
+func largeBuffers[C interface {
+	SetWriteBuffer(int) error
+	SetReadBuffer(int) error
+}](c C) error {
+	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer))
+}
+
 // withConn calls f with a connection into the namespace at path.
 func withConn(path string, f func(*nftables.Conn) error) error {
 	file, err := os.Open(path)
@@ -273,7 +296,7 @@ func withConn(path string, f func(*nftables.Conn) error) error {
 		return fmt.Errorf("open namespace: %w", err)
 	}
 	defer file.Close()
-	conn, err := nftables.New(nftables.WithNetNSFd(int(file.Fd())))
+	conn, err := open(nftables.WithNetNSFd(int(file.Fd())))
 	if err != nil {
 		if errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("enter %s: not a network namespace (its mount is gone)", path)

@@ -220,6 +220,29 @@ func TestApplyRepairsAndRepeats(t *testing.T) {
 	}
 }
 
+// What another node has balanced goes to the task it was given to, even while
+// this node's ring, which may be older or newer, would choose another one.
+func TestBalancedOnceOnly(t *testing.T) {
+	f := newFabric(t)
+	e := New(f.dir)
+	a, b := f.task(11), f.task(12)
+	s := service(a, b)
+	given := s
+	given.MAC = b.MAC // as a frame that comes out of the tunnel
+	ns := f.client(50, given)
+	f.apply(e, s)
+	for i := range 50 {
+		name, _, c, err := f.get(ns, vipText+":80")
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		c.Close()
+		if name != string(b.Task) {
+			t.Fatalf("connection %d: given to %s, answered by %s", i, b.Task, name)
+		}
+	}
+}
+
 // A change of the wish, another engine's start and a namespace made anew are no
 // repairs; what is broken while the wish changes is one.
 func TestChangesAreNoRepairs(t *testing.T) {
