@@ -1,6 +1,8 @@
 package weft
 
 import (
+	"crypto/rand"
+	"fmt"
 	"net/netip"
 	"time"
 )
@@ -33,8 +35,12 @@ type Cluster struct {
 	Meta Meta
 	Spec ClusterSpec
 	// AddrPools are cut into networks of MaskLength bits; fixed at init.
-	AddrPools    []netip.Prefix
-	MaskLength   int
+	AddrPools  []netip.Prefix
+	MaskLength int
+	// ULA is the random /48 that IPv6 subnets are cut from (RFC 4193
+	// section 3.2); made at init, or by the first network that needs it in a
+	// cluster that is older than it.
+	ULA          netip.Prefix `json:",omitzero" cbor:",omitzero"`
 	DataPathPort uint16
 	// CACert (PEM) is the trust root; CAKey (PEM) stays on managers and is
 	// empty in every answer of the API.
@@ -45,6 +51,21 @@ type Cluster struct {
 	// GossipKey encrypts membership traffic: 32 bytes, handed to nodes over
 	// their authenticated session.
 	GossipKey []byte
+	// KeyEpoch counts the changes of the nodes' keys for encrypted networks;
+	// KeyEpochAt is when the current one began, zero for the first.
+	KeyEpoch   uint64    `cbor:",omitempty"`
+	KeyEpochAt time.Time `cbor:",omitzero"`
+}
+
+// NewULA draws the /48 of a cluster: fd and 40 random bits (RFC 4193 section
+// 3.2.2). Called where NewID is.
+func NewULA() netip.Prefix {
+	var a [16]byte
+	a[0] = 0xfd
+	if _, err := rand.Read(a[1:6]); err != nil {
+		panic(fmt.Sprintf("read random bytes: %v", err)) // the kernel's source cannot fail after boot
+	}
+	return netip.PrefixFrom(netip.AddrFrom16(a), 48)
 }
 
 // JoinTokens admit nodes: SWMTKN-1-<digest of the CA>-<secret>.

@@ -85,8 +85,12 @@ func EndpointMAC(task ID, addr netip.Addr) net.HardwareAddr {
 
 // VIPMAC is the hardware address that answers for a service address. No
 // device owns it: the balancer rewrites it to a backend's. Its first byte
-// keeps it apart from every EndpointMAC.
+// keeps it apart from every EndpointMAC, and the two of a service that has an
+// address of each family apart from each other.
 func VIPMAC(service ID, addr netip.Addr) net.HardwareAddr {
+	if addr.Unmap().Is6() {
+		return derivedMAC(0x0e, string(service), addr)
+	}
 	return derivedMAC(0x06, string(service), addr)
 }
 

@@ -52,6 +52,7 @@ func TestDerivedValuesAreStable(t *testing.T) {
 		{EndpointMAC("task", a).String()[:3], "02:"},
 		{VIPMAC("task", a).String()[:3], "06:"},
 		{NodeMAC("task", a).String()[:3], "0a:"},
+		{VIPMAC("task", netip.MustParseAddr("fd00::a00:102")).String()[:3], "0e:"},
 		{EndpointMAC("task", a).String()[6:], "0a:00:01:02"},
 		{EndpointMAC("task", a).String(), EndpointMAC("task", netip.MustParseAddr("::ffff:10.0.1.2")).String()},
 		{HostVethName("0123456789abcdefghijklmno"), "wv0123456789a"},

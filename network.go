@@ -23,12 +23,27 @@ type NetworkSpec struct {
 	Ingress    bool   // the routing mesh's own network; made by the cluster
 	Subnets    []Subnet
 	Options    map[string]string
+	// IPv6 asks for IPv6 addresses; NoIPv4 for no IPv4 ones (then IPv6 must
+	// be set). A stored network says by them what its Subnets hold.
+	IPv6   bool `json:",omitzero" cbor:",omitzero"`
+	NoIPv4 bool `json:",omitzero" cbor:",omitzero"`
 }
 
 // Subnet is one address range of a network.
 type Subnet struct {
 	Prefix  netip.Prefix // host bits zero
 	Gateway netip.Addr   // the first address unless given; reserved, nothing answers there on an overlay
+}
+
+// Subnet returns the network's subnet of a family; ok is false when it has none,
+// or when it is still to be chosen.
+func (n *NetworkSpec) Subnet(is6 bool) (s Subnet, ok bool) {
+	for _, s := range n.Subnets {
+		if s.Prefix.IsValid() && s.Prefix.Addr().Is6() == is6 {
+			return s, true
+		}
+	}
+	return Subnet{}, false
 }
 
 // Network is a stored network.
@@ -53,16 +68,20 @@ const (
 )
 
 // Endpoint is one task on one network, as its node publishes it by gossip. The
-// VTEP is that of the owner; the MAC is derived from address and task
-// (EndpointMAC), so neither is carried.
+// VTEP is that of the owner; the MAC is derived from the first address and the
+// task (EndpointMAC), so neither is carried.
 type Endpoint struct {
 	Network ID
 	Task    ID
 	Service ID
 	Slot    uint64
-	Addr    netip.Addr
+	Addr    netip.Addr // as Attachment.Addr
+	Addr6   netip.Addr `json:",omitzero"` // as Attachment.Addr6; invalid without
 	State   EndpointState
 }
+
+// Addrs are the endpoint's addresses, the first one first.
+func (e *Endpoint) Addrs() []netip.Addr { return valid(e.Addr, e.Addr6) }
 
 // OwnedEndpoint is an endpoint with the node that published it.
 type OwnedEndpoint struct {

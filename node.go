@@ -86,6 +86,9 @@ type NodeStatus struct {
 	// Listeners are sockets of host processes outside weft, at most
 	// ListenerReportInterval old: a published port must not clash with one.
 	Listeners []Listener
+	// Keys are the public halves of the keys for encrypted networks, at most
+	// one of a slot; none on a node that cannot encrypt.
+	Keys []NodeKey `cbor:",omitempty"`
 	// Seen is when the leader last heard of the node.
 	Seen time.Time
 }
@@ -109,6 +112,9 @@ type Node struct {
 	// which requests to published ports enter the overlay; unset until the
 	// leader has allocated it.
 	IngressAddr netip.Prefix
+	// IngressAddr6 is its IPv6 twin; invalid where the ingress network has
+	// no IPv6 (clusters made before it had, until somebody adds it).
+	IngressAddr6 netip.Prefix `json:",omitzero" cbor:",omitzero"`
 	// Manager is nil on workers.
 	Manager *ManagerStatus
 }

@@ -5,6 +5,7 @@ type ClusterUpdate struct {
 	Spec          ClusterSpec
 	RotateWorker  bool // a new worker join token
 	RotateManager bool // a new manager join token
+	RotateKeys    bool `cbor:",omitempty"` // new keys for encrypted networks, on every node
 }
 
 // TaskFilter selects tasks; empty fields select all.

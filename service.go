@@ -181,8 +181,12 @@ type Service struct {
 // VIP is the virtual address of a service on one network.
 type VIP struct {
 	Network ID
-	Addr    netip.Prefix // the address, with the prefix length of its subnet
+	Addr    netip.Prefix // the first address with its subnet's length, as Attachment.Addr
+	Addr6   netip.Prefix `json:",omitzero" cbor:",omitzero"` // as Attachment.Addr6
 }
+
+// Addrs are the addresses of the service, the first one first.
+func (v *VIP) Addrs() []netip.Prefix { return valid(v.Addr, v.Addr6) }
 
 // UpdateState is the state of a rolling update.
 type UpdateState uint8

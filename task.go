@@ -85,10 +85,29 @@ func (t *Task) Name(serviceName string) string {
 	return fmt.Sprintf("%s.%d.%s", serviceName, t.Slot, t.ID)
 }
 
-// Attachment is a task's place on one network.
+// Attachment is a task's place on one network. It has one hardware address,
+// which is derived from Addr.
 type Attachment struct {
 	Network ID
-	Addr    netip.Prefix // the task's address with its subnet's length
+	// Addr is the task's first address with its subnet's length: IPv4, or
+	// IPv6 on a network without IPv4.
+	Addr netip.Prefix
+	// Addr6 is its IPv6 address beside an IPv4 one; invalid otherwise.
+	Addr6 netip.Prefix `json:",omitzero" cbor:",omitzero"`
+}
+
+// Addrs are the addresses of the attachment, the first one first.
+func (a *Attachment) Addrs() []netip.Prefix { return valid(a.Addr, a.Addr6) }
+
+// valid leaves out what is unset.
+func valid[T interface{ IsValid() bool }](all ...T) []T {
+	out := all[:0:0]
+	for _, a := range all {
+		if a.IsValid() {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // TaskStatus is what the owner of the current phase last reported: the leader

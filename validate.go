@@ -2,7 +2,6 @@ package weft
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -23,7 +22,7 @@ const (
 	minCPU    = 1_000_000 // a thousandth of a core
 	minMemory = 4 << 20
 	// minSubnetHostBits: network, broadcast, gateway and a service address
-	// leave four addresses for tasks in a /29.
+	// leave four addresses for tasks in a /29; a /125 is as large.
 	minSubnetHostBits = 3
 )
 
@@ -309,16 +308,33 @@ func (n NetworkSpec) Validate() error {
 	if n.Ingress && (n.Internal || n.Attachable) {
 		return invalid("Ingress", "the ingress network is neither internal nor attachable")
 	}
-	for _, key := range slices.Sorted(maps.Keys(n.Options)) {
-		return at(fmt.Sprintf("Options[%q]", key), fmt.Errorf("%w: this version has no network options", ErrUnsupported))
+	if err := n.CheckOptions(); err != nil {
+		return err
 	}
+	if n.NoIPv4 && !n.IPv6 {
+		return invalid("EnableIPv4", "a network without IPv4 needs IPv6: set EnableIPv6 (--ipv6), or leave IPv4 on")
+	}
+	return n.validateSubnets()
+}
+
+// validateSubnets: one subnet of each family that the network has.
+func (n *NetworkSpec) validateSubnets() error {
+	first := map[bool]int{} // by Is6
 	for i, s := range n.Subnets {
-		if err := s.validate(fmt.Sprintf("IPAM.Config[%d]", i)); err != nil {
+		field := fmt.Sprintf("IPAM.Config[%d]", i)
+		if err := s.validate(field); err != nil {
 			return err
 		}
-	}
-	if len(n.Subnets) > 1 {
-		return at("IPAM.Config[1]", fmt.Errorf("%w: this version gives a network one subnet", ErrUnsupported))
+		is6 := s.Prefix.Addr().Is6()
+		switch j, again := first[is6]; {
+		case again:
+			return at(field, fmt.Errorf("%w: %s is of the family of IPAM.Config[%d]: this version gives a network one subnet of each family", ErrUnsupported, s.Prefix, j))
+		case is6 && !n.IPv6:
+			return invalid(field+".Subnet", "%s is of IPv6, which this network does not have: set EnableIPv6 (--ipv6), or leave the subnet out", s.Prefix)
+		case !is6 && n.NoIPv4:
+			return invalid(field+".Subnet", "%s is of IPv4, which this network does not have: leave it out, or leave EnableIPv4 on", s.Prefix)
+		}
+		first[is6] = i
 	}
 	return nil
 }
@@ -329,20 +345,20 @@ func (s *Subnet) validate(field string) error {
 	case !p.IsValid() && g.IsValid():
 		return invalid(field+".Subnet", "a gateway needs a subnet")
 	case !p.IsValid():
-		return invalid(field+".Subnet", "is not an address range: write 10.1.0.0/24")
-	case !p.Addr().Is4():
-		return at(field+".Subnet", fmt.Errorf("%w: %s: IPv6 is not built yet", ErrUnsupported, p))
+		return invalid(field+".Subnet", "is not an address range: write 10.1.0.0/24 or fd00:1::/64")
+	case p.Addr().Is4In6():
+		return invalid(field+".Subnet", "%s is IPv4 written as IPv6: write 10.1.0.0/24", p)
 	case p != p.Masked():
 		return invalid(field+".Subnet", "%s has host bits set: use %s", p, p.Masked())
-	case p.Bits() > 32-minSubnetHostBits:
-		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, 32-minSubnetHostBits)
+	case p.Bits() > p.Addr().BitLen()-minSubnetHostBits:
+		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, p.Addr().BitLen()-minSubnetHostBits)
 	case !g.IsValid():
 		return nil
 	case !p.Contains(g):
 		return invalid(field+".Gateway", "%s is not in subnet %s", g, p)
 	case g == p.Addr():
 		return invalid(field+".Gateway", "%s is the network address of %s", g, p)
-	case g == broadcast(p):
+	case g.Is4() && g == broadcast(p):
 		return invalid(field+".Gateway", "%s is the broadcast address of %s", g, p)
 	}
 	return nil

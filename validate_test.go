@@ -144,10 +144,33 @@ func TestNetworkValidate(t *testing.T) {
 		{"no name", func(n *NetworkSpec) { n.Name = "" }, ErrInvalid, "Name: "},
 		{"pre-defined", func(n *NetworkSpec) { n.Name = "host" }, ErrForbidden, "Name: "},
 		{"driver", func(n *NetworkSpec) { n.Driver = "bridge" }, ErrUnsupported, "Driver: "},
-		{"option", func(n *NetworkSpec) { n.Options = map[string]string{"encrypted": ""} }, ErrUnsupported, `Options["encrypted"]: `},
+		{"unknown option", func(n *NetworkSpec) { n.Options = map[string]string{"color": "red"} }, ErrUnsupported, `Options["color"]: `},
+		{"MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "576"} }, nil, ""},
+		{"MTU in words", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "1400b"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: "1400b": write a number`},
+		{"MTU with sign", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "+1400"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
+		{"no MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: ""} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
+		{"MTU too small", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "575"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: 575: use 576 to 65535`},
+		{"MTU too large", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "65536"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
+		{"MTU below that of IPv6", func(n *NetworkSpec) {
+			n.Options, n.Subnets = map[string]string{OptionMTU: "1279"}, subnet("fd00::/64", "")
+		}, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: 1279: IPv6 needs 1280`},
 		{"host bits", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.1/24", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.1.0.1/24 has host bits set: use 10.1.0.0/24"},
 		{"too small", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/30", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
-		{"IPv6", func(n *NetworkSpec) { n.Subnets = subnet("fd00::/64", "") }, ErrUnsupported, "IPAM.Config[0].Subnet: "},
+		{"IPv6", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/64", "fd00::ffff") }, nil, ""},
+		{"both families", func(n *NetworkSpec) {
+			n.IPv6, n.Subnets = true, append(subnet("fd00::/64", ""), subnet("10.1.0.0/24", "")...)
+		}, nil, ""},
+		{"IPv6 alone", func(n *NetworkSpec) { n.IPv6, n.NoIPv4, n.Subnets = true, true, subnet("fd00::/125", "fd00::7") }, nil, ""},
+		{"no family", func(n *NetworkSpec) { n.NoIPv4 = true }, ErrInvalid, "EnableIPv4: "},
+		{"IPv6 not asked for", func(n *NetworkSpec) { n.Subnets = subnet("fd00::/64", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: fd00::/64 is of IPv6"},
+		{"IPv4 not wanted", func(n *NetworkSpec) { n.IPv6, n.NoIPv4, n.Subnets = true, true, subnet("10.1.0.0/24", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"two of IPv6", func(n *NetworkSpec) {
+			n.IPv6, n.Subnets = true, append(subnet("fd00::/64", ""), subnet("fd01::/64", "")...)
+		}, ErrUnsupported, "IPAM.Config[1]: "},
+		{"IPv6 host bits", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::1/64", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: fd00::1/64 has host bits set: use fd00::/64"},
+		{"IPv6 too small", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/126", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: fd00::/126 is too small: use /125"},
+		{"mapped", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("::ffff:10.0.0.0/120", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"gateway of the other family", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/64", "10.0.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
 		{"gateway outside", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.2.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
 		{"gateway is network", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.1.0.0") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
 		{"gateway is broadcast", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/23", "10.1.1.255") }, ErrInvalid, "IPAM.Config[0].Gateway: "},

@@ -55,6 +55,9 @@ type Config struct {
 	// Listeners reads the ports that other programs of the host hold;
 	// HostListeners is one.
 	Listeners func() ([]weft.Listener, error)
+	// Keys returns this node's public keys for encrypted networks, with one of
+	// the epoch among them; empty if it cannot encrypt. Nil is such a node.
+	Keys func(epoch uint64) ([]weft.NodeKey, error)
 	// Learned is called with the managers' addresses and the cluster's view
 	// whenever the leader sends them. It must not block.
 	Learned func(managers []netip.AddrPort, c wire.ClusterView)
@@ -303,7 +306,9 @@ func (m *model) view(t weft.Task) dns.View {
 			continue
 		}
 		v.Networks = append(v.Networks, at.Network)
-		v.Self.Addrs = append(v.Self.Addrs, at.Addr.Addr())
+		for _, a := range at.Addrs() {
+			v.Self.Addrs = append(v.Self.Addrs, a.Addr())
+		}
 		if !known || !n.Spec.Internal {
 			v.Internal = false
 		}

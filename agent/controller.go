@@ -82,11 +82,16 @@ func (c *controller) complete(m *model) error {
 }
 
 // awaitPlane blocks until the data plane holds change gen. What it lacks may
-// come right by itself, so the error says "try again".
+// come right by itself, so the error says "try again"; what this node cannot do
+// at all does not, and another node may.
 func (c *controller) awaitPlane(ctx context.Context, gen uint64) error {
 	ctx, cancel := context.WithTimeout(ctx, planeWait)
 	defer cancel()
-	if err := c.a.plane.wait(ctx, gen, c.a.model.Load().vnis(c.task)); err != nil {
+	err := c.a.plane.wait(ctx, gen, c.a.model.Load().vnis(c.task))
+	if errors.Is(err, weft.ErrUnsupported) {
+		return fmt.Errorf("network of task %s cannot be made on this node: %w", c.task.ID, err)
+	}
+	if err != nil {
 		return fmt.Errorf("%w: network of task %s is not ready: %w", weft.ErrUnavailable, c.task.ID, err)
 	}
 	return nil
@@ -106,7 +111,7 @@ func (c *controller) hostname() string {
 // sandbox is what surrounds the container. A task has a way out unless all its
 // networks are internal; one without networks has nothing else.
 func (c *controller) sandbox(m *model) sandbox.Spec {
-	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string]netip.Addr{}}
+	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string][]netip.Addr{}}
 	own := 0
 	for _, at := range c.task.Attachments {
 		n, known := m.Networks[at.Network]
@@ -115,7 +120,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		}
 		own++
 		if _, named := s.Hosts[s.Hostname]; !named {
-			s.Hosts[s.Hostname] = at.Addr.Addr()
+			for _, a := range at.Addrs() {
+				s.Hosts[s.Hostname] = append(s.Hosts[s.Hostname], a.Addr())
+			}
 		}
 		if !known || !n.Spec.Internal {
 			s.Gateway = true
@@ -125,7 +132,9 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 		s.Gateway = true
 	}
 	for _, v := range m.Services[c.task.Service].VIPs {
-		s.VIPs = append(s.VIPs, v.Addr.Addr())
+		for _, a := range v.Addrs() {
+			s.VIPs = append(s.VIPs, a.Addr())
+		}
 	}
 	return s
 }

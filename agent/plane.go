@@ -373,7 +373,7 @@ func (p *plane) settle(gen uint64, err error) {
 
 // netstate is the model as the derivation takes it.
 func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
-	in := netstate.Input{DataPathPort: m.Cluster.DataPathPort, Self: netstate.Node{ID: self, VTEP: vtep}}
+	in := netstate.Input{DataPathPort: m.Cluster.DataPathPort, KeyEpoch: m.Cluster.KeyEpoch, Self: netstate.Node{ID: self, VTEP: vtep}}
 	for _, n := range m.Networks {
 		in.Networks = append(in.Networks, n)
 	}
@@ -383,7 +383,7 @@ func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
 		})
 	}
 	for _, n := range m.Nodes {
-		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr}
+		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Keys}
 		if n.ID == self {
 			node.VTEP = vtep
 			in.Self = node

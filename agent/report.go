@@ -66,6 +66,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 	defer beat.Stop()
 	var told []weft.Listener // nil: nothing in this session yet
 	var looked time.Time
+	var keys []weft.NodeKey // told in this session
 	for {
 		var news []weft.Listener // nil: none
 		if now := time.Now(); now.Sub(looked) >= listenersEvery {
@@ -74,13 +75,20 @@ func (a *Agent) runReports(ctx context.Context) error {
 				news = l
 			}
 		}
+		newKeys := a.keys()
+		if slices.Equal(newKeys, keys) {
+			newKeys = nil
+		}
 		reports := a.outbox.take()
-		err := a.cfg.Leader.Report(ctx, a.cfg.Node, wire.Report{Tasks: reports, Listeners: news})
+		err := a.cfg.Leader.Report(ctx, a.cfg.Node, wire.Report{Tasks: reports, Listeners: news, Keys: newKeys})
 		if err != nil {
 			return fmt.Errorf("report to the leader: %w", err)
 		}
 		if news != nil {
 			told = news
+		}
+		if newKeys != nil {
+			keys = newKeys
 		}
 		select {
 		case <-ctx.Done():
@@ -94,20 +102,38 @@ func (a *Agent) runReports(ctx context.Context) error {
 	}
 }
 
-// listeners are the host's sockets without those of the overlay: the kernel
-// itself holds the data path's port. nil = they cannot be read now.
+// listeners are the host's sockets without those of the overlay. nil = they cannot be read now.
 func (a *Agent) listeners() []weft.Listener {
 	list, err := a.cfg.Listeners()
 	if err != nil {
 		a.cfg.Log.Warn("read host listeners", weft.KeyErr, err)
 		return nil
 	}
-	dataPath := weft.Listener{Protocol: weft.UDP, Port: a.model.Load().Cluster.DataPathPort}
+	own := []weft.Listener{{Protocol: weft.UDP, Port: a.model.Load().Cluster.DataPathPort}}
+	for _, k := range a.keys() {
+		own = append(own, weft.Listener{Protocol: weft.UDP, Port: k.Port})
+	}
 	out := make([]weft.Listener, 0, len(list))
 	for _, l := range list {
-		if l != dataPath {
+		if !slices.Contains(own, l) {
 			out = append(out, l)
 		}
 	}
 	return out
+}
+
+// keys are this node's public keys for encrypted networks; nil before the leader
+// has said which epoch it is, on a node that cannot encrypt, and when they cannot
+// be made now.
+func (a *Agent) keys() []weft.NodeKey {
+	m := a.model.Load()
+	if a.cfg.Keys == nil || m.Cluster.ID == "" {
+		return nil
+	}
+	keys, err := a.cfg.Keys(m.Cluster.KeyEpoch)
+	if err != nil {
+		a.cfg.Log.Error("make keys for encrypted networks", weft.KeyErr, err)
+		return nil
+	}
+	return keys
 }

@@ -127,14 +127,39 @@ func TestDockerSwarm(t *testing.T) {
 	d.ok("joined a swarm as a manager", "swarm", "join", "--token", "SWMTKN-1-a-b", "10.99.0.2:2377")
 }
 
+func TestDockerNetworksOfTwoFamilies(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("", "swarm", "init")
+	d.ok("", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00:5::/64", "--gateway", "fd00:5::ffff", "--subnet", "10.5.0.0/24", "n")
+	d.ok("true true ", "network", "inspect", "-f", "{{.EnableIPv4}} {{.EnableIPv6}} {{range .IPAM.Config}}{{.Subnet}} {{end}}", "n")
+	d.ok("fd00:5::/64 fd00:5::ffff 10.5.0.0/24 10.5.0.1", "network", "inspect", "-f", "{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}} {{end}}", "n")
+	d.ok("", "service", "create", "--name", "s", "--network", "n", "-d", "busybox")
+	d.ok("10.5.0.2/24 fd00:5::2/64", "service", "inspect", "-f", "{{range .Endpoint.VirtualIPs}}{{.Addr}} {{end}}", "s")
+	task := strings.Fields(d.ok("", "service", "ps", "-q", "s"))[0]
+	d.ok(`\[10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64\]`, "inspect", "-f", "{{range .NetworksAttachments}}{{.Addresses}}{{end}}", task)
+	ct := strings.Fields(d.ok("", "ps", "-q", "--no-trunc"))[0]
+	d.ok(`10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64`, "inspect", "-f",
+		"{{with index .NetworkSettings.Networks \"n\"}}{{.IPAddress}}/{{.IPPrefixLen}} {{.GlobalIPv6Address}}/{{.GlobalIPv6PrefixLen}}{{end}}", ct)
+	d.ok(`10\.5\.0\.\d+/24 fd00:5::[0-9a-f]+/64`, "network", "inspect", "-f", "{{range .Containers}}{{.IPv4Address}} {{.IPv6Address}}{{end}}", "n")
+}
+
 func TestDockerNetworks(t *testing.T) {
 	d := newDocker(t, apitest.New())
 	d.bad("not a swarm manager", "network", "create", "-d", "overlay", "n")
 	d.ok("", "swarm", "init")
 	d.bad("use --driver overlay", "network", "create", "n")
-	d.bad("IPv6 is not supported", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
-	d.bad("EnableIPv6", "network", "create", "-d", "overlay", "--ipv6", "n")
-	d.bad(`Options\["encrypted"\]`, "network", "create", "-d", "overlay", "-o", "encrypted", "n")
+	d.bad("fd00::/64 is of IPv6, .*EnableIPv6", "network", "create", "-d", "overlay", "--subnet", "fd00::/64", "n")
+	d.bad("fd00::/126 must be /16 to /125", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00::/126", "n")
+	d.bad("fd00::1/64 has host bits set: it should be fd00::/64", "network", "create", "-d", "overlay", "--ipv6", "--subnet", "fd00::1/64", "n")
+	d.bad(`Options\["color"\]: .*no such option`, "network", "create", "-d", "overlay", "-o", "color=red", "n")
+	d.bad(`Options\["com.docker.network.driver.mtu"\]: .*65536`, "network", "create", "-d", "overlay", "-o", "com.docker.network.driver.mtu=65536", "n")
+	d.ok("", "network", "create", "-d", "overlay", "-o", "com.docker.network.driver.mtu=1400", "m")
+	d.bad(`Options\["encrypted"\]: "false"`, "network", "create", "-d", "overlay", "-o", "encrypted=false", "n")
+	d.ok("", "network", "create", "-d", "overlay", "-o", "encrypted", "e")
+	d.ok("^map\\[.*encrypted:", "network", "inspect", "-f", "{{.Options}}", "e")
+	d.ok("^e\n$", "network", "rm", "e")
+	d.ok("^1400\n$", "network", "inspect", "-f", `{{index .Options "com.docker.network.driver.mtu"}}`, "m")
+	d.ok("^m\n$", "network", "rm", "m")
 	d.bad("IPRange", "network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--ip-range", "10.5.0.0/25", "n")
 	id := strings.TrimSpace(d.ok("^[0-9a-z]{25}\n$", "network", "create", "-d", "overlay", "--attachable",
 		"--subnet", "10.5.0.0/24", "--gateway", "10.5.0.1", "--label", "a=b", "n"))

@@ -149,8 +149,12 @@ func containerNetworks(ct *weft.Container) map[string]*network.EndpointSettings 
 	for name, a := range ct.Networks {
 		e := &network.EndpointSettings{NetworkID: string(a.Network), EndpointID: endpointID(ct.Task, a.Network)}
 		if a.Addr.IsValid() {
-			e.IPAddress = a.Addr.Addr()
-			e.IPPrefixLen = a.Addr.Bits()
+			if v4, v6 := byFamily(a); v4.IsValid() {
+				e.IPAddress, e.IPPrefixLen = v4.Addr(), v4.Bits()
+				e.GlobalIPv6Address, e.GlobalIPv6PrefixLen = v6.Addr(), max(v6.Bits(), 0)
+			} else {
+				e.GlobalIPv6Address, e.GlobalIPv6PrefixLen = v6.Addr(), v6.Bits()
+			}
 			e.MacAddress = network.HardwareAddr(weft.EndpointMAC(ct.Task, a.Addr.Addr()))
 		}
 		out[name] = e

@@ -21,11 +21,9 @@ import (
 // networkRules: what network create honours.
 func networkRules() ruleSet {
 	r := ruleSet{}
-	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels",
-		"IPAM.Config[].Subnet", "IPAM.Config[].Gateway")
+	r.honour("", "Name", "Driver", "Internal", "Attachable", "Labels", "Options",
+		"EnableIPv4", "EnableIPv6", "IPAM.Config[].Subnet", "IPAM.Config[].Gateway")
 	r["Scope"] = only("", "swarm")
-	r["EnableIPv4"] = only(true)
-	r["EnableIPv6"] = only(false)
 	r["IPAM.Driver"] = only("", "default")
 	return r
 }
@@ -86,43 +84,68 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 	})
 	out := weft.NetworkSpec{
 		Name: d.Name, Labels: orEmpty(d.Labels), Driver: d.Driver,
-		Internal: d.Internal, Attachable: d.Attachable,
+		Internal: d.Internal, Attachable: d.Attachable, Options: d.Options,
+		IPv6: d.EnableIPv6 != nil && *d.EnableIPv6, NoIPv4: d.EnableIPv4 != nil && !*d.EnableIPv4,
+	}
+	if out.NoIPv4 && !out.IPv6 {
+		faults = append(faults, "EnableIPv4: a network without IPv4 needs IPv6: set EnableIPv6 (--ipv6), or leave IPv4 on")
 	}
 	if d.IPAM != nil {
 		for i, cfg := range d.IPAM.Config {
 			fault := checkSubnet(cfg, d.IPAM.Config[:i])
+			if fault == "" {
+				fault = checkFamily(cfg.Subnet, &out)
+			}
 			if fault != "" {
 				faults = append(faults, fmt.Sprintf("IPAM.Config[%d].%s", i, fault))
 			}
 			out.Subnets = append(out.Subnets, weft.Subnet{Prefix: cfg.Subnet, Gateway: cfg.Gateway})
 		}
 	}
-	return out, joined(weft.ErrInvalid, faults)
+	if len(faults) > 0 {
+		return out, joined(weft.ErrInvalid, faults)
+	}
+	return out, out.CheckOptions()
 }
 
 // checkSubnet returns what is wrong with one address range, "" when nothing.
 func checkSubnet(c network.IPAMConfig, before []network.IPAMConfig) string {
 	p, g := c.Subnet, c.Gateway
+	least, most := 8, 29
+	if p.IsValid() && p.Addr().Is6() {
+		least, most = 16, 125
+	}
 	switch {
 	case !p.IsValid():
 		return "Subnet: missing: a gateway needs the subnet that it is in"
-	case !p.Addr().Is4():
-		return fmt.Sprintf("Subnet: %s: IPv6 is not supported yet", p)
+	case p.Addr().Is4In6():
+		return fmt.Sprintf("Subnet: %s is IPv4 written as IPv6: write it as 10.1.0.0/24", p)
 	case p != p.Masked():
 		return fmt.Sprintf("Subnet: %s has host bits set: it should be %s", p, p.Masked())
-	case p.Bits() < 8 || p.Bits() > 29:
-		return fmt.Sprintf("Subnet: %s must be /8 to /29", p)
+	case p.Bits() < least || p.Bits() > most:
+		return fmt.Sprintf("Subnet: %s must be /%d to /%d", p, least, most)
 	case g.IsValid() && !p.Contains(g):
 		return fmt.Sprintf("Gateway: %s is not in %s", g, p)
 	case g.IsValid() && g == p.Addr():
 		return fmt.Sprintf("Gateway: %s is the address of the network itself", g)
-	case g.IsValid() && !p.Contains(g.Next()):
+	case g.IsValid() && g.Is4() && !p.Contains(g.Next()):
 		return fmt.Sprintf("Gateway: %s is the broadcast address of %s", g, p)
 	}
 	for _, o := range before {
 		if o.Subnet.Overlaps(p) {
 			return fmt.Sprintf("Subnet: %s overlaps %s", p, o.Subnet)
 		}
+	}
+	return ""
+}
+
+// checkFamily returns what is wrong with a subnet on a network of these families.
+func checkFamily(p netip.Prefix, n *weft.NetworkSpec) string {
+	switch {
+	case p.Addr().Is6() && !n.IPv6:
+		return fmt.Sprintf("Subnet: %s is of IPv6, which this network does not have: set EnableIPv6 (--ipv6), or leave the subnet out", p)
+	case p.Addr().Is4() && n.NoIPv4:
+		return fmt.Sprintf("Subnet: %s is of IPv4, which this network does not have: leave it out, or leave EnableIPv4 on", p)
 	}
 	return ""
 }
@@ -218,13 +241,25 @@ func (s *Server) localEndpoints(ctx context.Context, id weft.ID) (map[string]net
 			}
 			e := network.EndpointResource{Name: c.Name, EndpointID: endpointID(c.Task, id)}
 			if a.Addr.IsValid() {
-				e.IPv4Address = a.Addr
+				e.IPv4Address, e.IPv6Address = byFamily(a)
 				e.MacAddress = network.HardwareAddr(weft.EndpointMAC(c.Task, a.Addr.Addr()))
 			}
 			out[c.ID] = e
 		}
 	}
 	return out, nil
+}
+
+// byFamily sorts an attachment's addresses as Docker shows them.
+func byFamily(a weft.Attachment) (v4, v6 netip.Prefix) {
+	for _, p := range a.Addrs() {
+		if p.Addr().Is4() {
+			v4 = p
+		} else {
+			v6 = p
+		}
+	}
+	return v4, v6
 }
 
 // addMembers fills in the nodes that take part in a network, and with verbose
@@ -344,7 +379,7 @@ func endpointID(task, net weft.ID) string {
 func dockerNetwork(n *weft.Network) network.Network {
 	out := network.Network{
 		Name: n.Spec.Name, ID: string(n.ID), Created: n.Meta.CreatedAt, Scope: "swarm", Driver: n.Spec.Driver,
-		EnableIPv4: true, Internal: n.Spec.Internal, Attachable: n.Spec.Attachable, Ingress: n.Spec.Ingress,
+		EnableIPv4: !n.Spec.NoIPv4, EnableIPv6: n.Spec.IPv6, Internal: n.Spec.Internal, Attachable: n.Spec.Attachable, Ingress: n.Spec.Ingress,
 		IPAM:    network.IPAM{Driver: "default", Options: map[string]string{}, Config: []network.IPAMConfig{}},
 		Options: map[string]string{}, Labels: orEmpty(n.Spec.Labels),
 	}
@@ -369,7 +404,8 @@ func swarmNetwork(n *weft.Network) swarm.Network {
 		ID: string(n.ID), Meta: dockerMeta(n.Meta),
 		Spec: swarm.NetworkSpec{
 			Annotations:         swarm.Annotations{Name: n.Spec.Name, Labels: orEmpty(n.Spec.Labels)},
-			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver},
+			DriverConfiguration: &swarm.Driver{Name: n.Spec.Driver, Options: n.Spec.Options},
+			IPv6Enabled:         n.Spec.IPv6,
 			Internal:            n.Spec.Internal, Attachable: n.Spec.Attachable, Ingress: n.Spec.Ingress,
 			IPAMOptions: &swarm.IPAMOptions{Driver: swarm.Driver{Name: "default"}},
 			Scope:       "swarm",

@@ -205,8 +205,9 @@ func dockerService(s *weft.Service) swarm.Service {
 	}
 	out.Endpoint = swarm.Endpoint{Spec: *out.Spec.EndpointSpec, Ports: dockerPorts(s.Ports)}
 	for _, v := range s.VIPs {
-		out.Endpoint.VirtualIPs = append(out.Endpoint.VirtualIPs,
-			swarm.EndpointVirtualIP{NetworkID: string(v.Network), Addr: v.Addr})
+		for _, a := range v.Addrs() { // a network of two families is there twice
+			out.Endpoint.VirtualIPs = append(out.Endpoint.VirtualIPs, swarm.EndpointVirtualIP{NetworkID: string(v.Network), Addr: a})
+		}
 	}
 	out.UpdateStatus = dockerUpdateStatus(s.Update)
 	return out

@@ -260,6 +260,10 @@ func (s *Server) swarmInspect(c *call) error {
 	})
 }
 
+// RotateKeys is weft's own parameter of POST /swarm/update: new keys for
+// encrypted networks on every node.
+const RotateKeys = "rotateNetworkKeys"
+
 func (s *Server) swarmUpdate(c *call) error {
 	index, err := c.index()
 	if err != nil {
@@ -283,6 +287,7 @@ func (s *Server) swarmUpdate(c *call) error {
 		Spec:          weft.ClusterSpec{Labels: orEmpty(body.Labels), TaskHistory: old.Spec.TaskHistory, NodeDownAfter: old.Spec.NodeDownAfter},
 		RotateWorker:  c.bool("rotateWorkerToken"),
 		RotateManager: c.bool("rotateManagerToken"),
+		RotateKeys:    c.bool(RotateKeys),
 	}
 	if n := body.Orchestration.TaskHistoryRetentionLimit; n != nil {
 		if *n < 0 || *n > 1000 {

@@ -62,9 +62,7 @@ func (v *taskView) docker(t *weft.Task) swarm.Task {
 	}
 	for _, a := range t.Attachments {
 		na := swarm.NetworkAttachment{Network: swarm.Network{ID: string(a.Network)}}
-		if a.Addr.IsValid() {
-			na.Addresses = append(na.Addresses, a.Addr)
-		}
+		na.Addresses = append(na.Addresses, a.Addrs()...)
 		if n := v.networks[a.Network]; n != nil {
 			na.Network = swarmNetwork(n)
 		}

@@ -21,16 +21,15 @@ import (
 // a released version and never changes.
 var flagUpdate = flag.Bool("update", false, "write missing golden files")
 
-func goldenMessages() []struct {
+type goldenMessage struct {
 	name string
 	m    message
-} {
+}
+
+func goldenMessages() []goldenMessage {
 	v6 := endpoint(4)
 	v6.Addr, v6.Service = netip.MustParseAddr("fd00:1::4"), ""
-	return []struct {
-		name string
-		m    message
-	}{
+	return []goldenMessage{
 		{"table", &table{stamp{epoch: 300 << lifeBits, counter: 2}, []weft.Endpoint{endpoint(1), endpoint(2), v6}}},
 		{"empty table", &table{stamp{1, 1}, []weft.Endpoint{}}},
 		{"have", have{stamp{7, 8}}},
@@ -42,17 +41,28 @@ func goldenMessages() []struct {
 	}
 }
 
+// dualMessages came to version 1 when endpoints got a second address.
+func dualMessages() []goldenMessage {
+	dual := endpoint(5)
+	dual.Addr6 = netip.MustParseAddr("fd00:1::5")
+	return []goldenMessage{{"table of two families", &table{stamp{7, 8}, []weft.Endpoint{endpoint(1), dual}}}}
+}
+
 func TestGoldenFrames(t *testing.T) {
+	testGolden(t, "testdata/frames-v1.txt", goldenMessages())
+	testGolden(t, "testdata/frames-v1-dual.txt", dualMessages())
+}
+
+func testGolden(t *testing.T, file string, messages []goldenMessage) {
 	var b strings.Builder
 	salt := []byte("salt-of-16-bytes")
 	s, err := newSaltedSealer(testKey(), salt, nodeID(1))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, g := range goldenMessages() {
+	for _, g := range messages {
 		fmt.Fprintf(&b, "%s\n plain %x\n frame %x\n", g.name, encode(nil, g.m), s.seal(g.m))
 	}
-	const file = "testdata/frames-v1.txt"
 	want, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) && *flagUpdate {
 		if err := os.MkdirAll("testdata", 0o755); err != nil {
@@ -81,7 +91,7 @@ func TestGoldenFrames(t *testing.T) {
 			t.Fatal(err)
 		}
 		from, m, err := o.open(frame)
-		if g := goldenMessages()[i]; err != nil || from != nodeID(1) || !reflect.DeepEqual(m, g.m) {
+		if g := messages[i]; err != nil || from != nodeID(1) || !reflect.DeepEqual(m, g.m) {
 			t.Errorf("%s of the golden file: %s, %+v, %v", g.name, from, m, err)
 		}
 		i++
@@ -172,6 +182,9 @@ func drawMessage(t *rapid.T) message {
 			if rapid.Bool().Draw(t, "is6") {
 				e.Addr = netip.AddrFrom16([16]byte(rapid.SliceOfN(rapid.Byte(), 16, 16).Draw(t, "v6"))).Unmap()
 			}
+			if e.Addr.Is4() && rapid.Bool().Draw(t, "dual") {
+				e.Addr6 = netip.AddrFrom16([16]byte(append([]byte{0xfd}, rapid.SliceOfN(rapid.Byte(), 15, 15).Draw(t, "second")...)))
+			}
 			m.entries = append(m.entries, e)
 		}
 		return m
@@ -202,7 +215,7 @@ func TestMessageRoundTrip(t *testing.T) {
 // FuzzDecode: what a sender with the key may send can neither crash a node nor
 // take memory out of proportion, and what is read is read the same again.
 func FuzzDecode(f *testing.F) {
-	for _, g := range goldenMessages() {
+	for _, g := range append(goldenMessages(), dualMessages()...) {
 		f.Add(encode(nil, g.m))
 	}
 	f.Add([]byte{kindTable, 1, 1, 0xff, 0xff, 0xff, 0x7f})

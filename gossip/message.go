@@ -82,7 +82,9 @@ const (
 
 // encode appends m to b. Numbers are uvarints, strings have their length
 // before them, hashes are 8 bytes, big endian. A table names each network and
-// service once and refers to it by position.
+// service once and refers to it by position. The addresses of an entry are 4
+// bytes, 16, or both one after the other; builds that know one address for each
+// entry refuse a table with both.
 func encode(b []byte, m message) []byte {
 	switch m := m.(type) {
 	case *table:
@@ -144,7 +146,7 @@ func encodeTable(b []byte, t *table) []byte {
 		b = appendString(b, string(e.Task))
 		b = binary.AppendUvarint(b, e.Slot)
 		b = append(b, byte(e.State))
-		b = appendString(b, string(e.Addr.Unmap().AsSlice()))
+		b = appendString(b, string(append(e.Addr.Unmap().AsSlice(), e.Addr6.AsSlice()...)))
 	}
 	return b
 }
@@ -289,12 +291,24 @@ func (d *decoder) table() *table {
 		if e.State > weft.EndpointDraining {
 			d.fail(fmt.Errorf("endpoint state %d is unknown", e.State))
 		}
-		raw := d.bytes(d.uvarint())
-		a, ok := netip.AddrFromSlice(raw)
-		if d.err == nil && !ok {
-			d.fail(fmt.Errorf("address of %d bytes", len(raw)))
-		}
-		e.Addr = a.Unmap()
+		e.Addr, e.Addr6 = d.addrs()
 	}
 	return t
+}
+
+// addrs reads the addresses of an entry.
+func (d *decoder) addrs() (first, second netip.Addr) {
+	raw := d.bytes(d.uvarint())
+	if len(raw) == 4+16 {
+		if second = netip.AddrFrom16([16]byte(raw[4:])); second.Is4In6() {
+			d.fail(fmt.Errorf("second address %s is not of IPv6", second))
+			return netip.Addr{}, netip.Addr{}
+		}
+		raw = raw[:4]
+	}
+	first, ok := netip.AddrFromSlice(raw)
+	if d.err == nil && !ok {
+		d.fail(fmt.Errorf("address of %d bytes", len(raw)))
+	}
+	return first.Unmap(), second
 }

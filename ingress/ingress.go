@@ -24,6 +24,10 @@ type Table struct {
 	Ingress Entry
 	// Gateway is the tasks' way out of the host.
 	Gateway Gateway
+	// Router is the way of encrypted networks to other nodes.
+	Router Router
+	// Underlay is who may send overlay packets to this node.
+	Underlay Underlay
 }
 
 // Network is one overlay network's balancing table.
@@ -39,7 +43,8 @@ type Network struct {
 	Services []Service
 }
 
-// Service is one VIP. A VIP forwards all ports and protocols.
+// Service is one VIP, of either family: a service with an address of each is
+// here twice. A VIP forwards all ports and protocols.
 type Service struct {
 	ID       weft.ID
 	VIP      netip.Addr
@@ -50,8 +55,12 @@ type Service struct {
 // Backend is one task that takes connections.
 type Backend struct {
 	Task weft.ID
-	Addr netip.Addr
-	MAC  net.HardwareAddr
+	// Addr is the backend's first address on the network, Addr6 its second
+	// one, of IPv6; invalid without. Engines that rewrite only the hardware
+	// address need neither.
+	Addr  netip.Addr
+	Addr6 netip.Addr
+	MAC   net.HardwareAddr
 	// Draining backends keep their flows and get no new ones.
 	Draining bool
 }
@@ -71,6 +80,28 @@ type Published struct {
 type Entry struct {
 	Link string       // weft.IngressLeg; "" = no ingress network on this node yet
 	Addr netip.Prefix // requests are sent on from this address (client address rewritten)
+	// Addr6 is the same for IPv6; invalid = published ports are answered on
+	// IPv4 only.
+	Addr6 netip.Prefix
+}
+
+// Underlay names the members of the cluster by the addresses of their tunnels.
+// A VXLAN packet from any other address is dropped, whatever network it claims.
+type Underlay struct {
+	Port    uint16 // UDP port of VXLAN; 0 = not known yet, nothing is dropped
+	Members []netip.Addr
+}
+
+// Router is the namespace through which packets of encrypted networks leave the
+// node, routed by their address alone. One to a service address arrives there
+// with the hardware address of the backend that was chosen for it; the engine
+// gives it the backend's address, and the answer the service's.
+type Router struct {
+	NetNS string // path; "" = no encrypted network on this node
+	// VNIs of the networks; their packets come in by weft.RouterName.
+	VNIs []uint32
+	// Backends are those on other nodes, of all encrypted networks.
+	Backends []Backend
 }
 
 // Gateway is the per-host bridge for traffic to the outside.

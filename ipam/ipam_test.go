@@ -82,6 +82,42 @@ func TestPickErrors(t *testing.T) {
 	}
 }
 
+func TestPick6(t *testing.T) {
+	ula := pfx("fd12:3456:789a::/48")
+	used := []netip.Prefix{pfx("10.0.0.0/8"), pfx("fd12:3456:789a::/64"), pfx("fd12:3456:789a:1:8000::/65"), pfx("fd12:3456:789a:3::/64")}
+	if got, err := Pick6(ula, used); err != nil || got != pfx("fd12:3456:789a:2::/64") {
+		t.Errorf("got %v, %v", got, err)
+	}
+	if got, err := Pick6(ula, []netip.Prefix{pfx("fc00::/7")}); !errors.Is(err, weft.ErrUnavailable) || !strings.Contains(err.Error(), "fc00::/7") {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for _, p := range []netip.Prefix{{}, pfx("10.0.0.0/8"), pfx("fd00::/80")} {
+		if got, err := Pick6(p, nil); !errors.Is(err, weft.ErrInvalid) {
+			t.Errorf("%s: got %v, %v", p, got, err)
+		}
+	}
+}
+
+// The addresses of a large subnet are its first 2^24.
+func TestLargeSubnets(t *testing.T) {
+	s := NewSpace(weft.Subnet{Prefix: pfx("fd00::/64")})
+	if err := s.Take(netip.MustParseAddr("fd00::ff:ffff")); err != nil {
+		t.Error(err)
+	}
+	for _, a := range []string{"fd00::100:0", "fd00::1:0:0:5"} {
+		if err := s.Take(netip.MustParseAddr(a)); !errors.Is(err, weft.ErrInvalid) || !strings.Contains(err.Error(), "first 16777216") {
+			t.Errorf("%s: %v", a, err)
+		}
+	}
+	if a, err := s.Next(); err != nil || a != netip.MustParseAddr("fd00::2") {
+		t.Errorf("behind the last: %v, %v", a, err)
+	}
+	short := NewSpace(weft.Subnet{Prefix: pfx("fd00:0:0:8::/62")})
+	if err := short.Take(netip.MustParseAddr("fd00:0:0:9::5")); !errors.Is(err, weft.ErrInvalid) {
+		t.Errorf("an address of the second /64: %v", err)
+	}
+}
+
 func TestPickTopOfAddressSpace(t *testing.T) {
 	p := Pools{[]netip.Prefix{pfx("223.255.255.0/24")}, 25}
 	got, err := p.Pick([]netip.Prefix{pfx("223.255.255.0/25")})
@@ -91,7 +127,7 @@ func TestPickTopOfAddressSpace(t *testing.T) {
 }
 
 func TestCheckSubnet(t *testing.T) {
-	used := []Named{{pfx("10.1.0.0/16"), "network web"}, {pfx("10.2.0.5/24"), "host route on node h2"}}
+	used := []Named{{pfx("10.1.0.0/16"), "network web"}, {pfx("10.2.0.5/24"), "host route on node h2"}, {pfx("fd77:0:0:9::/64"), "network six"}}
 	for _, c := range []struct {
 		want string
 		is   error
@@ -104,7 +140,16 @@ func TestCheckSubnet(t *testing.T) {
 		{"10.1.4.0/24", weft.ErrConflict, "overlaps 10.1.0.0/16 (network web)"},
 		{"10.0.0.0/8", weft.ErrConflict, "network web"},
 		{"10.2.0.0/25", weft.ErrConflict, "overlaps 10.2.0.0/24 (host route on node h2)"},
-		{"fd00::/64", weft.ErrUnsupported, "IPv6"},
+		{"fd00::/64", nil, ""},
+		{"fd00::/125", nil, ""},
+		{"fd00::/126", weft.ErrInvalid, "use /125 or larger"},
+		{"fd00::/128", weft.ErrInvalid, "use /125 or larger"},
+		{"fd00::1/64", weft.ErrInvalid, "use fd00::/64"},
+		{"fd77:0:0:8::/62", weft.ErrConflict, "overlaps fd77:0:0:9::/64 (network six)"},
+		{"fe80::/64", weft.ErrInvalid, "overlaps fe80::/10"},
+		{"ff02::/64", weft.ErrInvalid, "hosts cannot use"},
+		{"::/0", weft.ErrInvalid, "hosts cannot use"},
+		{"::ffff:10.3.0.0/120", weft.ErrInvalid, "hosts cannot use"},
 		{"224.0.0.0/24", weft.ErrInvalid, "hosts cannot use"},
 		{"0.0.0.0/0", weft.ErrInvalid, "hosts cannot use"},
 	} {
@@ -121,28 +166,46 @@ func TestCheckSubnet(t *testing.T) {
 // A space against a plain set, through random takes, allocations and frees.
 func TestSpaceAgreesWithSet(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		p := netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), rapid.SampledFrom([]int{29, 28, 26, 19}).Draw(t, "bits")).Masked()
+		host := []int{3, 4, 6, 13}
+		base, reserved := netip.MustParseAddr("10.0.0.0"), 3
+		isIPv6 := rapid.Bool().Draw(t, "IPv6")
+		if isIPv6 {
+			base, reserved = netip.MustParseAddr("fd00:0:0:1::"), 2
+			host = append(host, 64)
+		}
+		number := func(n byte) netip.Addr {
+			b := base.AsSlice()
+			b[len(b)-1] = n
+			a, _ := netip.AddrFromSlice(b)
+			return a
+		}
+		bits := rapid.SampledFrom(host).Draw(t, "host bits")
+		p := netip.PrefixFrom(base, base.BitLen()-bits).Masked()
 		sub := weft.Subnet{Prefix: p}
 		if rapid.Bool().Draw(t, "gateway") {
-			sub.Gateway = netip.MustParseAddr("10.0.0.5")
+			sub.Gateway = number(5)
 		}
 		s := NewSpace(sub)
 		gw := sub.Gateway
 		if !gw.IsValid() {
-			gw = netip.MustParseAddr("10.0.0.1")
+			gw = number(1)
+		}
+		last := Last(p)
+		if isIPv6 {
+			last = netip.Addr{} // it is an address like any other
 		}
 		set := map[netip.Addr]bool{}
 		_, size := s.Usage()
-		if size != 1<<(32-p.Bits())-3 {
+		if size != 1<<min(bits, 24)-uint64(reserved) {
 			t.Fatalf("size %d", size)
 		}
 		for range rapid.IntRange(1, 80).Draw(t, "steps") {
 			// The high half of the range lies outside the smaller subnets.
-			a := netip.AddrFrom4([4]byte{10, 0, 0, rapid.Byte().Draw(t, "addr") % 80})
+			a := number(rapid.Byte().Draw(t, "addr") % 80)
 			switch rapid.IntRange(0, 3).Draw(t, "op") {
 			case 0:
 				err := s.Take(a)
-				usable := p.Contains(a) && a != p.Addr() && a != Last(p) && a != gw
+				usable := p.Contains(a) && a != p.Addr() && a != last && a != gw
 				switch {
 				case !usable:
 					if !errors.Is(err, weft.ErrInvalid) {
@@ -168,7 +231,7 @@ func TestSpaceAgreesWithSet(t *testing.T) {
 					}
 					break
 				}
-				if err != nil || set[got] || !p.Contains(got) || got == p.Addr() || got == Last(p) || got == gw {
+				if err != nil || set[got] || !p.Contains(got) || got == p.Addr() || got == last || got == gw {
 					t.Fatalf("next: %v, %v", got, err)
 				}
 				set[got] = true
@@ -213,7 +276,7 @@ func TestSpaceRefilledInAnyOrderGoesOnBehindTheHighest(t *testing.T) {
 }
 
 func TestSpaceOfNothing(t *testing.T) {
-	for _, sub := range []weft.Subnet{{}, {Prefix: pfx("fd00::/64")}, {Prefix: pfx("10.0.0.0/31")}} {
+	for _, sub := range []weft.Subnet{{}, {Prefix: pfx("fd00::/126")}, {Prefix: pfx("10.0.0.0/31")}} {
 		s := NewSpace(sub)
 		if _, err := s.Next(); !errors.Is(err, weft.ErrUnavailable) {
 			t.Errorf("%v: next: %v", sub, err)

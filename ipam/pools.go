@@ -25,12 +25,16 @@ type Pools struct {
 }
 
 // Validate refuses pools that nothing can be cut from, and pools that overlap
-// each other. Errors wrap weft.ErrInvalid, or weft.ErrUnsupported for IPv6.
+// each other. Errors wrap weft.ErrInvalid, or weft.ErrUnsupported for IPv6:
+// those networks are cut from the cluster's own range (Pick6).
 func (p Pools) Validate() error {
 	if len(p.Prefixes) == 0 {
 		return fmt.Errorf("%w: no address pool given", weft.ErrInvalid)
 	}
 	for i, pool := range p.Prefixes {
+		if pool.Addr().Is6() {
+			return fmt.Errorf("address pool %s: %w: IPv6 networks are cut from a range that the cluster makes for itself; leave it out, and give a network its own --subnet where you need another range", pool, weft.ErrUnsupported)
+		}
 		if err := checkRange(pool); err != nil {
 			return fmt.Errorf("address pool %s: %w", pool, err)
 		}
@@ -55,6 +59,22 @@ func (p Pools) Pick(used []netip.Prefix) (netip.Prefix, error) {
 	if err := p.Validate(); err != nil {
 		return netip.Prefix{}, err
 	}
+	return p.pick(used)
+}
+
+// SubnetBits6 is the length of every IPv6 subnet that weft chooses (RFC 4291
+// section 2.5.4: interface identifiers have 64 bits).
+const SubnetBits6 = 64
+
+// Pick6 is Pick for the IPv6 range of a cluster: it returns the first free /64.
+func Pick6(ula netip.Prefix, used []netip.Prefix) (netip.Prefix, error) {
+	if !ula.IsValid() || !ula.Addr().Is6() || ula.Bits() > SubnetBits6 {
+		return netip.Prefix{}, fmt.Errorf("%w: %s is not an IPv6 range of a cluster", weft.ErrInvalid, ula)
+	}
+	return Pools{Prefixes: []netip.Prefix{ula.Masked()}, MaskLength: SubnetBits6}.pick(used)
+}
+
+func (p Pools) pick(used []netip.Prefix) (netip.Prefix, error) {
 	taken := make([]netip.Prefix, 0, len(used))
 	for _, u := range used {
 		if u.IsValid() {
@@ -114,8 +134,7 @@ type Named struct {
 
 // CheckSubnet says whether want may become the subnet of a network. Errors:
 // weft.ErrInvalid (host bits set, too small, not a unicast range),
-// weft.ErrUnsupported (IPv6), weft.ErrConflict (overlaps something in used,
-// which is named).
+// weft.ErrConflict (overlaps something in used, which is named).
 func CheckSubnet(want netip.Prefix, used []Named) error {
 	if err := checkRange(want); err != nil {
 		return fmt.Errorf("subnet %s: %w", want, err)
@@ -131,13 +150,17 @@ func CheckSubnet(want netip.Prefix, used []Named) error {
 	return nil
 }
 
-// notUnicast are IPv4 ranges that no host may hold an address of.
+// notUnicast are ranges that no host may hold an address of, or none that is
+// good beyond its link.
 func notUnicast() []netip.Prefix {
 	return []netip.Prefix{
 		netip.MustParsePrefix("0.0.0.0/8"),      // RFC 1122 section 3.2.1.3: this network
 		netip.MustParsePrefix("127.0.0.0/8"),    // RFC 1122 section 3.2.1.3: loopback
 		netip.MustParsePrefix("169.254.0.0/16"), // RFC 3927: link-local
 		netip.MustParsePrefix("224.0.0.0/3"),    // RFC 5771 multicast, RFC 1112 section 4 reserved
+		netip.MustParsePrefix("::/8"),           // RFC 4291 section 2.4: unspecified, loopback, IPv4-mapped
+		netip.MustParsePrefix("fe80::/10"),      // RFC 4291 section 2.5.6: link-local
+		netip.MustParsePrefix("ff00::/8"),       // RFC 4291 section 2.7: multicast
 	}
 }
 
@@ -145,8 +168,6 @@ func checkRange(p netip.Prefix) error {
 	switch {
 	case !p.IsValid():
 		return fmt.Errorf("%w: not an address range", weft.ErrInvalid)
-	case !p.Addr().Is4():
-		return fmt.Errorf("%w: IPv6 subnets are not built yet", weft.ErrUnsupported)
 	case p != p.Masked():
 		return fmt.Errorf("%w: has host bits set: use %s", weft.ErrInvalid, p.Masked())
 	}

@@ -9,9 +9,11 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// Space is the addresses of one IPv4 subnet. The network address, the
-// broadcast address and the gateway are reserved from the start. It costs
-// memory only for the parts of the subnet that are in use.
+// Space is the addresses of one subnet. The network address (in IPv6 the
+// routers' anycast address, RFC 4291 section 2.6.1), the broadcast address of
+// IPv4 and the gateway are reserved from the start. Of a larger subnet the first
+// 2^24 addresses are used: hardware addresses are derived from their last bits.
+// It costs memory only for the parts of the subnet that are in use.
 //
 // Addresses are handed out next-fit: the search goes on behind the last one
 // given, so that a freed address rests until the whole subnet has been walked
@@ -19,6 +21,7 @@ import (
 type Space struct {
 	prefix  netip.Prefix
 	gateway netip.Addr
+	total   uint64 // addresses, reserved ones included
 	size    uint64 // addresses that tasks and services may have
 	used    uint64 // of those
 	cursor  uint64 // offset where the next search starts
@@ -32,14 +35,17 @@ const (
 	pageWords = pageBits / 64
 )
 
+// maxBits of an address are the allocator's to choose.
+const maxBits = 24
+
 type page struct {
 	words [pageWords]uint64
 	set   int
 }
 
 // NewSpace returns the empty space of s. Without a gateway the first address
-// is reserved for it. A subnet that CheckSubnet refuses (IPv6, smaller than
-// /29) gives a space of size zero: every Take and Next fails.
+// is reserved for it. A subnet that CheckSubnet refuses (smaller than /29 or
+// /125) gives a space of size zero: every Take and Next fails.
 func NewSpace(s weft.Subnet) *Space {
 	sp := &Space{prefix: s.Prefix, gateway: s.Gateway, pages: make(map[uint64]*page)}
 	if CheckSubnet(s.Prefix, nil) != nil {
@@ -48,10 +54,14 @@ func NewSpace(s weft.Subnet) *Space {
 	if !sp.gateway.IsValid() {
 		sp.gateway = s.Prefix.Addr().Next()
 	}
-	total := uint64(1) << (32 - s.Prefix.Bits())
-	sp.size = total
-	for _, a := range []netip.Addr{s.Prefix.Addr(), sp.gateway, Last(s.Prefix)} {
-		if s.Prefix.Contains(a) && sp.mark(sp.offset(a)) {
+	sp.total = uint64(1) << min(s.Prefix.Addr().BitLen()-s.Prefix.Bits(), maxBits)
+	sp.size = sp.total
+	reserved := []netip.Addr{s.Prefix.Addr(), sp.gateway}
+	if s.Prefix.Addr().Is4() {
+		reserved = append(reserved, Last(s.Prefix))
+	}
+	for _, a := range reserved {
+		if off, ok := sp.offset(a); ok && sp.mark(off) {
 			sp.size--
 		}
 	}
@@ -68,7 +78,7 @@ func (s *Space) Take(a netip.Addr) error {
 	if err := s.check(a); err != nil {
 		return err
 	}
-	off := s.offset(a)
+	off, _ := s.offset(a) // check knows it
 	if !s.mark(off) {
 		return fmt.Errorf("%w: address %s of subnet %s is taken", weft.ErrConflict, a, s.prefix)
 	}
@@ -98,7 +108,7 @@ func (s *Space) Free(a netip.Addr) {
 	if s.check(a) != nil {
 		return
 	}
-	off := s.offset(a)
+	off, _ := s.offset(a) // check knows it
 	p := s.pages[off/pageBits]
 	if p == nil {
 		return
@@ -124,10 +134,13 @@ func (s *Space) check(a netip.Addr) error {
 		return fmt.Errorf("%w: address %s is not in subnet %s", weft.ErrInvalid, a, s.prefix)
 	case a == s.prefix.Addr():
 		return fmt.Errorf("%w: %s is the network address of subnet %s", weft.ErrInvalid, a, s.prefix)
-	case a == Last(s.prefix):
+	case a.Is4() && a == Last(s.prefix):
 		return fmt.Errorf("%w: %s is the broadcast address of subnet %s", weft.ErrInvalid, a, s.prefix)
 	case a == s.gateway:
 		return fmt.Errorf("%w: %s is the gateway of subnet %s", weft.ErrInvalid, a, s.prefix)
+	}
+	if _, ok := s.offset(a); !ok {
+		return fmt.Errorf("%w: address %s is not among the first %d of subnet %s, which are the ones in use", weft.ErrInvalid, a, s.total, s.prefix)
 	}
 	return nil
 }
@@ -149,11 +162,9 @@ func (s *Space) mark(off uint64) bool {
 }
 
 // search returns the first clear bit at or behind from, around the end. The
-// caller knows that there is one; the broadcast address is marked, so no hit
-// lies beyond the subnet.
+// caller knows that there is one.
 func (s *Space) search(from uint64) uint64 {
-	total := uint64(1) << (32 - s.prefix.Bits())
-	if from >= total {
+	if from >= s.total {
 		from = 0
 	}
 	for off := from; ; {
@@ -164,7 +175,7 @@ func (s *Space) search(from uint64) uint64 {
 		w := off % pageBits / 64
 		free := ^p.words[w] &^ (1<<(off%64) - 1)
 		if p.set < pageBits && free != 0 {
-			if hit := off&^63 + uint64(bits.TrailingZeros64(free)); hit < total {
+			if hit := off&^63 + uint64(bits.TrailingZeros64(free)); hit < s.total {
 				return hit
 			}
 		}
@@ -173,19 +184,27 @@ func (s *Space) search(from uint64) uint64 {
 		} else {
 			off = off&^63 + 64
 		}
-		if off >= total {
+		if off >= s.total {
 			off = 0
 		}
 	}
 }
 
-func (s *Space) offset(a netip.Addr) uint64 {
-	b, base := a.As4(), s.prefix.Addr().As4()
-	return uint64(binary.BigEndian.Uint32(b[:]) - binary.BigEndian.Uint32(base[:]))
+// offset is the number of an address in the subnet; false for those that are not
+// handed out.
+func (s *Space) offset(a netip.Addr) (uint64, bool) {
+	if !s.prefix.Contains(a) {
+		return 0, false
+	}
+	b, base := a.As16(), s.prefix.Addr().As16()
+	off := binary.BigEndian.Uint64(b[8:]) - binary.BigEndian.Uint64(base[8:])
+	return off, [8]byte(b[:8]) == [8]byte(base[:8]) && off < s.total
 }
 
+// addr is the inverse of offset. The subnet's own low bits are zero, so nothing
+// carries beyond the last eight bytes.
 func (s *Space) addr(off uint64) netip.Addr {
-	b := s.prefix.Addr().As4()
-	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+uint32(off))
-	return netip.AddrFrom4(b)
+	b := s.prefix.Addr().As16()
+	binary.BigEndian.PutUint64(b[8:], binary.BigEndian.Uint64(b[8:])+off)
+	return netip.AddrFrom16(b).Unmap()
 }

@@ -117,8 +117,15 @@ func badNetworks(w *words) {
 		{"--subnet 10.5.0.1/24 x", "host bits"},
 		{"--subnet 10.5.0.0/31 x", "must be /8 to /29"},
 		{"--subnet 224.1.0.0/16 x", "which hosts cannot use"},
-		{"--opt encrypted x", `Options\["encrypted"\] is not supported yet`},
-		{"--ipv6 x", "EnableIPv6"},
+		{"--opt color=red x", `Options\["color"\]: there is no such option`},
+		{"--opt com.docker.network.driver.mtu=1400b x", `Options\["com\.docker\.network\.driver\.mtu"\]: "1400b": write a number of bytes`},
+		{"--opt com.docker.network.driver.mtu=575 x", `575: use 576 to 65535 bytes`},
+		{"--opt encrypted=false x", `Options\["encrypted"\]: "false": leave the value out`},
+		{"--ipv6 --subnet fd00:5::/126 x", "fd00:5::/126 must be /16 to /125"},
+		{"--ipv6 --subnet fd00:5::1/64 x", "host bits"},
+		{"--ipv6 --subnet fe80::/64 x", "which hosts cannot use"},
+		{"--ipv6 --subnet fd00:5:: x", `IPAM\.Config\[0\]\.Subnet`},
+		{"--subnet fd00:5::/64 x", "EnableIPv6"},
 	} {
 		w.refused("h3", 1, tc.want, append([]string{"network", "create", "-d", "overlay"}, strings.Fields(tc.args)...)...)
 	}
@@ -173,7 +180,7 @@ func badRequests(w *words) {
 		{"POST", "/networks/create", `{"Name":1}`, 400, "Name is a number: a string is expected"},
 		{"POST", "/networks/create", `{"Name":`, 400, "unexpected EOF"},
 		{"POST", "/networks/create", `{"Name":"front","Driver":"overlay"}`, 409, "network with name front already exists"},
-		{"POST", "/networks/create", `{"Name":"x","Driver":"overlay","Options":{"encrypted":""}}`, 501, "encrypted"},
+		{"POST", "/networks/create", `{"Name":"x","Driver":"overlay","Options":{"color":"red"}}`, 501, "color"},
 		{"POST", "/services/create", `{"Name":"x",` + image + `,"Mode":{"Replicated":{"Replicas":-1}}}`, 400, "Mode.Replicated.Replicas"},
 		{"POST", "/services/create", `{"Name":"x",` + image + `,"EndpointSpec":{"Ports":[{"TargetPort":70000}]}}`, 400, "EndpointSpec.Ports[0].TargetPort: 70000"},
 		{"POST", "/services/create", `{"Name":"x",` + image + `,"Bogus":1}`, 400, "Bogus"},

@@ -85,6 +85,9 @@ func (l *Lab) daemonArgs(h Host, r record) []string {
 	if r.ServiceEngine != "" {
 		args = append(args, "--service-engine", r.ServiceEngine)
 	}
+	if r.CryptEngine != "" {
+		args = append(args, "--encryption-engine", r.CryptEngine)
+	}
 	return args
 }
 
@@ -240,6 +243,9 @@ func (l *Lab) signs(h Host, ids []string) (signs, error) {
 		return signs{}, err
 	}
 	if s.NetNS, err = h.namespaces(); err != nil {
+		return signs{}, err
+	}
+	if s.At, err = ticks(); err != nil {
 		return signs{}, err
 	}
 	for _, id := range ids {

@@ -124,14 +124,14 @@ func (l *Lab) Observe() (Trace, error) {
 		t.ids = append(t.ids, ids...)
 		t.signs.NetNS = append(t.signs.NetNS, s.NetNS...)
 		t.signs.Groups = append(t.signs.Groups, s.Groups...)
-		t.signs.Own, t.signs.Spare = s.Own, s.Spare
+		t.signs.Own, t.signs.Spare, t.signs.At = s.Own, s.Spare, s.At
 	}
 	if t.signs.Own == 0 { // no host left
 		s, err := l.signs(l.plan.host(1), nil)
 		if err != nil {
 			return Trace{}, err
 		}
-		t.signs.Own, t.signs.Spare = s.Own, s.Spare
+		t.signs.Own, t.signs.Spare, t.signs.At = s.Own, s.Spare, s.At
 	}
 	t.signs.Dirs = t.dirs
 	for _, f := range []string{switchName, clientName} {

@@ -169,6 +169,8 @@ type Spec struct {
 	// each daemon choose by its own probe.
 	OverlayEngine string
 	ServiceEngine string
+	// EncryptionEngine likewise.
+	EncryptionEngine string
 }
 
 // recordVersion of lab.json. A reader refuses other versions.
@@ -182,6 +184,7 @@ type record struct {
 	MTU           int                `json:"mtu"`
 	OverlayEngine string             `json:"overlayEngine,omitempty"`
 	ServiceEngine string             `json:"serviceEngine,omitempty"`
+	CryptEngine   string             `json:"encryptionEngine,omitempty"`
 	Nodes         map[string]weft.ID `json:"nodes,omitempty"` // host name to node id, once it is a member
 	HostMTU       map[string]int     `json:"hostMTU,omitempty"`
 }
@@ -225,7 +228,7 @@ func merge(old *record, s Spec) (record, error) {
 	if old == nil {
 		r := record{
 			Version: recordVersion, Hosts: or(s.Hosts, DefaultHosts), Managers: or(s.Managers, 1), MTU: or(s.MTU, DefaultMTU),
-			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine,
+			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine, CryptEngine: s.EncryptionEngine,
 		}
 		return r, r.validate()
 	}
@@ -244,6 +247,8 @@ func merge(old *record, s Spec) (record, error) {
 		return record{}, fixed("overlay-engine", s.OverlayEngine, or(r.OverlayEngine, "the daemon's choice"))
 	case s.ServiceEngine != "" && s.ServiceEngine != r.ServiceEngine:
 		return record{}, fixed("service-engine", s.ServiceEngine, or(r.ServiceEngine, "the daemon's choice"))
+	case s.EncryptionEngine != "" && s.EncryptionEngine != r.CryptEngine:
+		return record{}, fixed("encryption-engine", s.EncryptionEngine, or(r.CryptEngine, "the daemon's choice"))
 	}
 	r.Hosts = max(r.Hosts, s.Hosts)
 	return r, r.validate()

@@ -95,6 +95,19 @@ func parseCgroup(b []byte) []string {
 	return paths
 }
 
+// userHZ is the unit of process.Start (USER_HZ, proc(5); 100 on all of Linux's
+// architectures that weft runs on).
+const userHZ = 100
+
+// ticks is now as process.Start counts.
+func ticks() (uint64, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0, fmt.Errorf("read the time since boot: %w", err)
+	}
+	return uint64(ts.Nano()) / uint64(time.Second/userHZ), nil
+}
+
 // processes lists all processes that this one can see, but for zombies.
 func processes() ([]process, error) {
 	entries, err := os.ReadDir("/proc")
@@ -125,8 +138,11 @@ func processes() ([]process, error) {
 // its daemon, or the weft that started it, was killed.
 type signs struct {
 	// NetNS: inodes of the host's namespace and of the namespaces below its
-	// ExecRoot. Everything in them belongs to the host.
+	// ExecRoot, as they were At (clock ticks after boot, as in process.Start).
+	// Everything that ran in them then belongs to the host; what started
+	// later may be anybody's, for the kernel gives inode numbers again.
 	NetNS []uint64
+	At    uint64
 	// Groups: cgroup paths "/weft/<node id>"; everything below them too.
 	Groups []string
 	// Dirs: folders of the host. A command line that names one is a sign
@@ -155,7 +171,7 @@ func (s signs) match(p process) string {
 	if p.NetNS == s.Own || p.NetNS == 0 {
 		return ""
 	}
-	if slices.Contains(s.NetNS, p.NetNS) {
+	if p.Start <= s.At && slices.Contains(s.NetNS, p.NetNS) {
 		return "network namespace"
 	}
 	for _, d := range s.Dirs {

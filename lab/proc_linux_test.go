@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"slices"
@@ -8,6 +9,24 @@ import (
 
 	"pgregory.net/rapid"
 )
+
+// TestTicksAreThoseOfProcesses: a process that runs has started at a tick that
+// is not later than now, and not long before this test.
+func TestTicksAreThoseOfProcesses(t *testing.T) {
+	before, err1 := ticks()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^$")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p, err2 := readProcess(cmd.Process.Pid)
+	after, err3 := ticks()
+	if err := errors.Join(err1, err2, err3, cmd.Wait()); err != nil {
+		t.Fatal(err)
+	}
+	if p.Start < before || p.Start > after {
+		t.Errorf("a process started at %d, not from %d to %d", p.Start, before, after)
+	}
+}
 
 func TestParseStat(t *testing.T) {
 	tail := " S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20"
@@ -38,7 +57,7 @@ func TestParseCgroup(t *testing.T) {
 }
 
 func TestSignsMatch(t *testing.T) {
-	s := signs{NetNS: []uint64{10, 11}, Groups: []string{"/weft/node1"}, Dirs: []string{"/run/weft/lab/lab/h1"}, Own: 1, Spare: []int{50}}
+	s := signs{NetNS: []uint64{10, 11}, At: 1000, Groups: []string{"/weft/node1"}, Dirs: []string{"/run/weft/lab/lab/h1"}, Own: 1, Spare: []int{50}}
 	for _, tc := range []struct {
 		name string
 		p    process
@@ -46,6 +65,9 @@ func TestSignsMatch(t *testing.T) {
 	}{
 		{"in the host's namespace", process{PID: 5, NetNS: 10}, true},
 		{"in a task's namespace", process{PID: 5, NetNS: 11}, true},
+		{"as the signs were read", process{PID: 5, NetNS: 10, Start: 1000}, true},
+		{"in a namespace that got the number later", process{PID: 5, NetNS: 10, Start: 1001, Args: []string{"runc", "init"}}, false},
+		{"by cgroup, started later", process{PID: 5, NetNS: 10, Start: 1001, Cgroups: []string{"/weft/node1/task"}}, true},
 		{"elsewhere", process{PID: 5, NetNS: 12, Args: []string{"sleep"}}, false},
 		{"by cgroup", process{PID: 5, NetNS: 1, Cgroups: []string{"/weft/node1/task"}}, true},
 		{"cgroup of another node", process{PID: 5, NetNS: 12, Cgroups: []string{"/weft/node10/task"}}, false},

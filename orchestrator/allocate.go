@@ -33,7 +33,7 @@ type allocator struct {
 
 type space struct {
 	net   weft.Network
-	addrs *ipam.Space
+	addrs *families
 }
 
 type restingNetwork struct {
@@ -51,7 +51,7 @@ func newAllocator(v *state.Snapshot) *allocator {
 	ingress, hasIngress := v.Ingress()
 	for _, n := range v.Nodes() {
 		if hasIngress && n.IngressAddr.IsValid() {
-			a.keepLocked(n.ID, weft.Attachment{Network: ingress.ID, Addr: n.IngressAddr})
+			a.keepLocked(n.ID, weft.Attachment{Network: ingress.ID, Addr: n.IngressAddr, Addr6: n.IngressAddr6})
 		}
 	}
 	for _, s := range v.Services() {
@@ -73,7 +73,7 @@ func newAllocator(v *state.Snapshot) *allocator {
 func (a *allocator) spaceLocked(n weft.Network) *space {
 	s, ok := a.spaces[n.ID]
 	if !ok {
-		s = &space{net: n, addrs: ipam.NewSpace(n.Spec.Subnets[0])}
+		s = &space{net: n, addrs: newFamilies(n.Spec)}
 		a.spaces[n.ID] = s
 	}
 	return s
@@ -87,27 +87,26 @@ func (a *allocator) keepLocked(owner weft.ID, at weft.Attachment) {
 	if !ok {
 		return // the network is gone, the task has not stopped yet
 	}
-	if err := s.addrs.Take(at.Addr.Addr()); err != nil {
+	if err := s.addrs.take(at); err != nil {
 		return
 	}
 	a.held[owner] = append(a.held[owner], at)
 }
 
-// attach chooses an address on each network for owner: all or none.
+// attach chooses addresses on each network for owner: all or none.
 func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attachment, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var got []weft.Attachment
 	for _, n := range networks {
-		s := a.spaceLocked(n)
-		addr, err := s.addrs.Next()
+		at, err := a.spaceLocked(n).addrs.next(n.ID)
 		if err != nil {
 			for _, g := range got {
-				a.spaces[g.Network].addrs.Free(g.Addr.Addr())
+				a.spaces[g.Network].addrs.free(g)
 			}
 			return nil, fmt.Errorf("choose address on network %s: %w", n.Spec.Name, err)
 		}
-		got = append(got, weft.Attachment{Network: n.ID, Addr: host(addr, n.Spec.Subnets[0])})
+		got = append(got, at)
 	}
 	if len(got) > 0 {
 		a.held[owner] = append(a.held[owner], got...)
@@ -129,7 +128,7 @@ next:
 			}
 		}
 		if s, ok := a.spaces[h.Network]; ok {
-			s.addrs.Free(h.Addr.Addr())
+			s.addrs.free(h)
 		}
 	}
 	if len(left) == 0 {
@@ -307,6 +306,9 @@ func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Por
 	for _, n := range v.Nodes() {
 		if n.Status.State == weft.NodeDown {
 			continue // its list is old
+		}
+		for _, k := range n.Status.Keys {
+			_ = ports.Take(weft.UDP, k.Port, "the encryption of node "+nodeName(n)) //nolint:errcheck // see above
 		}
 		for _, l := range n.Status.Listeners {
 			// Several nodes may have the same listener; the first is named.

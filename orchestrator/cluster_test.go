@@ -150,9 +150,14 @@ func (r *rig) stopAll() {
 // boot starts n managers that form a cluster.
 func (r *rig) boot(n int) {
 	r.t.Helper()
+	r.bootWith(testCluster(), n)
+}
+
+func (r *rig) bootWith(c weft.Cluster, n int) {
+	r.t.Helper()
 	first := &member{id: weft.NewID(), addr: managerAddr(1), stores: memStores()}
 	r.managers = append(r.managers, first)
-	r.start(first, &Bootstrap{Cluster: testCluster(), Node: weft.Node{ID: first.id, Description: weft.NodeDescription{Hostname: "m1"}}})
+	r.start(first, &Bootstrap{Cluster: c, Node: weft.Node{ID: first.id, Description: weft.NodeDescription{Hostname: "m1"}}})
 	r.must(first.Await(r.within(10 * time.Second)))
 	for i := 2; i <= n; i++ {
 		r.join(i)

@@ -48,6 +48,13 @@ func (t *term) updateCluster(ctx context.Context, index uint64, u weft.ClusterUp
 		return fmt.Errorf("update cluster: Dispatcher.HeartbeatPeriod: %s is below %s: %w", u.Spec.NodeDownAfter, minNodeDownAfter, weft.ErrInvalid)
 	}
 	c.Spec = u.Spec
+	if u.RotateKeys {
+		now := time.Now()
+		if why := keysUnsettled(t.store.View(), c, now); why != "" {
+			return fmt.Errorf("rotate the keys of encrypted networks: %s: %w", why, weft.ErrConflict)
+		}
+		nextEpoch(&c, now)
+	}
 	for _, r := range []struct {
 		asked bool
 		token *string

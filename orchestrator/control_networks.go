@@ -41,9 +41,6 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	if spec.Ingress {
 		return none, fmt.Errorf("network %s: Ingress: the cluster makes its own ingress network: %w", spec.Name, weft.ErrUnsupported)
 	}
-	if len(spec.Subnets) > 1 {
-		return none, fmt.Errorf("network %s: IPAM.Config[1]: only one subnet per network is supported: %w", spec.Name, weft.ErrUnsupported)
-	}
 	release, err := t.edit(ctx)
 	if err != nil {
 		return none, err
@@ -55,17 +52,19 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	}
 	now := time.Now()
 	t.alloc.follow(v, now) // the loop may not have seen the newest removal
-	subnet, err := t.chooseSubnet(v, &spec, now)
-	if err != nil {
+	var changes []state.Change
+	if spec.IPv6 {
+		changes = withULA(v)
+	}
+	if spec.Subnets, err = t.chooseSubnets(v, &spec, changes, now); err != nil {
 		return none, err
 	}
-	spec.Subnets = []weft.Subnet{subnet}
 	vni, err := t.chooseVNI(v, now)
 	if err != nil {
 		return none, fmt.Errorf("network %s: choose VNI: %w", spec.Name, err)
 	}
 	n := weft.Network{ID: weft.NewID(), Spec: spec, VNI: vni}
-	if err := t.prop.one(ctx, []state.Change{{Network: &n}}); err != nil {
+	if err := t.prop.one(ctx, append(changes, state.Change{Network: &n})); err != nil {
 		return none, fmt.Errorf("create network %s: %w", spec.Name, err)
 	}
 	n, ok := t.store.View().Network(n.ID)
@@ -75,40 +74,80 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	return n, nil
 }
 
-func (t *term) chooseSubnet(v *state.Snapshot, spec *weft.NetworkSpec, now time.Time) (weft.Subnet, error) {
-	used := usedPrefixes(v)
-	if len(spec.Subnets) == 1 && spec.Subnets[0].Prefix.IsValid() {
-		s := spec.Subnets[0]
-		if err := ipam.CheckSubnet(s.Prefix, used); err != nil {
-			return s, fmt.Errorf("network %s: IPAM.Config[0].Subnet: %w", spec.Name, err)
-		}
-		if !s.Gateway.IsValid() {
-			s.Gateway = s.Prefix.Addr().Next()
-		}
-		if !s.Prefix.Contains(s.Gateway) || s.Gateway == s.Prefix.Addr() {
-			return s, fmt.Errorf("network %s: IPAM.Config[0].Gateway: %s is not an address of a host in subnet %s: %w", spec.Name, s.Gateway, s.Prefix, weft.ErrInvalid)
-		}
-		return s, nil
-	}
-	if len(spec.Subnets) == 1 && spec.Subnets[0].Gateway.IsValid() {
-		return weft.Subnet{}, fmt.Errorf("network %s: IPAM.Config[0].Gateway: a gateway needs a subnet: %w", spec.Name, weft.ErrInvalid)
-	}
+// withULA is the change that gives a cluster its IPv6 range, if it is older than
+// those: the random bits are drawn here and stored by the command.
+func withULA(v *state.Snapshot) []state.Change {
 	c, _ := v.Cluster()
-	pools := ipam.Pools{Prefixes: c.AddrPools, MaskLength: c.MaskLength}
+	if c.ULA.IsValid() {
+		return nil
+	}
+	c.ULA = weft.NewULA()
+	return []state.Change{{Cluster: &c}}
+}
+
+// chooseSubnets gives a network a subnet of each family that it is to have, IPv4
+// first. first are changes that go before it and may bring the cluster's IPv6
+// range.
+func (t *term) chooseSubnets(v *state.Snapshot, spec *weft.NetworkSpec, first []state.Change, now time.Time) ([]weft.Subnet, error) {
+	c, _ := v.Cluster()
+	for _, f := range first {
+		c = *f.Cluster
+	}
+	var out []weft.Subnet
+	for _, is6 := range []bool{false, true} {
+		if is6 && !spec.IPv6 || !is6 && spec.NoIPv4 {
+			continue
+		}
+		s, given, err := givenSubnet(v, spec, is6)
+		if err == nil && !given {
+			s, err = t.chooseSubnet(v, &c, is6, now)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("network %s: %w", spec.Name, err)
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+// givenSubnet is the subnet of a family that a person gave, checked against what
+// is in use.
+func givenSubnet(v *state.Snapshot, spec *weft.NetworkSpec, is6 bool) (s weft.Subnet, given bool, err error) {
+	i := slices.IndexFunc(spec.Subnets, func(s weft.Subnet) bool { return s.Prefix.Addr().Is6() == is6 })
+	if i < 0 {
+		return s, false, nil
+	}
+	s = spec.Subnets[i]
+	if err := ipam.CheckSubnet(s.Prefix, usedPrefixes(v)); err != nil {
+		return s, true, fmt.Errorf("IPAM.Config[%d].Subnet: %w", i, err)
+	}
+	if !s.Gateway.IsValid() {
+		s.Gateway = s.Prefix.Addr().Next()
+	}
+	return s, true, nil
+}
+
+func (t *term) chooseSubnet(v *state.Snapshot, c *weft.Cluster, is6 bool, now time.Time) (weft.Subnet, error) {
+	pick := ipam.Pools{Prefixes: c.AddrPools, MaskLength: c.MaskLength}.Pick
+	if is6 {
+		pick = func(used []netip.Prefix) (netip.Prefix, error) { return ipam.Pick6(c.ULA, used) }
+	}
 	var in []netip.Prefix
-	for _, u := range used {
+	for _, u := range usedPrefixes(v) {
 		in = append(in, u.Prefix)
 	}
 	careful := slices.Clone(in)
 	for _, n := range t.alloc.rested(now) {
-		careful = append(careful, n.Spec.Subnets[0].Prefix)
+		for _, s := range n.Spec.Subnets {
+			careful = append(careful, s.Prefix)
+		}
 	}
-	p, err := pools.Pick(careful)
+	p, err := pick(careful)
 	if err != nil {
-		p, err = pools.Pick(in) // better a subnet that has not rested than none
+		p, err = pick(in) // better a subnet that has not rested than none
 	}
 	if err != nil {
-		return weft.Subnet{}, fmt.Errorf("network %s: choose subnet: %w", spec.Name, err)
+		return weft.Subnet{}, fmt.Errorf("choose subnet: %w", err)
 	}
 	return weft.Subnet{Prefix: p, Gateway: p.Addr().Next()}, nil
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ipam"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
 
@@ -276,11 +277,20 @@ func (r *rig) checkAllocator() {
 			return fmt.Errorf("held %v, in the state %v", t.alloc.held, fresh.held)
 		}
 		for id, s := range fresh.spaces {
-			used, _ := s.addrs.Usage()
-			if have, _ := t.alloc.spaces[id].addrs.Usage(); have != used {
+			if have, used := usage(t.alloc.spaces[id].addrs), usage(s.addrs); have != used {
 				return fmt.Errorf("network %s: %d addresses in use, in the state %d", s.net.Spec.Name, have, used)
 			}
 		}
 		return nil
 	})
+}
+
+// usage is how many addresses of IPv4 and of IPv6 are taken.
+func usage(f *families) (used [2]uint64) {
+	for i, s := range []*ipam.Space{f.v4, f.v6} {
+		if s != nil {
+			used[i], _ = s.Usage()
+		}
+	}
+	return used
 }

@@ -79,6 +79,11 @@ func (t *term) round(ctx context.Context, sub *state.Subscription, k *tracker) (
 	if err != nil {
 		return again, err
 	}
+	rotate, err := t.rotateKeys(ctx, v, now)
+	if err != nil {
+		return again, err
+	}
+	again = earlier(again, rotate)
 	p := &pass{term: t, view: v, k: k, now: now, changes: map[weft.ID][]state.Change{}}
 	k.due(now)
 	p.run()

@@ -57,7 +57,7 @@ func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr
 	if err != nil {
 		return none, fmt.Errorf("join: choose ingress address: %w", err)
 	}
-	n.IngressAddr = at[0].Addr
+	n.IngressAddr, n.IngressAddr6 = at[0].Addr, at[0].Addr6
 	if err := t.prop.one(ctx, []state.Change{{Node: &n}}); err != nil {
 		t.alloc.release(n.ID)
 		return none, fmt.Errorf("join: store node: %w", err)
@@ -90,6 +90,9 @@ func joiner(v *state.Snapshot, r wire.AdmitRequest, remote netip.Addr, role weft
 	}
 	if !n.DataPath.IsValid() || n.DataPath.IsUnspecified() {
 		n.DataPath = adv.Addr()
+	}
+	if err := checkFamily(v, &n); err != nil {
+		return n, err
 	}
 	if role == weft.RoleManager {
 		n.Manager = &weft.ManagerStatus{Addr: adv}
@@ -150,6 +153,24 @@ func holder(nodes []weft.Node, addr netip.Addr) *weft.Node {
 		if has && (n.Status.State != weft.NodeDown || n.Manager != nil) {
 			return n
 		}
+	}
+	return nil
+}
+
+// checkFamily refuses a node that the others could build no tunnel to: those go
+// from IPv4 to IPv4 or from IPv6 to IPv6.
+func checkFamily(v *state.Snapshot, n *weft.Node) error {
+	for _, o := range v.Nodes() {
+		theirs, own := o.DataPath.Unmap(), n.DataPath.Unmap()
+		if o.Status.State == weft.NodeDown || !theirs.IsValid() || theirs.Is4() == own.Is4() {
+			continue
+		}
+		family := "IPv4"
+		if theirs.Is6() {
+			family = "IPv6"
+		}
+		return fmt.Errorf("join: DataPathAddr: this node would carry the overlay over %s, and node %s does over %s; all nodes of a cluster need tunnel addresses of one family: give an %s address of this host with --data-path-addr, or with --advertise-addr: %w",
+			own, nodeName(o), theirs, family, weft.ErrInvalid)
 	}
 	return nil
 }

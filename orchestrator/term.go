@@ -97,12 +97,20 @@ func (t *term) found(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("choose subnet of the ingress network: %w", err)
 	}
-	space := ipam.NewSpace(subnet)
-	addr, err := space.Next()
+	cluster, node := b.Cluster, b.Node
+	ingress := weft.NetworkSpec{Name: weft.IngressName, Driver: weft.DriverOverlay, Ingress: true, Subnets: []weft.Subnet{subnet}}
+	if cluster.ULA.IsValid() {
+		six, err := ipam.Pick6(cluster.ULA, used)
+		if err != nil {
+			return fmt.Errorf("choose IPv6 subnet of the ingress network: %w", err)
+		}
+		ingress.IPv6 = true
+		ingress.Subnets = append(ingress.Subnets, weft.Subnet{Prefix: six, Gateway: six.Addr().Next()})
+	}
+	at, err := newFamilies(ingress).next("")
 	if err != nil {
 		return fmt.Errorf("choose ingress address of node %s: %w", b.Node.ID, err)
 	}
-	cluster, node := b.Cluster, b.Node
 	cluster.Meta = weft.Meta{}
 	node.Meta = weft.Meta{}
 	node.Spec.Role = weft.RoleManager
@@ -114,12 +122,11 @@ func (t *term) found(ctx context.Context) error {
 	if !node.DataPath.IsValid() {
 		node.DataPath = node.Status.Addr
 	}
-	node.IngressAddr = host(addr, subnet)
+	node.IngressAddr, node.IngressAddr6 = at.Addr, at.Addr6
 	err = t.prop.one(ctx, []state.Change{
 		{Cluster: &cluster},
 		{Network: &weft.Network{
-			ID: weft.NewID(), VNI: weft.IngressVNI,
-			Spec: weft.NetworkSpec{Name: weft.IngressName, Driver: weft.DriverOverlay, Ingress: true, Subnets: []weft.Subnet{subnet}},
+			ID: weft.NewID(), VNI: weft.IngressVNI, Spec: ingress,
 		}},
 		{Node: &node},
 	})

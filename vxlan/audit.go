@@ -270,7 +270,7 @@ func (v *view) findDevice() (fault, reason string) {
 		return missing, FaultGone
 	case v.had.DeviceFault != "":
 		return wrong, v.had.DeviceFault
-	case v.inLeft && (v.had.VTEP.Unmap() != v.left.VTEP.Unmap() || v.had.Port != v.left.Port):
+	case v.inLeft && !sameDevice(v.had, v.left):
 		return wrong, fmt.Sprintf("tunnel of %s, port %d instead of %s, port %d", v.had.VTEP, v.had.Port, v.left.VTEP, v.left.Port)
 	}
 	return "", ""
@@ -287,7 +287,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	switch {
 	case inHad == inLeft && had == left, inLeft && op.Kind == OpDelFDB:
 		return "", ""
-	case v.isNewDevice && (!inHad || isHalf):
+	case v.isNewDevice && (!inHad || isHalf || op.Kind == OpSetFDB && had == op.VTEP.Unmap()):
 		return "", "" // it went with the device
 	case isHalf:
 		return wrong, "one of its two halves was there"

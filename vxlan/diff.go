@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/weftnet/weft"
 )
 
 // OpKind is what one operation does. The order of the constants is the order
@@ -124,6 +126,10 @@ func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(ni
 // Derive computes the tables that a network needs. A Peer without an address
 // is a forwarding entry alone, one without a VTEP a neighbour alone: that is
 // how half-made entries of a kernel are expressed.
+//
+// On an encrypted network the router answers for every peer, and a peer's own
+// MAC leads to the router, too: a balancer writes it into packets to a service
+// address, and the router tells by it which peer is meant.
 func Derive(n Network) Tables {
 	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
 	for _, v := range n.VIPs {
@@ -133,6 +139,14 @@ func Derive(n Network) Tables {
 		t.FDB[MACOf(v.MAC)] = netip.Addr{}
 	}
 	for _, p := range n.Peers {
+		if n.Encrypted && p.VTEP.IsValid() {
+			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
+			t.FDB[MACOf(p.MAC)] = netip.Addr{}
+			if p.Addr.IsValid() {
+				t.Neigh[p.Addr.Unmap()] = MACOf(weft.RouterMAC(n.VNI))
+			}
+			continue
+		}
 		if p.Addr.IsValid() {
 			t.Neigh[p.Addr.Unmap()] = MACOf(p.MAC)
 		}
@@ -180,10 +194,10 @@ func Diff(have, want State) []Op {
 		switch {
 		case !ok:
 			ops = append(ops, Op{Kind: OpAddNetwork, VNI: vni, Network: header(w)})
-			h = Network{ID: w.ID, VNI: vni, Subnets: w.Subnets, MTU: w.MTU, VTEP: w.VTEP, Port: w.Port}
+			h = bare(w)
 		case h.ID != w.ID:
 			ops = append(ops, Op{Kind: OpDelStale, VNI: vni}, Op{Kind: OpAddNetwork, VNI: vni, Network: header(w)})
-			h = Network{ID: w.ID, VNI: vni, Subnets: w.Subnets, MTU: w.MTU, VTEP: w.VTEP, Port: w.Port}
+			h = bare(w)
 		}
 		ops = append(ops, diffNetwork(h, w)...)
 	}
@@ -196,9 +210,28 @@ func Diff(have, want State) []Op {
 	return ops
 }
 
+// bare is the network as OpAddNetwork makes it.
+func bare(w Network) Network {
+	n := *header(w)
+	if n.Encrypted {
+		n.VTEP = netip.IPv4Unspecified()
+	}
+	return n
+}
+
+// sameDevice reports whether the device that leads to other nodes is as wanted.
+// The uplink of an encrypted network has no address: a sound one is read as one
+// with the unspecified address, a broken one without.
+func sameDevice(h, w Network) bool {
+	if h.Encrypted || w.Encrypted {
+		return h.Encrypted == w.Encrypted && h.VTEP.IsValid()
+	}
+	return h.VTEP.Unmap() == w.VTEP.Unmap() && h.Port == w.Port
+}
+
 func diffNetwork(h, w Network) []Op {
 	var ops []Op
-	remade := h.VTEP.Unmap() != w.VTEP.Unmap() || h.Port != w.Port
+	remade := !sameDevice(h, w)
 	if h.MTU != w.MTU || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
 		ops = append(ops, Op{Kind: OpSetNetwork, VNI: w.VNI, Network: header(w)})
 	}
@@ -261,7 +294,7 @@ func header(n Network) *Network {
 }
 
 func equalLegs(a, b HostLeg) bool {
-	return a.Name == b.Name && a.Addr == b.Addr && bytes.Equal(a.MAC, b.MAC)
+	return a.Name == b.Name && a.Addr == b.Addr && a.Addr6 == b.Addr6 && bytes.Equal(a.MAC, b.MAC)
 }
 
 func compareOps(a, b Op) int {
@@ -288,13 +321,15 @@ func compareVIPs(a, b VIP) int {
 func comparePorts(a, b Port) int {
 	return cmp.Or(
 		cmp.Compare(a.Task, b.Task), cmp.Compare(a.NetNS, b.NetNS), cmp.Compare(a.IfName, b.IfName),
-		a.Addr.Addr().Compare(b.Addr.Addr()), cmp.Compare(a.Addr.Bits(), b.Addr.Bits()), bytes.Compare(a.MAC, b.MAC))
+		comparePrefixes(a.Addr, b.Addr), comparePrefixes(a.Addr6, b.Addr6), bytes.Compare(a.MAC, b.MAC))
 }
 
 func sortedPrefixes(ps []netip.Prefix) []netip.Prefix {
 	out := slices.Clone(ps)
-	slices.SortFunc(out, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	slices.SortFunc(out, comparePrefixes)
 	return out
+}
+
+func comparePrefixes(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }

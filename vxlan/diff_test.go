@@ -28,15 +28,25 @@ func draw(t *rapid.T, label string) vxlan.State {
 			MTU:  rapid.SampledFrom([]int{1400, 1450}).Draw(t, label+" mtu"),
 			VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(1, 2).Draw(t, label+" vtep"))}), Port: 4789,
 		}
+		n.Encrypted = n.ID[len(n.ID)-1] == '1' // fixed for the life of a network
 		for i := byte(1); i < 8; i++ {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, i})
 			task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, label+" generation")*100+int(i)))
 			mac := weft.EndpointMAC(task, a)
 			switch rapid.IntRange(0, 3).Draw(t, label+" role") {
 			case 1:
-				n.Ports = append(n.Ports, vxlan.Port{Task: task, NetNS: "/run/" + string(task), IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: mac})
+				p := vxlan.Port{Task: task, NetNS: "/run/" + string(task), IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: mac}
+				if rapid.Bool().Draw(t, label+" is dual") {
+					p.Addr6 = netip.PrefixFrom(second(i), 64)
+				}
+				n.Ports = append(n.Ports, p)
 			case 2:
-				n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})})
+				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})}
+				n.Peers = append(n.Peers, p)
+				if rapid.Bool().Draw(t, label+" is dual") {
+					p.Addr = second(i)
+					n.Peers = append(n.Peers, p)
+				}
 			case 3:
 				n.VIPs = append(n.VIPs, vxlan.VIP{Addr: a, MAC: mac})
 			}
@@ -44,11 +54,17 @@ func draw(t *rapid.T, label string) vxlan.State {
 		if rapid.Bool().Draw(t, label+" has leg") {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(50, 51).Draw(t, label+" leg"))})
 			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(a, 24), MAC: weft.NodeMAC("n", a)}
+			if rapid.Bool().Draw(t, label+" leg is dual") {
+				n.HostLeg.Addr6 = netip.PrefixFrom(second(50), 64)
+			}
 		}
 		s.Networks[vni] = n
 	}
 	return s
 }
+
+// second is the IPv6 address of the endpoint number i.
+func second(i byte) netip.Addr { return netip.AddrFrom16([16]byte{0: 0xfd, 15: i}) }
 
 func text(s vxlan.State) string {
 	s = vxlan.Normalize(s)
@@ -57,6 +73,10 @@ func text(s vxlan.State) string {
 		if n, ok := s.Networks[vni]; ok {
 			leg := n.HostLeg
 			n.HostLeg = nil
+			if n.Encrypted { // of its peers only the tables are left in a kernel
+				out += fmt.Sprintf("%v\n", vxlan.Derive(n))
+				n.Peers, n.VIPs, n.VTEP, n.Port = nil, nil, netip.Addr{}, 0
+			}
 			out += fmt.Sprintf("%v %v\n", n, leg)
 		}
 	}
@@ -136,6 +156,47 @@ func TestMTU(t *testing.T) {
 	}
 }
 
+func TestEncryptedMTU(t *testing.T) {
+	for _, c := range []struct {
+		under int
+		vtep  string
+		want  int
+	}{{1500, "10.99.0.1", 1440}, {1500, "fd00::1", 1420}, {9000, "::ffff:10.99.0.1", 8940}, {127, "10.99.0.1", 0}} {
+		vtep := netip.MustParseAddr(c.vtep)
+		got, err := vxlan.EncryptedMTU(c.under, vtep)
+		if got != c.want || (err != nil) != (c.want == 0) {
+			t.Errorf("EncryptedMTU(%d, %s) = %d, %v; want %d", c.under, c.vtep, got, err, c.want)
+		}
+		if plain, err := vxlan.MTU(c.under, vtep); err == nil && c.want != 0 && vxlan.EncryptedFrom(plain, vtep) != c.want {
+			t.Errorf("EncryptedFrom(%d, %s) = %d, want %d", plain, c.vtep, vxlan.EncryptedFrom(plain, vtep), c.want)
+		}
+	}
+}
+
+// TestEncryptedTables: the router answers for who is elsewhere, and frames to a
+// peer's own MAC lead to the router.
+func TestEncryptedTables(t *testing.T) {
+	a := netip.MustParseAddr("10.0.0.2")
+	mac := weft.EndpointMAC("u", a)
+	n := vxlan.Network{ID: "n", VNI: 4097, MTU: 1440, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789, Encrypted: true,
+		Peers: []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")}}}
+	router := vxlan.MACOf(weft.RouterMAC(n.VNI))
+	got := vxlan.Derive(n)
+	if got.Neigh[a] != router || len(got.FDB) != 2 {
+		t.Fatalf("tables %v: the router must answer for %s", got, a)
+	}
+	for _, m := range []vxlan.MAC{router, vxlan.MACOf(mac)} {
+		if vtep, ok := got.FDB[m]; !ok || vtep.IsValid() {
+			t.Errorf("frames to %s: %v %v, want the uplink and no VTEP", m.HardwareAddr(), vtep, ok)
+		}
+	}
+	plain := n
+	plain.Encrypted = false
+	if ops := vxlan.Diff(vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: plain}}, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}); ops[0].Kind != vxlan.OpSetDevice {
+		t.Errorf("a VXLAN device on an encrypted network stays: %v", ops)
+	}
+}
+
 func TestValidateNames(t *testing.T) {
 	good := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
 	if err := good.Validate(); err != nil {
@@ -152,8 +213,22 @@ func TestValidateNames(t *testing.T) {
 			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("fd00::1")}}
 		},
 		"address twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a, weft.VIPMAC("s", a)}} },
-		"MAC twice":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
-		"group MAC":     func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
+		"MAC of three": func(n *vxlan.Network) {
+			for _, x := range []netip.Addr{a, second(1), second(2)} {
+				n.Peers = append(n.Peers, vxlan.Peer{Addr: x, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")})
+			}
+		},
+		"MAC at two VTEPs": func(n *vxlan.Network) {
+			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2")}, {Addr: second(1), MAC: mac, VTEP: netip.MustParseAddr("10.99.0.3")}}
+		},
+		"two addresses of IPv4": func(n *vxlan.Network) {
+			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(a, 24), Addr6: netip.PrefixFrom(a.Next(), 24), MAC: mac}
+		},
+		"two addresses of IPv6": func(n *vxlan.Network) {
+			n.HostLeg = &vxlan.HostLeg{Name: "leg", Addr: netip.PrefixFrom(second(1), 64), Addr6: netip.PrefixFrom(second(2), 64), MAC: mac}
+		},
+		"MAC twice": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, mac}, {a.Next(), mac}} },
+		"group MAC": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{a, []byte{1, 0, 0, 0, 0, 1}}} },
 		"long interface": func(n *vxlan.Network) {
 			n.HostLeg = &vxlan.HostLeg{Name: "0123456789abcdef", Addr: netip.PrefixFrom(a, 24), MAC: mac}
 		},

@@ -178,14 +178,21 @@ func (c *checker) check() {
 			c.fail("%s: no namespace path", what)
 		}
 		c.ifName(what, p.IfName)
-		c.prefix(what, p.Addr)
-		c.address(what, p.Addr.Addr())
+		c.prefixes(what, p.Addrs())
 		c.mac(what, p.MAC)
 	}
+	macs := make(map[MAC]Peer, len(n.Peers))
 	for _, p := range n.Peers {
 		what := fmt.Sprintf("peer %s", p.Addr)
 		c.address(what, p.Addr)
-		c.mac(what, p.MAC)
+		// The two addresses of an endpoint share its hardware address.
+		first, again := macs[MACOf(p.MAC)]
+		if again && first.VTEP.Unmap() == p.VTEP.Unmap() && first.Addr.Unmap().Is4() != p.Addr.Unmap().Is4() {
+			macs[MACOf(p.MAC)] = Peer{} // a third one is no twin of either
+		} else {
+			c.mac(what, p.MAC)
+			macs[MACOf(p.MAC)] = p
+		}
 		if !p.VTEP.IsValid() || p.VTEP.IsUnspecified() || p.VTEP.IsMulticast() || p.VTEP.Unmap() == n.VTEP.Unmap() {
 			c.fail("%s: VTEP %s is not another node's unicast address", what, p.VTEP)
 		} else if n.VTEP.IsValid() && p.VTEP.Unmap().Is4() != n.VTEP.Unmap().Is4() {
@@ -200,15 +207,22 @@ func (c *checker) check() {
 	if l := n.HostLeg; l != nil {
 		what := "host leg " + l.Name
 		c.ifName(what, l.Name)
-		c.prefix(what, l.Addr)
-		c.address(what, l.Addr.Addr())
+		c.prefixes(what, l.Addrs())
 		c.mac(what, l.MAC)
 	}
 }
 
-func (c *checker) prefix(what string, p netip.Prefix) {
-	if !p.IsValid() {
-		c.fail("%s: no address", what)
+// prefixes checks the addresses of a port: the first of either family, the
+// second of IPv6 beside IPv4.
+func (c *checker) prefixes(what string, all []netip.Prefix) {
+	for i, p := range all {
+		if !p.IsValid() {
+			c.fail("%s: no address", what)
+		}
+		if i > 0 && (!p.Addr().Is6() || !all[0].Addr().Is4()) {
+			c.fail("%s: addresses %s and %s are not of IPv4 and IPv6", what, all[0], p)
+		}
+		c.address(what, p.Addr())
 	}
 }
 

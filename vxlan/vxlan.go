@@ -18,6 +18,8 @@ import (
 type State struct {
 	// Networks by VNI. A network that is absent is removed from the kernel.
 	Networks map[uint32]Network
+	// Encryption is used by the encrypted networks among them.
+	Encryption Encryption
 }
 
 // Network is one overlay network on this node.
@@ -30,6 +32,9 @@ type Network struct {
 	// VTEP is this node's own tunnel address and Port the UDP port.
 	VTEP netip.Addr
 	Port uint16
+	// Encrypted networks have no VXLAN device: packets to Peers leave by a
+	// router behind the bridge (weft.UplinkName), which encrypts them.
+	Encrypted bool
 	// Ports are the local tasks' ports.
 	Ports []Port
 	// Peers are the endpoints on other nodes: one static FDB and one
@@ -54,12 +59,17 @@ type Port struct {
 	// IfName inside the task, "eth0", "eth1", … stable for the task's life.
 	IfName string
 	Addr   netip.Prefix
+	Addr6  netip.Prefix // the second address, of IPv6; invalid without
 	MAC    net.HardwareAddr
 	// Fault is set by Read alone, as Network.Fault.
 	Fault string
 }
 
-// Peer is an endpoint on another node.
+// Addrs are the port's addresses, the first one first.
+func (p *Port) Addrs() []netip.Prefix { return addrs(p.Addr, p.Addr6) }
+
+// Peer is one address of an endpoint on another node. The two addresses of an
+// endpoint are two peers with the same MAC and VTEP.
 type Peer struct {
 	Addr netip.Addr
 	MAC  net.HardwareAddr
@@ -74,11 +84,24 @@ type VIP struct {
 
 // HostLeg is a veth whose one end is in the host's namespace.
 type HostLeg struct {
-	Name string // weft.IngressLeg
-	Addr netip.Prefix
-	MAC  net.HardwareAddr
+	Name  string // weft.IngressLeg
+	Addr  netip.Prefix
+	Addr6 netip.Prefix // the second address, of IPv6; invalid without
+	MAC   net.HardwareAddr
 	// Fault is set by Read alone, as Network.Fault.
 	Fault string
+}
+
+// Addrs are the leg's addresses, the first one first.
+func (l *HostLeg) Addrs() []netip.Prefix { return addrs(l.Addr, l.Addr6) }
+
+// addrs leaves out the second address where there is none. A missing first one
+// stays: it is the fault that Validate names.
+func addrs(first, second netip.Prefix) []netip.Prefix {
+	if !second.IsValid() {
+		return []netip.Prefix{first}
+	}
+	return []netip.Prefix{first, second}
 }
 
 // Kernel is the seam to the kernel. Implementations are vxlan/linux (package

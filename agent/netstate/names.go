@@ -1,7 +1,6 @@
 package netstate
 
 import (
-	"net/netip"
 	"slices"
 
 	"github.com/weftnet/weft"
@@ -36,7 +35,7 @@ func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.
 	if s.Mode == weft.EndpointVIP {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
-				sn.VIP = append(sn.VIP, v.Addr.Addr())
+				sn.VIP = append(sn.VIP, bare(v.Addrs())...)
 			}
 		}
 	}
@@ -47,7 +46,7 @@ func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.
 		task := weft.Task{ID: e.Task, Slot: e.Slot, Node: e.owner}
 		id := weft.ContainerID(e.Task)
 		t := dns.Task{
-			Slot: e.Slot, Addrs: []netip.Addr{e.Addr}, Ready: e.State == weft.EndpointReady,
+			Slot: e.Slot, Addrs: e.Addrs(), Ready: e.State == weft.EndpointReady,
 			Names: []string{task.Name(s.Name), id[:12], id},
 		}
 		if e.host != "" && e.host != id[:12] {

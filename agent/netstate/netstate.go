@@ -9,6 +9,7 @@ package netstate
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -27,8 +28,10 @@ type Input struct {
 	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
 	DataPathPort uint16
 	MTU          int
-	Networks     []weft.Network
-	Services     []Service
+	// KeyEpoch is the cluster's generation of keys for encrypted networks.
+	KeyEpoch uint64
+	Networks []weft.Network
+	Services []Service
 	// Nodes are all members, Self included. Endpoints of others are ignored.
 	Nodes []Node
 	Local []LocalTask
@@ -44,6 +47,10 @@ type Node struct {
 	Hostname    string
 	VTEP        netip.Addr
 	IngressAddr netip.Prefix
+	// Keys are its public keys for encrypted networks.
+	Keys []weft.NodeKey
+	// IngressAddr6 is invalid where the ingress network has no IPv6.
+	IngressAddr6 netip.Prefix
 }
 
 // Service is what balancers and names need of a service.
@@ -90,10 +97,12 @@ func Derive(in Input) Output {
 		if n.Spec.Ingress {
 			out.Ingress.Published = d.published(n)
 			if in.Self.IngressAddr.IsValid() {
-				out.Ingress.Ingress = ingress.Entry{Link: weft.IngressLeg, Addr: in.Self.IngressAddr}
+				out.Ingress.Ingress = ingress.Entry{Link: weft.IngressLeg, Addr: in.Self.IngressAddr, Addr6: in.Self.IngressAddr6}
 			}
 		}
 	}
+	d.encrypt(&out)
+	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()
 	out.Names = d.names()
 	return out
@@ -128,7 +137,7 @@ func byNetwork(in Input) map[weft.ID][]endpoint {
 	for _, e := range in.Endpoints {
 		// A node that was removed from the cluster still has the gossip key.
 		isMember := e.Owner != in.Self.ID && members[e.Owner]
-		if isMember && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addr, subnets[e.Network]) {
+		if isMember && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addrs(), subnets[e.Network]) {
 			m[e.Network] = append(m[e.Network], endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP})
 		}
 	}
@@ -153,8 +162,14 @@ func isElsewhere(vtep, own netip.Addr) bool {
 	return vtep.IsValid() && vtep != own && vtep.Is4() == own.Is4()
 }
 
-func inside(a netip.Addr, subnets []weft.Subnet) bool {
-	return slices.ContainsFunc(subnets, func(s weft.Subnet) bool { return s.Prefix.Contains(a) })
+// inside reports whether all of an endpoint's addresses are of the network.
+func inside(addrs []netip.Addr, subnets []weft.Subnet) bool {
+	for _, a := range addrs {
+		if !slices.ContainsFunc(subnets, func(s weft.Subnet) bool { return s.Prefix.Contains(a) }) {
+			return false
+		}
+	}
+	return len(addrs) > 0
 }
 
 // oneEach leaves one endpoint for each address: ours, else that of the greater
@@ -163,9 +178,18 @@ func inside(a netip.Addr, subnets []weft.Subnet) bool {
 func oneEach(all []endpoint) []endpoint {
 	slices.SortFunc(all, func(a, b endpoint) int {
 		ours := cmp.Compare(rank(b), rank(a))
-		return cmp.Or(a.Addr.Compare(b.Addr), ours, cmp.Compare(b.Task, a.Task), cmp.Compare(b.owner, a.owner))
+		return cmp.Or(ours, cmp.Compare(b.Task, a.Task), cmp.Compare(b.owner, a.owner), a.Addr.Compare(b.Addr))
 	})
-	all = slices.CompactFunc(all, func(a, b endpoint) bool { return a.Addr == b.Addr })
+	taken := make(map[netip.Addr]bool, len(all))
+	all = slices.DeleteFunc(all, func(e endpoint) bool {
+		if slices.ContainsFunc(e.Addrs(), func(a netip.Addr) bool { return taken[a] }) {
+			return true
+		}
+		for _, a := range e.Addrs() {
+			taken[a] = true
+		}
+		return false
+	})
 	slices.SortFunc(all, func(a, b endpoint) int {
 		return cmp.Or(cmp.Compare(a.Task, b.Task), a.Addr.Compare(b.Addr))
 	})
@@ -192,7 +216,7 @@ func localByNetwork(in Input) map[weft.ID][]LocalTask {
 func localEndpoint(t LocalTask, a weft.Attachment) weft.Endpoint {
 	return weft.Endpoint{
 		Network: a.Network, Task: t.Task.ID, Service: t.Task.Service, Slot: t.Task.Slot,
-		Addr: a.Addr.Addr(), State: t.State,
+		Addr: a.Addr.Addr(), Addr6: a.Addr6.Addr(), State: t.State,
 	}
 }
 
@@ -219,6 +243,9 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
 		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
 	}
+	if n.Spec.Encrypted() {
+		out.Encrypted, out.MTU = true, vxlan.EncryptedFrom(d.in.MTU, d.in.Self.VTEP)
+	}
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)
 	}
@@ -229,18 +256,18 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 			}
 			out.Ports = append(out.Ports, vxlan.Port{
 				Task: t.Task.ID, NetNS: t.NetNS, IfName: fmt.Sprintf("eth%d", i),
-				Addr: a.Addr, MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()),
+				Addr: a.Addr, Addr6: a.Addr6, MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()),
 			})
 		}
 	}
 	for _, e := range d.endpoints[n.ID] {
 		if !e.local {
-			out.Peers = append(out.Peers, vxlan.Peer{Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr), VTEP: e.vtep})
+			out.Peers = appendPeers(out.Peers, e.Addrs(), weft.EndpointMAC(e.Task, e.Addr), e.vtep)
 		}
 	}
 	if n.Spec.Ingress {
 		out.HostLeg = &vxlan.HostLeg{
-			Name: weft.IngressLeg, Addr: d.in.Self.IngressAddr,
+			Name: weft.IngressLeg, Addr: d.in.Self.IngressAddr, Addr6: d.in.Self.IngressAddr6,
 			MAC: weft.NodeMAC(d.in.Self.ID, d.in.Self.IngressAddr.Addr()),
 		}
 		out.Peers = append(out.Peers, d.ingressLegs()...)
@@ -248,7 +275,9 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	for _, s := range d.in.Services {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
-				out.VIPs = append(out.VIPs, vxlan.VIP{Addr: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr())})
+				for _, a := range bare(v.Addrs()) {
+					out.VIPs = append(out.VIPs, vxlan.VIP{Addr: a, MAC: weft.VIPMAC(s.ID, a)})
+				}
 			}
 		}
 	}
@@ -263,9 +292,26 @@ func (d *deriver) ingressLegs() []vxlan.Peer {
 	var out []vxlan.Peer
 	for _, n := range d.in.Nodes {
 		if n.ID != d.in.Self.ID && n.IngressAddr.IsValid() && isElsewhere(n.VTEP, d.in.Self.VTEP) {
-			a := n.IngressAddr.Addr()
-			out = append(out, vxlan.Peer{Addr: a, MAC: weft.NodeMAC(n.ID, a), VTEP: n.VTEP})
+			leg := weft.Attachment{Addr: n.IngressAddr, Addr6: n.IngressAddr6}
+			out = appendPeers(out, bare(leg.Addrs()), weft.NodeMAC(n.ID, n.IngressAddr.Addr()), n.VTEP)
 		}
+	}
+	return out
+}
+
+// appendPeers adds an endpoint of another node: a peer for each address.
+func appendPeers(to []vxlan.Peer, addrs []netip.Addr, mac net.HardwareAddr, vtep netip.Addr) []vxlan.Peer {
+	for _, a := range addrs {
+		to = append(to, vxlan.Peer{Addr: a, MAC: mac, VTEP: vtep})
+	}
+	return to
+}
+
+// bare are the addresses without their subnets' lengths.
+func bare(prefixes []netip.Prefix) []netip.Addr {
+	out := make([]netip.Addr, len(prefixes))
+	for i, p := range prefixes {
+		out[i] = p.Addr()
 	}
 	return out
 }
@@ -284,10 +330,11 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 			if v.Network != n.ID {
 				continue
 			}
-			out.Services = append(out.Services, ingress.Service{
-				ID: s.ID, VIP: v.Addr.Addr(), MAC: weft.VIPMAC(s.ID, v.Addr.Addr()),
-				Backends: d.backends(n.ID, s.ID),
-			})
+			for _, a := range bare(v.Addrs()) {
+				out.Services = append(out.Services, ingress.Service{
+					ID: s.ID, VIP: a, MAC: weft.VIPMAC(s.ID, a), Backends: d.backends(n.ID, s.ID),
+				})
+			}
 		}
 	}
 	return out
@@ -300,7 +347,7 @@ func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 			continue
 		}
 		out = append(out, ingress.Backend{
-			Task: e.Task, Addr: e.Addr, MAC: weft.EndpointMAC(e.Task, e.Addr),
+			Task: e.Task, Addr: e.Addr, Addr6: e.Addr6, MAC: weft.EndpointMAC(e.Task, e.Addr),
 			Draining: e.State == weft.EndpointDraining,
 		})
 	}

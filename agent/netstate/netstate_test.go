@@ -181,13 +181,14 @@ func TestDeriveLeavesOutWhatEnginesRefuse(t *testing.T) {
 	}
 	good := remoteWeb(9, "10.0.16.20", weft.EndpointReady)
 	for name, odd := range map[string]weft.OwnedEndpoint{
-		"the address of a local task":          remoteWeb(7, "10.0.16.10", weft.EndpointReady),
-		"an address twice":                     remoteWeb(3, "10.0.16.20", weft.EndpointReady),
-		"a former life of this node":           edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = vtep1 }),
-		"no tunnel address":                    edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = netip.Addr{} }),
-		"a tunnel address of the other family": edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = netip.MustParseAddr("fd00::2") }),
-		"an address outside of the network":    remoteWeb(7, "10.0.32.77", weft.EndpointReady),
-		"no address":                           edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.Addr = netip.Addr{} }),
+		"the address of a local task":             remoteWeb(7, "10.0.16.10", weft.EndpointReady),
+		"an address twice":                        remoteWeb(3, "10.0.16.20", weft.EndpointReady),
+		"a former life of this node":              edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = vtep1 }),
+		"no tunnel address":                       edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = netip.Addr{} }),
+		"a tunnel address of the other family":    edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.VTEP = netip.MustParseAddr("fd00::2") }),
+		"an address outside of the network":       remoteWeb(7, "10.0.32.77", weft.EndpointReady),
+		"a second address outside of the network": edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.Addr6 = netip.MustParseAddr("fd00:2::77") }),
+		"no address":                              edit(7, "10.0.16.77", func(e *weft.OwnedEndpoint) { e.Addr = netip.Addr{} }),
 	} {
 		t.Run(name, func(t *testing.T) {
 			in := base()
@@ -251,13 +252,24 @@ func TestUnionHoldsBoth(t *testing.T) {
 		s := vxlan.State{Networks: map[uint32]vxlan.Network{}}
 		for _, vni := range rapid.SliceOfNDistinct(rapid.Uint32Range(4096, 4098), 0, 3, rapid.ID).Draw(r, label) {
 			n := vxlan.Network{ID: weft.ID(fmt.Sprint(vni)), VNI: vni, MTU: rapid.IntRange(1280, 1282).Draw(r, label+"mtu")}
+			used := map[netip.Addr]bool{}
 			for _, h := range rapid.SliceOfNDistinct(rapid.IntRange(1, 9), 0, 9, rapid.ID).Draw(r, label+"hosts") {
 				a := netip.AddrFrom4([4]byte{10, 0, 16, byte(h)})
+				a6 := netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(rapid.IntRange(1, 9).Draw(r, label+"second"))})
 				if rapid.Bool().Draw(r, label+"local") {
-					n.Ports = append(n.Ports, vxlan.Port{Task: weft.ID(fmt.Sprint(h)), IfName: "eth0", Addr: netip.PrefixFrom(a, 20)})
+					p := vxlan.Port{Task: weft.ID(fmt.Sprint(h)), IfName: "eth0", Addr: netip.PrefixFrom(a, 20)}
+					if !used[a6] {
+						p.Addr6 = netip.PrefixFrom(a6, 64)
+					}
+					n.Ports = append(n.Ports, p)
 				} else {
-					n.Peers = append(n.Peers, vxlan.Peer{Addr: a, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(2, 4).Draw(r, label+"vtep"))})})
+					p := vxlan.Peer{Addr: a, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(2, 4).Draw(r, label+"vtep"))})}
+					n.Peers = append(n.Peers, p)
+					if p.Addr = a6; !used[a6] {
+						n.Peers = append(n.Peers, p)
+					}
 				}
+				used[a6] = true
 			}
 			s.Networks[vni] = n
 		}
@@ -279,6 +291,14 @@ func TestUnionHoldsBoth(t *testing.T) {
 		}
 		for vni, n := range u.Networks {
 			seen := map[netip.Addr]bool{}
+			for _, p := range n.Ports {
+				for _, a := range bare(p.Addrs()) {
+					if seen[a] {
+						r.Fatalf("%v of a port stands twice", a)
+					}
+					seen[a] = true
+				}
+			}
 			for _, p := range n.Peers {
 				if seen[p.Addr] {
 					r.Fatalf("peer %v stands twice", p.Addr)
@@ -287,7 +307,7 @@ func TestUnionHoldsBoth(t *testing.T) {
 			}
 			old := have.Networks[vni]
 			for _, p := range old.Peers {
-				local := slices.ContainsFunc(n.Ports, func(q vxlan.Port) bool { return q.Addr.Addr() == p.Addr })
+				local := slices.ContainsFunc(n.Ports, func(q vxlan.Port) bool { return slices.Contains(bare(q.Addrs()), p.Addr) })
 				if local {
 					continue // the address is ours now
 				}

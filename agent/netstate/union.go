@@ -13,7 +13,9 @@ import (
 // speaks of it, and what goes is still reachable until none does any more.
 // Where both describe the same thing, want is right.
 func Union(have, want vxlan.State) vxlan.State {
-	out := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	out := vxlan.State{Networks: map[uint32]vxlan.Network{}, Encryption: want.Encryption}
+	out.Encryption.Epoch = max(have.Encryption.Epoch, want.Encryption.Epoch)
+	out.Encryption.Peers = union(have.Encryption.Peers, want.Encryption.Peers, func(p vxlan.EncryptionPeer) weft.ID { return p.Node })
 	for vni, n := range want.Networks {
 		if old, ok := have.Networks[vni]; ok && old.ID == n.ID {
 			n = unionNetwork(old, n)
@@ -37,12 +39,16 @@ func unionNetwork(have, want vxlan.Network) vxlan.Network {
 	}
 	taken := map[netip.Addr]bool{}
 	for _, p := range want.Ports {
-		taken[p.Addr.Addr()] = true
+		for _, a := range p.Addrs() {
+			taken[a.Addr()] = true
+		}
 	}
 	for _, p := range want.Peers {
 		taken[p.Addr] = true
 	}
-	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool { return taken[p.Addr.Addr()] })
+	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool {
+		return slices.ContainsFunc(p.Addrs(), func(a netip.Prefix) bool { return taken[a.Addr()] })
+	})
 	oldPeers := slices.DeleteFunc(slices.Clone(have.Peers), func(p vxlan.Peer) bool { return taken[p.Addr] })
 	want.Ports = union(oldPorts, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
 	want.Peers = union(oldPeers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })

@@ -33,11 +33,11 @@ func (s Spec) Validate() error {
 			return fmt.Errorf("sandbox of task %s: resolver option %q is not one word: %w", s.Task.Short(), o, weft.ErrInvalid)
 		}
 	}
-	for name, a := range s.Hosts {
+	for name, addrs := range s.Hosts {
 		if err := validName(name, 253); err != nil {
 			return fmt.Errorf("sandbox of task %s: hosts: %w", s.Task.Short(), err)
 		}
-		if !a.IsValid() || a.Zone() != "" {
+		if len(addrs) == 0 || slices.ContainsFunc(addrs, func(a netip.Addr) bool { return !a.IsValid() || a.Zone() != "" }) {
 			return fmt.Errorf("sandbox of task %s: hosts: %q has no address: %w", s.Task.Short(), name, weft.ErrInvalid)
 		}
 	}
@@ -79,7 +79,9 @@ func hostsFile(s Spec) string {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		fmt.Fprintf(&b, "%s\t%s\n", s.Hosts[name], name)
+		for _, a := range s.Hosts[name] {
+			fmt.Fprintf(&b, "%s\t%s\n", a, name)
+		}
 	}
 	return b.String()
 }

@@ -20,7 +20,7 @@ type Spec struct {
 	Task     weft.ID
 	Hostname string
 	// VIPs are the addresses of the task's own service, put on the loopback
-	// with /32 so that balanced packets are accepted (direct return).
+	// with /32 (/128) so that balanced packets are accepted (direct return).
 	VIPs []netip.Addr
 	// Gateway asks for a leg to the outside. Without it the task has no
 	// default route.
@@ -28,8 +28,8 @@ type Spec struct {
 	// Search domains and options of resolv.conf; the server is 127.0.0.11.
 	Search  []string
 	Options []string
-	// Hosts are further lines of /etc/hosts.
-	Hosts map[string]netip.Addr
+	// Hosts are further lines of /etc/hosts: one for each address of a name.
+	Hosts map[string][]netip.Addr
 }
 
 // Sandbox is one that exists.

@@ -49,7 +49,7 @@ func maker(t *testing.T) *Linux {
 func spec() Spec {
 	return Spec{Task: weft.NewID(), Hostname: "web-1", Gateway: true,
 		VIPs: []netip.Addr{netip.MustParseAddr("10.100.0.5"), netip.MustParseAddr("fd77::5")}, Search: []string{"example.com"},
-		Hosts: map[string]netip.Addr{"web-1": netip.MustParseAddr("10.100.0.11")}}
+		Hosts: map[string][]netip.Addr{"web-1": {netip.MustParseAddr("10.100.0.11"), netip.MustParseAddr("fd77::11")}}}
 }
 
 func TestMakeIsRepeatable(t *testing.T) {

@@ -240,9 +240,13 @@ func (c *Cluster) CreateNetwork(_ context.Context, spec weft.NetworkSpec) (weft.
 		}
 	}
 	k := len(c.networks)
-	if len(spec.Subnets) == 0 {
+	if _, given := spec.Subnet(false); !given && !spec.NoIPv4 {
 		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(k), 0}), 24)
-		spec.Subnets = []weft.Subnet{{Prefix: p}}
+		spec.Subnets = append(spec.Subnets, weft.Subnet{Prefix: p})
+	}
+	if _, given := spec.Subnet(true); !given && spec.IPv6 {
+		p := netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 7: byte(k)}), 64)
+		spec.Subnets = append(spec.Subnets, weft.Subnet{Prefix: p})
 	}
 	for i, s := range spec.Subnets {
 		if !s.Gateway.IsValid() {

@@ -118,8 +118,7 @@ func (c *Cluster) storeLocked(s *weft.Service, spec weft.ServiceSpec) error {
 	}
 	if spec.EndpointMode == weft.EndpointVIP {
 		for _, n := range spec.Networks {
-			p := c.networks[n.Network].Spec.Subnets[0].Prefix
-			s.VIPs = append(s.VIPs, weft.VIP{Network: n.Network, Addr: netip.PrefixFrom(p.Addr().Next().Next(), p.Bits())})
+			s.VIPs = append(s.VIPs, weft.VIP(c.addressesLocked(n.Network, 2)))
 		}
 	}
 	replicas := spec.Replicas
@@ -152,13 +151,30 @@ func (c *Cluster) runLocked(s *weft.Service, slot uint64) {
 		t.Slot = 0
 	}
 	for _, n := range s.Spec.Networks {
-		p := c.networks[n.Network].Spec.Subnets[0].Prefix
-		a := p.Addr().As4()
-		a[3] = byte(10 + len(c.tasks))
-		t.Attachments = append(t.Attachments, weft.Attachment{Network: n.Network, Addr: netip.PrefixFrom(netip.AddrFrom4(a), p.Bits())})
+		t.Attachments = append(t.Attachments, c.addressesLocked(n.Network, byte(10+len(c.tasks))))
 	}
 	c.tasks[t.ID] = t
 	c.changedLocked()
+}
+
+// addressesLocked are the addresses with this last byte on a network.
+func (c *Cluster) addressesLocked(network weft.ID, last byte) weft.Attachment {
+	at := weft.Attachment{Network: network}
+	for _, is6 := range []bool{false, true} {
+		s, ok := c.networks[network].Spec.Subnet(is6)
+		if !ok {
+			continue
+		}
+		b := s.Prefix.Addr().AsSlice()
+		b[len(b)-1] = last
+		a, _ := netip.AddrFromSlice(b)
+		if p := netip.PrefixFrom(a, s.Prefix.Bits()); at.Addr.IsValid() {
+			at.Addr6 = p
+		} else {
+			at.Addr = p
+		}
+	}
+	return at
 }
 
 func (c *Cluster) endLocked(t *weft.Task, state weft.TaskState, code int32) {

@@ -34,9 +34,12 @@ type daemonConfig struct {
 	ResolvConf    string // upstream resolvers of the host
 	OverlayEngine string // "" = by probe
 	ServiceEngine string
-	LogLevel      string
-	GroupShims    bool // one shim for all containers: less memory, one fate
-	NoSync        bool // the image store may be lost with the power: for labs
+	// CryptEngine and CryptPort are for encrypted networks.
+	CryptEngine string // "" = by probe
+	CryptPort   uint16
+	LogLevel    string
+	GroupShims  bool // one shim for all containers: less memory, one fate
+	NoSync      bool // the image store may be lost with the power: for labs
 }
 
 func newDaemonCommand() *cobra.Command {
@@ -54,6 +57,8 @@ func newDaemonCommand() *cobra.Command {
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "resolvers for names outside the cluster")
 	f.StringVar(&cfg.OverlayEngine, "overlay-engine", "", "force an overlay engine: bridge (default: the best that this host can run)")
 	f.StringVar(&cfg.ServiceEngine, "service-engine", "", "force a service engine: nft (default: the best that this host can run)")
+	f.StringVar(&cfg.CryptEngine, "encryption-engine", "", "force an engine of encrypted networks: kernel, user or none")
+	f.Uint16Var(&cfg.CryptPort, "encryption-port", weft.WireGuardPort, "UDP port of encrypted networks on this node; the next one is used, too")
 	f.StringVar(&cfg.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&cfg.GroupShims, "group-shims", false, "one supervisor process for all containers (labs)")
 	f.BoolVar(&cfg.NoSync, "no-sync", false, "do not force the image store to disk (labs)")

@@ -89,6 +89,7 @@ func labUp(f *labFlags, log *slog.Logger) *cobra.Command {
 	c.Flags().IntVar(&s.MTU, "mtu", 0, fmt.Sprintf("MTU of all links in bytes (default %d, or as the lab is)", lab.DefaultMTU))
 	c.Flags().StringVar(&s.OverlayEngine, "overlay-engine", "", "force the overlay engine of all hosts")
 	c.Flags().StringVar(&s.ServiceEngine, "service-engine", "", "force the service engine of all hosts")
+	c.Flags().StringVar(&s.EncryptionEngine, "encryption-engine", "", "force the engine of encrypted networks of all hosts")
 	return c
 }
 

@@ -17,12 +17,16 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/agent/runtime/containerd"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 func main() {
 	// One binary is several programs: the name by which it was called tells
 	// the supervisor, its shim and its logger from the command line.
 	if handled, code := containerd.Main(context.Background(), os.Args); handled {
+		os.Exit(code)
+	}
+	if handled, code := wg.Main(os.Args); handled {
 		os.Exit(code)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)

@@ -26,6 +26,7 @@ import (
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // member is this node as part of one cluster: everything that runs between
@@ -48,6 +49,7 @@ type member struct {
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
 	service ingress.Engine
+	crypt   *wg.Engine
 
 	stage stage
 
@@ -118,6 +120,16 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.service = service
+	m.crypt, err = wg.New(wg.Config{
+		Node: s.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := m.crypt.Probe(ctx); err != nil {
+		return err
+	}
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
 		return err
 	}
@@ -137,7 +149,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
 		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: overlay, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err

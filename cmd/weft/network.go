@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
@@ -19,13 +21,16 @@ func newNetworkCommand(c *connection) *cobra.Command {
 func networkCreate(c *connection) *cobra.Command {
 	o := client.NetworkCreateOptions{}
 	var subnets, gateways, labels, opts []string
+	var ipv4, ipv6 bool
 	cmd := &cobra.Command{Use: "create [OPTIONS] NETWORK", Short: "Make a network across all hosts", Args: cobra.ExactArgs(1)}
 	f := cmd.Flags()
 	f.StringVarP(&o.Driver, "driver", "d", "overlay", "network driver")
 	f.BoolVar(&o.Attachable, "attachable", false, "allow containers outside services (stored; not yet usable)")
 	f.BoolVar(&o.Internal, "internal", false, "no way out for its tasks")
-	f.StringSliceVar(&subnets, "subnet", nil, "range in CIDR form (default: cut from the cluster's pools)")
-	f.StringSliceVar(&gateways, "gateway", nil, "gateway address of the subnet")
+	f.BoolVar(&ipv4, "ipv4", true, "with IPv4 addresses; --ipv4=false needs --ipv6")
+	f.BoolVar(&ipv6, "ipv6", false, "with IPv6 addresses")
+	f.StringSliceVar(&subnets, "subnet", nil, "range in CIDR form, one of each family (default: cut from the cluster's pools)")
+	f.StringSliceVar(&gateways, "gateway", nil, "gateway address in one of the subnets")
 	f.StringArrayVar(&labels, "label", nil, "label KEY=VALUE")
 	f.StringArrayVarP(&opts, "opt", "o", nil, "driver option KEY=VALUE")
 	cmd.RunE = c.action(func(cmd *cobra.Command, api *client.Client, args []string) error {
@@ -39,7 +44,10 @@ func networkCreate(c *connection) *cobra.Command {
 		if o.IPAM, err = ipamOf(subnets, gateways); err != nil {
 			return err
 		}
-		o.Scope = "swarm"
+		o.Scope, o.EnableIPv6 = "swarm", &ipv6
+		if !ipv4 {
+			o.EnableIPv4 = &ipv4 // only since API 1.48 is there a choice
+		}
 		res, err := api.NetworkCreate(cmd.Context(), args[0], o)
 		if err != nil {
 			return err
@@ -50,23 +58,36 @@ func networkCreate(c *connection) *cobra.Command {
 	return cmd
 }
 
+// ipamOf joins each gateway with the subnet that it is in.
 func ipamOf(subnets, gateways []string) (*network.IPAM, error) {
-	if len(gateways) > len(subnets) {
-		return nil, fmt.Errorf("--gateway %s has no --subnet that it belongs to", gateways[len(subnets)])
-	}
 	ipam := &network.IPAM{Driver: "default"}
-	for i, s := range subnets {
+	for _, s := range subnets {
 		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			return nil, fmt.Errorf("--subnet %q is no range like 10.20.30.0/24", s)
-		}
-		conf := network.IPAMConfig{Subnet: p}
-		if i < len(gateways) {
-			if conf.Gateway, err = netip.ParseAddr(gateways[i]); err != nil {
-				return nil, fmt.Errorf("--gateway %q is no address", gateways[i])
+		if a, bare := netip.ParseAddr(s); bare == nil {
+			length := "24"
+			if a.Is6() {
+				length = "64"
 			}
+			return nil, fmt.Errorf("--subnet %q has no prefix length: write %s/%s", s, s, length)
 		}
-		ipam.Config = append(ipam.Config, conf)
+		if err != nil {
+			return nil, fmt.Errorf("--subnet %q is no range like 10.20.30.0/24 or fd00:20:30::/64", s)
+		}
+		ipam.Config = append(ipam.Config, network.IPAMConfig{Subnet: p})
+	}
+	for _, g := range gateways {
+		a, err := netip.ParseAddr(g)
+		if err != nil {
+			return nil, fmt.Errorf("--gateway %q is no address", g)
+		}
+		i := slices.IndexFunc(ipam.Config, func(c network.IPAMConfig) bool { return c.Subnet.Masked().Contains(a) })
+		switch {
+		case i < 0:
+			return nil, fmt.Errorf("--gateway %s has no --subnet that it belongs to", g)
+		case ipam.Config[i].Gateway.IsValid():
+			return nil, fmt.Errorf("--gateway %s: subnet %s has the gateway %s already", g, ipam.Config[i].Subnet, ipam.Config[i].Gateway)
+		}
+		ipam.Config[i].Gateway = a
 	}
 	return ipam, nil
 }
@@ -86,11 +107,11 @@ func networkLs(c *connection) *cobra.Command {
 				fmt.Fprintln(cmd.OutOrStdout(), n.ID)
 				continue
 			}
-			subnet := ""
-			if len(n.IPAM.Config) > 0 {
-				subnet = n.IPAM.Config[0].Subnet.String()
+			var subnets []string
+			for _, c := range n.IPAM.Config {
+				subnets = append(subnets, c.Subnet.String())
 			}
-			rows = append(rows, []string{short(n.ID), n.Name, n.Driver, n.Scope, subnet})
+			rows = append(rows, []string{short(n.ID), n.Name, n.Driver, n.Scope, strings.Join(subnets, " ")})
 		}
 		if quiet {
 			return nil

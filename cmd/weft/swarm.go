@@ -12,7 +12,7 @@ import (
 
 func newSwarmCommand(c *connection) *cobra.Command {
 	cmd := &cobra.Command{Use: "swarm", Short: "Form, join and leave a cluster"}
-	cmd.AddCommand(swarmInit(c), swarmJoin(c), swarmJoinToken(c), swarmLeave(c))
+	cmd.AddCommand(swarmInit(c), swarmJoin(c), swarmJoinToken(c), swarmRotateKeys(c), swarmLeave(c))
 	return cmd
 }
 

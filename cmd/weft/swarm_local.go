@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,6 +43,9 @@ func (ms *membership) Local() weft.LocalInfo {
 	m, failure := ms.current, ms.failure
 	ms.mu.Unlock()
 	_, info.Engines = ms.engines.verdicts()
+	if m != nil {
+		info.Engines = append(slices.Clone(info.Engines), m.crypt.Choices()...)
+	}
 	if m == nil {
 		if failure != nil {
 			info.State, info.Error = weft.LocalError, failure.Error()
@@ -112,7 +116,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 func newCluster(r weft.InitRequest, state *memberState) (*clusterBoot, error) {
 	c := weft.Cluster{
 		ID: weft.NewID(), Spec: weft.DefaultClusterSpec(), AddrPools: r.AddrPools, MaskLength: r.MaskLength,
-		DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
+		ULA: weft.NewULA(), DataPathPort: r.DataPathPort, GossipKey: make([]byte, 32),
 	}
 	if len(c.AddrPools) == 0 {
 		c.AddrPools = weft.DefaultAddrPools()

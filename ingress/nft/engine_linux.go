@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -32,6 +33,9 @@ type Engine struct {
 	// tracked is what the last Apply left for connection tracking to lead
 	// datagrams to; nil before the first. Owned by Apply.
 	tracked *trackable
+	// routed are the backends behind the router after the last Apply; nil
+	// before the first. Owned by Apply.
+	routed map[netip.Addr]bool
 	// places are what the last Apply left, by path of the namespace ("" is
 	// the host's). Owned by Apply.
 	places map[string]*place
@@ -102,6 +106,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	places := map[string]*place{}
 	if err := e.applyHost(t, places); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
+	}
+	if err := e.applyRouter(t.Router, places); err != nil {
+		for _, vni := range t.Router.VNIs {
+			errs = append(errs, &ingress.NetworkError{VNI: vni, Err: fmt.Errorf("apply service addresses behind the router: %w", err)})
+		}
 	}
 	kept := map[string]map[string]bool{}
 	for _, n := range t.Networks {

@@ -45,7 +45,13 @@ func hostRules(t ingress.Table) ruleset {
 		fillPublished(slots, p)
 	}
 	protect := set{name: "protect", key: nftables.TypeIPAddr, interval: true, elements: intervals(t.Gateway.Protect), show: showInterval}
-	r.sets = append(slots, protect)
+	members := addressSet("members")
+	for _, a := range t.Underlay.Members {
+		if a = a.Unmap(); a.Is4() {
+			members.elements[bytes4(a)] = ""
+		}
+	}
+	r.sets = append(slots, protect, members)
 	dnat := publishedChain()
 	r.chains = []chain{
 		{name: "prerouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityNATDest, rules: dnat},
@@ -162,13 +168,24 @@ func forwardChain(t ingress.Table) []rule {
 
 // inputChain keeps the host's own sockets out of the tasks' reach by way of the
 // ingress leg, which tasks on internal networks have, too: to the host it
-// brings answers only.
+// brings answers only. And it keeps strangers from sending into the overlay.
 func inputChain(t ingress.Table) []rule {
-	if t.Ingress.Link == "" {
-		return nil
+	var rules []rule
+	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
+	if t.Underlay.Port != 0 {
+		rules = append(rules, rule{fmt.Sprintf("VXLAN (udp %d) from no member: drop", t.Underlay.Port), join([]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(t.Underlay.Port)},
+			&expr.Payload{DestRegister: hostKey, Base: expr.PayloadBaseNetworkHeader, Offset: ipSource, Len: 4},
+			&expr.Lookup{SourceRegister: hostKey, SetName: "members", Invert: true},
+		}, drop)})
 	}
-	return []rule{{"from " + t.Ingress.Link + " new: drop", join(
-		inLink(t.Ingress.Link), unasked(), []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}})}}
+	if t.Ingress.Link != "" {
+		rules = append(rules, rule{"from " + t.Ingress.Link + " new: drop", join(inLink(t.Ingress.Link), unasked(), drop)})
+	}
+	return rules
 }
 
 // unasked matches packets that belong to no connection seen before.

@@ -52,7 +52,11 @@ func TestGoldenRulesets(t *testing.T) {
 			vip(200, testBackend(1, false)), vip(201, testBackend(4, true)), vip(202),
 		}})},
 		{"host_empty", hostRules(ingress.Table{})},
-		{"host_full", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Published: []ingress.Published{
+		{"router", routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
+		{"router_links", acceptRules(ingress.Router{VNIs: []uint32{4097, 4098}})},
+		{"host_full", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Underlay: ingress.Underlay{
+			Port: 4789, Members: []netip.Addr{netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00::1")},
+		}, Published: []ingress.Published{
 			{Service: "s", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: many[:2]},
 			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
 			{Service: "d", Protocol: weft.TCP, Port: 30001, Target: 80, Backends: []ingress.Backend{testBackend(1, true)}},

@@ -281,6 +281,9 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 	if r.Listeners != nil && !slices.Equal(n.Status.Listeners, r.Listeners) {
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Listeners: &r.Listeners}})
 	}
+	if r.Keys != nil && !slices.Equal(n.Status.Keys, r.Keys) {
+		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Keys: &r.Keys}})
+	}
 	if len(changes) > 0 {
 		if err := d.cfg.Propose(ctx, changes); err != nil {
 			errs = append(errs, fmt.Errorf("store report of node %s: %w", node, err))

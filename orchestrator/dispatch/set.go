@@ -72,7 +72,7 @@ func share(v *state.Snapshot) *shared {
 func NodeView(n weft.Node) wire.NodeView {
 	v := wire.NodeView{
 		ID: n.ID, Hostname: n.Description.Hostname, Addr: n.Status.Addr,
-		DataPath: n.DataPath, IngressAddr: n.IngressAddr,
+		DataPath: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Status.Keys,
 	}
 	if n.Manager != nil {
 		v.Manager = n.Manager.Addr
@@ -82,7 +82,7 @@ func NodeView(n weft.Node) wire.NodeView {
 
 // ClusterView is what every node knows of the cluster.
 func ClusterView(c weft.Cluster) wire.ClusterView {
-	return wire.ClusterView{ID: c.ID, DataPathPort: c.DataPathPort, GossipKey: c.GossipKey, AddrPools: c.AddrPools}
+	return wire.ClusterView{ID: c.ID, DataPathPort: c.DataPathPort, GossipKey: c.GossipKey, AddrPools: c.AddrPools, KeyEpoch: c.KeyEpoch}
 }
 
 // Compute is the full set of a node.
@@ -155,7 +155,7 @@ func Diff(from, to Set) wire.Assignments {
 	a.Tasks, a.GoneTasks = diff(from.Tasks, to.Tasks, sameTask)
 	a.Networks, a.GoneNetworks = diff(from.Networks, to.Networks, sameNetwork)
 	a.Services, a.GoneServices = diff(from.Services, to.Services, deepEqual[wire.ServiceView])
-	a.Nodes, a.GoneNodes = diff(from.Nodes, to.Nodes, func(a, b wire.NodeView) bool { return a == b })
+	a.Nodes, a.GoneNodes = diff(from.Nodes, to.Nodes, deepEqual[wire.NodeView])
 	for k, v := range to.Specs {
 		// A version is immutable: what was sent needs no comparison.
 		if _, ok := from.Specs[k]; !ok {

@@ -358,6 +358,9 @@ func (t *tx) nodeStatus(s *NodeStatus) error {
 	if s.DropManager {
 		c.Manager = nil
 	}
+	if s.Keys != nil {
+		c.Status.Keys = *s.Keys
+	}
 	if !reflect.DeepEqual(&c, old) {
 		t.changed.Nodes[c.ID] = struct{}{}
 	}

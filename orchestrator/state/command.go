@@ -68,6 +68,7 @@ type NodeStatus struct {
 	Listeners   *[]weft.Listener      `cbor:",omitempty"`
 	Description *weft.NodeDescription `cbor:",omitempty"`
 	Session     *NodeSession          `cbor:",omitempty"`
+	Keys        *[]weft.NodeKey       `cbor:",omitempty"`
 	// Manager replaces the manager's part: a node that leaves the Raft
 	// group has none (DropManager).
 	Manager     *weft.ManagerStatus `cbor:",omitempty"`

@@ -142,7 +142,11 @@ type NodeView struct {
 	Addr        netip.Addr
 	DataPath    netip.Addr
 	IngressAddr netip.Prefix
-	Manager     netip.AddrPort // cluster port; invalid on workers
+	// Keys for encrypted networks; see weft.NodeStatus.
+	Keys []weft.NodeKey `cbor:",omitempty" json:",omitempty"`
+	// IngressAddr6 is invalid where the ingress network has no IPv6.
+	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
+	Manager      netip.AddrPort // cluster port; invalid on workers
 }
 
 // ClusterView is what every node knows of the cluster.
@@ -151,12 +155,16 @@ type ClusterView struct {
 	DataPathPort uint16
 	GossipKey    []byte
 	AddrPools    []netip.Prefix
+	// KeyEpoch: see weft.Cluster.
+	KeyEpoch uint64 `cbor:",omitempty" json:",omitempty"`
 }
 
 // Report is a batch of task states.
 type Report struct {
 	Tasks     []TaskReport
 	Listeners []weft.Listener
+	// Keys of this node for encrypted networks; nil: as reported before.
+	Keys []weft.NodeKey `cbor:",omitempty"`
 }
 
 // TaskReport is the newest status of one task. Reporting TaskRemove means the

@@ -106,13 +106,16 @@ func (w *writer) lookUp(h *hidden, vni uint32) error {
 		}
 		h.bridge = l.Attrs().Index
 	}
-	if h.tunnel == 0 {
-		l, err := h.conn.find(weft.VXLANName(vni))
+	for _, name := range []string{weft.VXLANName(vni), weft.UplinkName(vni)} {
+		if h.tunnel != 0 {
+			break
+		}
+		l, err := h.conn.find(name)
 		if err != nil {
 			return err
 		}
 		if l != nil {
-			h.tunnel = l.Attrs().Index
+			h.tunnel, h.isUplink = l.Attrs().Index, name == weft.UplinkName(vni)
 		}
 	}
 	return nil
@@ -132,7 +135,7 @@ func (w *writer) delNetwork(vni uint32) error {
 		if err := h.conn.delGroup(); err != nil {
 			return fmt.Errorf("delete the links of network %d: %w", vni, err)
 		}
-		for _, name := range []string{weft.VXLANName(vni), weft.BridgeName(vni)} {
+		for _, name := range []string{weft.VXLANName(vni), weft.UplinkName(vni), weft.BridgeName(vni)} {
 			if err := h.conn.remove(name); err != nil {
 				return err
 			}
@@ -189,16 +192,24 @@ func (w *writer) addNetwork(n vxlan.Network) error {
 }
 
 // hiddenSysctls switches off what costs time or speaks by itself in a hidden
-// namespace. Keys that this kernel does not have are off already.
+// namespace.
 func hiddenSysctls() error {
-	for _, s := range []struct{ key, value string }{
+	return setSysctls([]sysctl{
 		{"net/bridge/bridge-nf-call-iptables", "0"},
 		{"net/bridge/bridge-nf-call-ip6tables", "0"},
 		{"net/bridge/bridge-nf-call-arptables", "0"},
 		// No link-local addresses: bridge and ports are not hosts.
 		{"net/ipv6/conf/default/addr_gen_mode", "1"},
 		{"net/ipv6/conf/default/accept_ra", "0"},
-	} {
+	})
+}
+
+type sysctl struct{ key, value string }
+
+// setSysctls writes in the calling thread's namespace. Keys that this kernel
+// does not have are off already.
+func setSysctls(all []sysctl) error {
+	for _, s := range all {
 		err := os.WriteFile("/proc/sys/"+s.key, []byte(s.value), 0o644)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("set sysctl %s=%s: %w", s.key, s.value, err)
@@ -207,15 +218,25 @@ func hiddenSysctls() error {
 	return nil
 }
 
-// setDevice makes the VXLAN device anew. It is created from the host's
+// setDevice makes the device anew that leads to other nodes.
+func (w *writer) setDevice(h *hidden, n vxlan.Network) error {
+	for _, name := range []string{weft.VXLANName(n.VNI), weft.UplinkName(n.VNI)} {
+		if err := h.conn.remove(name); err != nil {
+			return err
+		}
+	}
+	h.tunnel, h.isUplink = 0, n.Encrypted
+	if n.Encrypted {
+		return w.addUplink(h, n)
+	}
+	return w.addTunnel(h, n)
+}
+
+// addTunnel makes the VXLAN device. It is created from the host's
 // namespace with the hidden one as target, so that its UDP socket stays in the
 // host's; it goes up last, when nothing can be learnt or flooded by it.
-func (w *writer) setDevice(h *hidden, n vxlan.Network) error {
+func (w *writer) addTunnel(h *hidden, n vxlan.Network) error {
 	name := weft.VXLANName(n.VNI)
-	if err := h.conn.remove(name); err != nil {
-		return err
-	}
-	h.tunnel = 0
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.Group = name, n.MTU, linkGroup
 	attrs.Namespace = netlink.NsFd(h.ns.FD())
@@ -258,13 +279,18 @@ func (w *writer) setNetwork(h *hidden, n vxlan.Network) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{weft.VXLANName(n.VNI), weft.BridgeName(n.VNI)} {
+	if h.isUplink {
+		if err := w.setRouterMTU(n); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{weft.VXLANName(n.VNI), weft.UplinkName(n.VNI), weft.BridgeName(n.VNI)} {
 		l, err := h.conn.find(name)
 		if err != nil {
 			return err
 		}
 		if l == nil {
-			continue // OpSetDevice follows
+			continue // of the other kind, or OpSetDevice follows
 		}
 		if err := h.conn.LinkSetMTU(l, n.MTU); err != nil {
 			return fmt.Errorf("set MTU of %s to %d: %w", name, n.MTU, err)
@@ -318,8 +344,12 @@ func (w *writer) delFDB(h *hidden, op vxlan.Op) error {
 	return w.delSelf(h, op.MAC)
 }
 
-// delSelf removes the device's own entry whatever it points at (address 0).
+// delSelf removes the device's own entry whatever it points at (address 0). An
+// uplink has none.
 func (w *writer) delSelf(h *hidden, mac net.HardwareAddr) error {
+	if h.isUplink {
+		return nil
+	}
 	return unlessGone(h.conn.NeighDel(&netlink.Neigh{
 		LinkIndex: h.tunnel, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, HardwareAddr: mac, IP: net.IPv4zero,
 	}))

@@ -74,6 +74,8 @@ type hidden struct {
 	conn *conn
 	// bridge and tunnel are link indexes, 0 until looked up.
 	bridge, tunnel int
+	// isUplink: tunnel is an encrypted network's uplink, no VXLAN device.
+	isUplink bool
 }
 
 func (h *hidden) close() {
@@ -93,6 +95,10 @@ func (k *Kernel) open(vni uint32) (*hidden, error) {
 	}
 	return &hidden{ns: ns, conn: c}, nil
 }
+
+// cryptPath is the file of the namespace with the WireGuard devices, which
+// vxlan/wg makes and removes.
+func (k *Kernel) cryptPath() string { return k.cfg.NetNSDir + "/" + weft.CryptNetNS(k.cfg.Node) }
 
 // path is the hidden namespace's file.
 func (k *Kernel) path(vni uint32) string {

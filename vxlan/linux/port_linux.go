@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -28,8 +29,9 @@ func strayTask(link string) weft.ID { return weft.ID(strayPrefix + link) }
 type end struct {
 	name string
 	mac  net.HardwareAddr
-	addr netip.Prefix
-	mtu  int
+	// addrs are one or two, of different families.
+	addrs []netip.Prefix
+	mtu   int
 	// alias, when set, proves ownership in a shared namespace.
 	alias string
 }
@@ -63,7 +65,7 @@ func (w *writer) setPort(h *hidden, vni uint32, p vxlan.Port) error {
 		return fmt.Errorf("set lo up: %w", err)
 	}
 	v := veth{name: weft.PortVethName(p.Task, id), alias: alias, ns: ns, far: task,
-		end: end{name: p.IfName, mac: p.MAC, addr: p.Addr, mtu: br.Attrs().MTU}}
+		end: end{name: p.IfName, mac: p.MAC, addrs: p.Addrs(), mtu: br.Attrs().MTU}}
 	return w.setVeth(h, v)
 }
 
@@ -113,8 +115,8 @@ func (w *writer) setLeg(h *hidden, leg vxlan.HostLeg) error {
 	if far != nil && !paired && far.Attrs().Alias != weft.LinkAlias(w.k.cfg.Node) {
 		return fmt.Errorf("make host leg %s: this host has a link of that name that weft did not make; rename it: %w", leg.Name, weft.ErrConflict)
 	}
-	return w.setVeth(h, veth{name: legPeer, ns: w.host, far: host,
-		end: end{name: leg.Name, mac: leg.MAC, addr: leg.Addr, mtu: br.Attrs().MTU, alias: weft.LinkAlias(w.k.cfg.Node)}})
+	return w.setVeth(h, veth{name: legPeer, ns: w.host, far: host, prepare: func() error { return legSysctls(leg) },
+		end: end{name: leg.Name, mac: leg.MAC, addrs: leg.Addrs(), mtu: br.Attrs().MTU, alias: weft.LinkAlias(w.k.cfg.Node)}})
 }
 
 // veth is a pair with its near end on a hidden bridge.
@@ -123,6 +125,21 @@ type veth struct {
 	ns          *netns.Handle
 	far         *conn // into ns
 	end         end
+	// prepare, when set, runs before the far end gets its addresses.
+	prepare func() error
+}
+
+// legSysctls keeps the host from speaking IPv6 on its leg by itself, and lets it
+// have the address that it was given: a link-local one would let tasks reach the
+// host's listeners past the balancer's rules, and what makes no address is
+// switched off whole.
+func legSysctls(leg vxlan.HostLeg) error {
+	off := "1"
+	if slices.ContainsFunc(leg.Addrs(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		off = "0"
+	}
+	base := "net/ipv6/conf/" + leg.Name + "/"
+	return setSysctls([]sysctl{{base + "addr_gen_mode", "1"}, {base + "accept_ra", "0"}, {base + "disable_ipv6", off}})
 }
 
 // setVeth repairs the pair in place where it can, and makes it anew where not.
@@ -160,6 +177,11 @@ func (w *writer) setVeth(h *hidden, v veth) error {
 	}
 	if err := h.conn.LinkSetUp(near); err != nil {
 		return fmt.Errorf("set %s up: %w", v.name, err)
+	}
+	if v.prepare != nil {
+		if err := v.prepare(); err != nil {
+			return err
+		}
 	}
 	return setEnd(v.far, far, v.end)
 }
@@ -212,7 +234,7 @@ func (w *writer) addVeth(h *hidden, v veth) (near, far netlink.Link, err error) 
 	return near, far, nil
 }
 
-// setEnd gives the far end its MTU, MAC and address, and nothing else.
+// setEnd gives the far end its MTU, MAC and addresses, and nothing else.
 func setEnd(c *conn, l netlink.Link, e end) error {
 	if err := c.LinkSetMTU(l, e.mtu); err != nil {
 		return fmt.Errorf("set MTU of %s to %d: %w", e.name, e.mtu, err)
@@ -224,11 +246,11 @@ func setEnd(c *conn, l netlink.Link, e end) error {
 	if err != nil {
 		return fmt.Errorf("list addresses of %s: %w", e.name, err)
 	}
-	has := false
+	missing := slices.Clone(e.addrs)
 	for _, a := range addrs {
 		p := prefixOf(a.IPNet)
-		if p == e.addr {
-			has = true
+		if i := slices.Index(missing, p); i >= 0 {
+			missing = slices.Delete(missing, i, i+1)
 			continue
 		}
 		if p.Addr().IsLinkLocalUnicast() {
@@ -238,13 +260,13 @@ func setEnd(c *conn, l netlink.Link, e end) error {
 			return fmt.Errorf("delete address %s of %s: %w", p, e.name, err)
 		}
 	}
-	if !has {
-		a := &netlink.Addr{IPNet: ipNet(e.addr)}
-		if e.addr.Addr().Is6() {
+	for _, p := range missing {
+		a := &netlink.Addr{IPNet: ipNet(p)}
+		if p.Addr().Is6() {
 			a.Flags = unix.IFA_F_NODAD // the allocator knows that it is free
 		}
 		if err := c.AddrAdd(l, a); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add address %s to %s: %w", e.addr, e.name, err)
+			return fmt.Errorf("add address %s to %s: %w", p, e.name, err)
 		}
 	}
 	if err := c.LinkSetUp(l); err != nil {

@@ -60,13 +60,15 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	if err != nil {
 		return n, err
 	}
-	var bridge, tunnel netlink.Link
+	var bridge, tunnel, uplink netlink.Link
 	for _, l := range links {
 		switch l.Attrs().Name {
 		case weft.BridgeName(vni):
 			bridge = l
 		case weft.VXLANName(vni):
 			tunnel = l
+		case weft.UplinkName(vni):
+			uplink = l
 		}
 	}
 	br, ok := bridge.(*netlink.Bridge)
@@ -93,6 +95,9 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 		if vx.MTU != br.MTU {
 			n.MTU, n.Fault = 0, fmt.Sprintf("%s had MTU %d, %s %d", vx.Name, vx.MTU, br.Name, br.MTU)
 		}
+	} else if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
+		tunnelIndex = up.Index
+		k.readUplink(&n, up, br, flags[up.Index])
 	} else {
 		n.DeviceFault = vxlan.FaultGone
 	}
@@ -102,7 +107,7 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	}
 	n.Peers, n.VIPs = vxlan.Observed(tables)
 	for _, l := range links {
-		if v, ok := l.(*netlink.Veth); ok {
+		if v, ok := l.(*netlink.Veth); ok && l != uplink {
 			k.readVeth(&n, v, br, flags[v.Index], local)
 		}
 	}
@@ -224,7 +229,7 @@ func (k *Kernel) readPort(p vxlan.Port, v *netlink.Veth, fault string, local map
 		e, err := readEnd(c, p.IfName, v)
 		p.Fault = cmp.Or(e.fault, entryFault(v, local, e))
 		if err == nil && p.Fault == "" {
-			p.MAC, p.Addr = e.mac, e.addr
+			p.MAC, p.Addr, p.Addr6 = e.mac, e.addr, e.addr6
 		}
 		return err
 	})
@@ -255,7 +260,7 @@ func (k *Kernel) readLeg(v *netlink.Veth, fault string, local map[int][]vxlan.MA
 		leg.Fault = err.Error()
 	}
 	if leg.Fault == "" {
-		leg.MAC, leg.Addr = e.mac, e.addr
+		leg.MAC, leg.Addr, leg.Addr6 = e.mac, e.addr, e.addr6
 	}
 	return leg
 }
@@ -271,9 +276,9 @@ func entryFault(v *netlink.Veth, local map[int][]vxlan.MAC, e farEnd) string {
 
 // farEnd is the other end of a veth as it was found.
 type farEnd struct {
-	mac   net.HardwareAddr
-	addr  netip.Prefix
-	fault string // why it is not as it should be; "" = it is
+	mac         net.HardwareAddr
+	addr, addr6 netip.Prefix
+	fault       string // why it is not as it should be; "" = it is
 }
 
 // readEnd reads the other end of a veth.
@@ -302,17 +307,22 @@ func readEnd(c *conn, name string, peer *netlink.Veth) (farEnd, error) {
 	if err != nil {
 		return e, fmt.Errorf("list addresses of %s: %w", name, err)
 	}
+	var found []netip.Prefix
 	for _, x := range addrs {
 		if p := prefixOf(x.IPNet); !p.Addr().IsLinkLocalUnicast() {
-			if e.addr.IsValid() {
-				e.fault = fmt.Sprintf("%s had more addresses than the one it was given", name)
-				return e, nil
-			}
-			e.addr = p
+			found = append(found, p)
 		}
 	}
-	if !e.addr.IsValid() {
+	slices.SortFunc(found, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) }) // IPv4 first
+	switch {
+	case len(found) == 0:
 		e.fault = name + " had no address"
+	case len(found) == 1:
+		e.addr = found[0]
+	case len(found) == 2 && found[0].Addr().Is4() && found[1].Addr().Is6():
+		e.addr, e.addr6 = found[0], found[1]
+	default:
+		e.fault = fmt.Sprintf("%s had %v, more addresses than it was given", name, found)
 	}
 	return e, nil
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
@@ -37,6 +38,8 @@ type host struct {
 	dir  string
 	// repairs are those that were reported and not yet taken.
 	repairs []weft.Repair
+	// under6: the VTEP is of IPv6.
+	under6 bool
 }
 
 // rig makes n hosts on one bridge in the test's own namespace.
@@ -90,7 +93,25 @@ func rig(t testing.TB, n int) []*host {
 	return hosts
 }
 
-func (h *host) vtep() netip.Addr { return netip.AddrFrom4([4]byte{10, 99, 7, byte(h.i)}) }
+func (h *host) vtep() netip.Addr {
+	if h.under6 {
+		return netip.MustParseAddr(fmt.Sprintf("fd99:7::%d", h.i))
+	}
+	return netip.AddrFrom4([4]byte{10, 99, 7, byte(h.i)})
+}
+
+// use6 gives the host an IPv6 underlay.
+func (h *host) use6() {
+	h.t.Helper()
+	h.under6 = true
+	must(h.t, h.ns.Do(func() error {
+		l, err := netlink.LinkByName("under0")
+		if err != nil {
+			return err
+		}
+		return netlink.AddrAdd(l, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(h.vtep(), 64)), Flags: unix.IFA_F_NODAD})
+	}))
+}
 
 func (h *host) apply(want vxlan.State) error {
 	return h.ns.Do(func() error { return h.k.Apply(context.Background(), want) })
@@ -131,7 +152,9 @@ func network(h *host, id weft.ID, ports map[*host][]vxlan.Port) vxlan.Network {
 	for other, ps := range ports {
 		for _, p := range ps {
 			if other != h {
-				n.Peers = append(n.Peers, vxlan.Peer{Addr: p.Addr.Addr(), MAC: p.MAC, VTEP: other.vtep()})
+				for _, a := range p.Addrs() {
+					n.Peers = append(n.Peers, vxlan.Peer{Addr: a.Addr(), MAC: p.MAC, VTEP: other.vtep()})
+				}
 			}
 		}
 	}
@@ -146,12 +169,21 @@ func state(ns ...vxlan.Network) vxlan.State {
 	return s
 }
 
-// exchange sends bytes by TCP from one namespace to an address in another and
-// back.
+// exchange sends bytes by TCP from one namespace to the addresses of a port in
+// another and back.
 func exchange(from string, to vxlan.Port) error {
+	for _, a := range to.Addrs() {
+		if err := exchangeAt(from, to.NetNS, a.Addr()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func exchangeAt(from, ns string, at netip.Addr) error {
 	var l net.Listener
-	err := netns.Do(to.NetNS, func() (err error) {
-		l, err = net.Listen("tcp", netip.AddrPortFrom(to.Addr.Addr(), 7000).String())
+	err := netns.Do(ns, func() (err error) {
+		l, err = net.Listen("tcp", netip.AddrPortFrom(at, 7000).String())
 		return err
 	})
 	if err != nil {

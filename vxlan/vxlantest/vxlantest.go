@@ -3,6 +3,7 @@
 package vxlantest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -146,7 +147,7 @@ func (k *Kernel) doLocked(op vxlan.Op) error {
 	case vxlan.OpSetNetwork:
 		n.head.MTU, n.head.Subnets = op.Network.MTU, op.Network.Subnets
 	case vxlan.OpSetDevice:
-		n.head.VTEP, n.head.Port = op.Network.VTEP, op.Network.Port
+		n.head.VTEP, n.head.Port, n.head.Encrypted = op.Network.VTEP, op.Network.Port, op.Network.Encrypted
 		clear(n.tables.FDB)
 	case vxlan.OpSetFDB:
 		n.tables.FDB[vxlan.MACOf(op.MAC)] = op.VTEP
@@ -181,7 +182,12 @@ func (k *Kernel) String() string {
 		n := k.nets[vni]
 		br, vx := weft.BridgeName(vni), weft.VXLANName(vni)
 		fmt.Fprintf(&b, "ip link add %s mtu %d type bridge mcast_snooping 0\n", br, n.head.MTU)
-		fmt.Fprintf(&b, "ip link add %s mtu %d master %s type vxlan id %d local %s dstport %d nolearning\n", vx, n.head.MTU, br, vni, n.head.VTEP, n.head.Port)
+		if n.head.Encrypted {
+			vx = weft.UplinkName(vni)
+			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type veth peer %s address %s netns crypt\n", vx, n.head.MTU, br, weft.RouterName(vni), weft.RouterMAC(vni))
+		} else {
+			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type vxlan id %d local %s dstport %d nolearning\n", vx, n.head.MTU, br, vni, n.head.VTEP, n.head.Port)
+		}
 		fmt.Fprintf(&b, "bridge link set dev %s learning off flood off mcast_flood off bcast_flood off neigh_suppress on\n", vx)
 		peers, vips := vxlan.Observed(n.tables)
 		for _, p := range peers {
@@ -194,10 +200,15 @@ func (k *Kernel) String() string {
 			p := n.ports[task]
 			name := weft.PortVethName(task, n.head.ID)
 			fmt.Fprintf(&b, "ip link add %s mtu %d master %s type veth peer %s mtu %d address %s netns %s\n", name, n.head.MTU, br, p.IfName, n.head.MTU, p.MAC, p.NetNS)
-			fmt.Fprintf(&b, "ip -n %s addr add %s dev %s\n", p.NetNS, p.Addr, p.IfName)
+			for _, a := range p.Addrs() {
+				fmt.Fprintf(&b, "ip -n %s addr add %s dev %s\n", p.NetNS, a, p.IfName)
+			}
 		}
 		if n.leg != nil {
-			fmt.Fprintf(&b, "ip link add %s address %s type veth peer on %s\nip addr add %s dev %s\n", n.leg.Name, n.leg.MAC, br, n.leg.Addr, n.leg.Name)
+			fmt.Fprintf(&b, "ip link add %s address %s type veth peer on %s\n", n.leg.Name, n.leg.MAC, br)
+			for _, a := range n.leg.Addrs() {
+				fmt.Fprintf(&b, "ip addr add %s dev %s\n", a, n.leg.Name)
+			}
 		}
 	}
 	return b.String()
@@ -215,7 +226,12 @@ func Conformance(t *testing.T, k vxlan.Kernel, n vxlan.Network) {
 	bare.Ports, bare.Peers, bare.VIPs, bare.HostLeg = nil, nil, nil, nil
 	moved := n
 	moved.MTU, moved.Port, moved.Peers = n.MTU-100, n.Port+1, slices.Clone(n.Peers)
-	moved.Peers[0].VTEP = moved.Peers[0].VTEP.Next()
+	next := n.Peers[0].VTEP.Next()
+	for i, p := range n.Peers {
+		if bytes.Equal(p.MAC, n.Peers[0].MAC) { // of one endpoint: they move together
+			moved.Peers[i].VTEP = next
+		}
+	}
 	other := n
 	other.ID = "another-network-same-vni"
 	for _, s := range []struct {

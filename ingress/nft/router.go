@@ -1,0 +1,67 @@
+package nft
+
+import (
+	"net"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+)
+
+// routerRules is the table in the namespace through which encrypted networks
+// reach other nodes. The bridge has written the chosen backend's hardware address
+// into a packet to a service address; by it the packet gets the backend's
+// own address, and connection tracking gives the answer the service's. Packets to
+// an endpoint's own address come with the router's hardware address and pass.
+func routerRules(r ingress.Router) ruleset {
+	backends := set{
+		name: "backends", key: nftables.TypeEtherAddr, data: nftables.TypeIPAddr, isMap: true,
+		elements: map[string]string{}, show: showBackend,
+	}
+	for _, b := range r.Backends {
+		if b.Addr.Is4() {
+			backends.elements[string(b.MAC)] = bytes4(b.Addr)
+		}
+	}
+	return ruleset{
+		family: nftables.TableFamilyIPv4, sets: []set{backends},
+		chains: []chain{{
+			name: "prerouting", kind: nftables.ChainTypeNAT,
+			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityNATDest,
+			rules: []rule{{"to a service by its backend's hardware address: to the backend", []expr.Any{
+				&expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
+				lookup("backends", regMAC, regVIP),
+				&expr.Counter{},
+				&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: regVIP},
+			}}},
+		}},
+	}
+}
+
+// acceptRules let the router's links take what is addressed to a backend's
+// hardware address, which is not theirs.
+func acceptRules(r ingress.Router) ruleset {
+	out := ruleset{family: nftables.TableFamilyNetdev}
+	for _, vni := range r.VNIs {
+		link := weft.RouterName(vni)
+		out.chains = append(out.chains, chain{
+			name: "in-" + link, kind: nftables.ChainTypeFilter, device: link,
+			hook: nftables.ChainHookIngress, priority: nftables.ChainPriorityFilter,
+			rules: []rule{{link + ": take what is for another's hardware address", []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyPKTTYPE, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.PACKET_OTHERHOST}},
+				&expr.Immediate{Register: 1, Data: binaryutil.NativeEndian.PutUint32(unix.PACKET_HOST)},
+				&expr.Meta{Key: expr.MetaKeyPKTTYPE, SourceRegister: true, Register: 1},
+			}}},
+		})
+	}
+	return out
+}
+
+func showBackend(key, data string) string {
+	return net.HardwareAddr(key).String() + " -> " + address(data)
+}

@@ -1,0 +1,377 @@
+package wg
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+func TestPacketsCrossEncrypted(t *testing.T) {
+	hosts := rig(t, 2, "")
+	stop := capture(t)
+	applyAll(t, hosts, 0, 1, 2, 3)
+	for v := 1; v <= 3; v++ {
+		for _, h := range hosts {
+			o := hosts[2-h.i]
+			if err := exchange(h.tasks[v], o.tasks[v]); err != nil {
+				t.Fatalf("network %d: %s to %s: %v", v, h.tasks[v].Addr, o.tasks[v].Addr, err)
+			}
+		}
+	}
+	seen := stop()
+	if len(seen) < 1<<20 { // of twelve; the reader may be late for some
+		t.Errorf("%d bytes were captured: the capture proves nothing", len(seen))
+	}
+	if strings.Contains(string(seen), marker) {
+		t.Error("the underlay carried plain text")
+	}
+	for _, h := range hosts {
+		if err := h.apply(h.state(hosts, 0, map[*host][]weft.NodeKey{hosts[0]: hosts[0].keys(0), hosts[1]: hosts[1].keys(0)}, 1, 2, 3)); err != nil {
+			t.Errorf("apply again: %v", err)
+		}
+	}
+}
+
+// TestNetworksStayApart: neither a task nor another node gets from one encrypted
+// network into another.
+func TestNetworksStayApart(t *testing.T) {
+	hosts := rig(t, 2, "")
+	applyAll(t, hosts, 0, 1, 2)
+	a, b := hosts[0], hosts[1]
+	if err := exchange(a.tasks[1], b.tasks[1]); err != nil {
+		t.Fatal(err)
+	}
+	// A task that sends everything to its network's router.
+	must(t, netns.Do(a.tasks[1].NetNS, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		gw := net.IP{10, 100, 1, 20} // answered for by the router
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: gw, Dst: ipNet(netip.MustParsePrefix("10.100.2.0/24"))})
+	}))
+	// And the way back, so that only the wall between can stop it.
+	must(t, netns.Do(b.tasks[2].NetNS, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: net.IP{10, 100, 2, 10}, Dst: ipNet(netip.MustParsePrefix("10.100.1.0/24"))})
+	}))
+	heard, err := listenUDP(b.tasks[2])
+	must(t, err)
+	defer heard.Close()
+	to := heard.LocalAddr().String()
+	send := func(from vxlan.Port) {
+		must(t, netns.Do(from.NetNS, func() error {
+			c, err := net.Dial("udp", to)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write([]byte(from.Addr.String()))
+			return err
+		}))
+	}
+	send(a.tasks[1])
+	send(a.tasks[2]) // the proof that the listener hears
+	heard.SetReadDeadline(time.Now().Add(5 * time.Second))
+	buf := make([]byte, 100)
+	n, _, err := heard.ReadFrom(buf)
+	if err != nil || string(buf[:n]) != a.tasks[2].Addr.String() {
+		t.Errorf("heard %q, %v; want only %s", buf[:n], err, a.tasks[2].Addr)
+	}
+}
+
+func listenUDP(p vxlan.Port) (c net.PacketConn, err error) {
+	err = netns.Do(p.NetNS, func() (err error) {
+		c, err = net.ListenPacket("udp", netip.AddrPortFrom(p.Addr.Addr(), 0).String())
+		return err
+	})
+	return c, err
+}
+
+// requests asks and answers on one connection, and on a new one now and then,
+// until stop is called; that returns how many there were, the slowest, and the
+// first failure.
+func requests(from, to vxlan.Port) (stop func() (int, time.Duration, error), err error) {
+	l, err := echo(to)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{}) // closed by the client when it has ended
+	count, slowest := 0, time.Duration(0)
+	var failed error
+	go func() {
+		defer close(done)
+		failed = netns.Do(from.NetNS, func() error {
+			buf := make([]byte, len(marker))
+			for ctx.Err() == nil {
+				c, err := net.DialTimeout("tcp", l.Addr().String(), time.Second)
+				if err != nil {
+					return err
+				}
+				for range 50 {
+					began := time.Now()
+					c.SetDeadline(began.Add(time.Second))
+					if _, err = io.WriteString(c, marker); err == nil {
+						_, err = io.ReadFull(c, buf)
+					}
+					if err != nil {
+						break
+					}
+					count++
+					slowest = max(slowest, time.Since(began))
+				}
+				if err = errors.Join(err, c.Close()); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}()
+	return func() (int, time.Duration, error) {
+		cancel()
+		<-done
+		l.Close()
+		return count, slowest, failed
+	}, nil
+}
+
+// await repeats apply until the host sends to the other by the slot.
+func (h *host) await(o *host, want vxlan.State, slot int) {
+	h.t.Helper()
+	for deadline := time.Now().Add(15 * time.Second); ; {
+		must(h.t, h.apply(want))
+		ring, err := h.e.keys.ensure(want.Encryption.Epoch)
+		must(h.t, err)
+		var have [weft.KeySlots]device
+		for s := range have {
+			have[s], err = h.e.driver.read(context.Background(), s)
+			must(h.t, err)
+		}
+		if choose(want, ring, have)[vtep(o.i)] == slot {
+			must(h.t, h.apply(want))
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("host %d does not change to slot %d; devices %+v", h.i, slot, have)
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-h.t.Context().Done():
+		}
+	}
+}
+
+// TestRotationLosesNothing changes keys under requests, with every order in
+// which the two nodes can hear of it.
+func TestRotationLosesNothing(t *testing.T) {
+	hosts := rig(t, 2, "")
+	a, b := hosts[0], hosts[1]
+	applyAll(t, hosts, 0, 1)
+	must(t, exchange(a.tasks[1], b.tasks[1]))
+	seen := capture(t)
+	stop, err := requests(a.tasks[1], b.tasks[1])
+	must(t, err)
+	known := map[*host][]weft.NodeKey{a: a.keys(0), b: b.keys(0)}
+	for epoch := uint64(1); epoch <= 4; epoch++ {
+		first, second := a, b
+		if epoch%2 == 0 {
+			first, second = b, a
+		}
+		at := map[*host]uint64{a: epoch - 1, b: epoch - 1}
+		step := func(h *host) { must(t, h.apply(h.state(hosts, at[h], known, 1))) }
+		at[first] = epoch
+		step(first) // has a new key and has told nobody
+		if epoch > 2 {
+			at[second] = epoch
+			step(second) // both, before either has heard of the other's
+		}
+		known[first] = first.keys(epoch)
+		step(second)
+		at[second] = epoch
+		step(second)
+		known[second] = second.keys(epoch)
+		step(first)
+		for _, h := range hosts {
+			h.await(hosts[2-h.i], h.state(hosts, epoch, known, 1), int(epoch%2))
+		}
+	}
+	n, slowest, err := stop()
+	t.Logf("%d requests over 4 rotations, slowest %s", n, slowest)
+	if err != nil {
+		t.Errorf("a request was lost: %v", err)
+	}
+	if n < 40 { // ten for each
+		t.Errorf("%d requests prove nothing", n)
+	}
+	if strings.Contains(string(seen()), marker) {
+		t.Error("the underlay carried plain text")
+	}
+	for _, h := range hosts {
+		if k := h.keys(4); k[0].Epoch != 3 || k[1].Epoch != 4 {
+			t.Errorf("host %d has keys of epochs %d and %d", h.i, k[0].Epoch, k[1].Epoch)
+		}
+	}
+}
+
+// TestDaemonDies: a new daemon adopts the child without a lost request, and
+// starts another when that is gone.
+func TestDaemonDies(t *testing.T) {
+	hosts := rig(t, 2, EngineUser)
+	a, b := hosts[0], hosts[1]
+	applyAll(t, hosts, 0, 1)
+	must(t, exchange(a.tasks[1], b.tasks[1]))
+	child := func(h *host) int {
+		pid, err := h.e.driver.(*userDriver).running()
+		must(t, err)
+		return pid
+	}
+	before := child(a)
+	if before == 0 {
+		t.Fatal("no child answers")
+	}
+	stop, err := requests(a.tasks[1], b.tasks[1])
+	must(t, err)
+	for range 3 {
+		a.restart(EngineUser)
+		applyAll(t, hosts, 0, 1)
+	}
+	if n, slowest, err := stop(); err != nil {
+		t.Errorf("after %d requests, slowest %s: %v", n, slowest, err)
+	}
+	if after := child(a); after != before {
+		t.Errorf("the child was %d and is %d", before, after)
+	}
+	if fi, err := os.Stat(a.e.cfg.KeyFile); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("key file: %v, %v", fi, err)
+	}
+	must(t, unix.Kill(before, unix.SIGKILL))
+	for deadline := time.Now().Add(5 * time.Second); child(a) == before && time.Now().Before(deadline); {
+	}
+	if err := exchange(a.tasks[1], b.tasks[1]); err == nil {
+		t.Error("packets cross without an engine")
+	}
+	applyAll(t, hosts, 0, 1)
+	if err := exchange(a.tasks[1], b.tasks[1]); err != nil {
+		t.Errorf("with a new child: %v", err)
+	}
+	must(t, a.apply(vxlan.State{}))
+	if pid := child(a); pid != 0 {
+		t.Errorf("child %d outlives the last encrypted network", pid)
+	}
+}
+
+// TestWithoutEngine: the encrypted network is refused by name and nothing of it
+// is made; the plain one works.
+func TestWithoutEngine(t *testing.T) {
+	hosts := rig(t, 2, EngineNone)
+	h := hosts[0]
+	want := h.state(hosts, 0, nil, 1, 2)
+	plain := want.Networks[5002]
+	plain.Encrypted = false
+	want.Networks[5002] = plain
+	err := h.apply(want)
+	var ne *vxlan.NetworkError
+	if !errors.Is(err, weft.ErrUnsupported) || !errors.As(err, &ne) || ne.VNI != 5001 || !strings.Contains(err.Error(), "WireGuard") {
+		t.Errorf("got %v", err)
+	}
+	if st, err := h.e.Read(context.Background()); err != nil || len(st.Networks) != 1 || st.Networks[5002].ID == "" {
+		t.Errorf("the kernel holds %v, %v", st, err)
+	}
+	if k := h.keys(0); k != nil {
+		t.Errorf("a node that cannot decrypt publishes %v", k)
+	}
+}
+
+// TestInjectedVXLAN: plain VXLAN with the right VNI, MAC and source reaches no
+// task of an encrypted network; the same to a plain network does.
+func TestInjectedVXLAN(t *testing.T) {
+	hosts := rig(t, 2, "")
+	a, b := hosts[0], hosts[1]
+	for _, encrypted := range []bool{true, false} {
+		known := map[*host][]weft.NodeKey{a: a.keys(0), b: b.keys(0)}
+		for _, h := range hosts {
+			st := h.state(hosts, 0, known, 1, 2)
+			n := st.Networks[5001]
+			n.Encrypted = encrypted
+			if !encrypted {
+				n.ID = "plain" // the option is fixed for the life of a network
+			}
+			st.Networks[5001] = n
+			must(t, h.apply(st))
+		}
+		heard, err := listenUDP(b.tasks[1])
+		must(t, err)
+		must(t, exchange(a.tasks[1], b.tasks[1]))
+		to := heard.LocalAddr().(*net.UDPAddr).AddrPort()
+		frame := vxlanFrame(5001, a.tasks[1], b.tasks[1], to.Port(), "injected")
+		must(t, a.ns.Do(func() error {
+			c, err := net.Dial("udp", netip.AddrPortFrom(vtep(b.i), 4789).String())
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			for range 3 {
+				if _, err := c.Write(frame); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
+					return err
+				}
+			}
+			return nil
+		}))
+		// A packet of the network itself, behind the injected ones.
+		must(t, netns.Do(a.tasks[1].NetNS, func() error {
+			c, err := net.Dial("udp", to.String())
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write([]byte("genuine"))
+			return err
+		}))
+		heard.SetReadDeadline(time.Now().Add(5 * time.Second))
+		buf := make([]byte, 100)
+		n, _, err := heard.ReadFrom(buf)
+		want := map[bool]string{true: "genuine", false: "injected"}[encrypted]
+		if err != nil || string(buf[:n]) != want {
+			t.Errorf("encrypted %v: heard %q first, %v; want %q", encrypted, buf[:n], err, want)
+		}
+		heard.Close()
+	}
+}
+
+// vxlanFrame is an UDP datagram inside VXLAN (RFC 7348 section 5), without an
+// inner UDP checksum (RFC 768: zero means none).
+func vxlanFrame(vni uint32, from, to vxlan.Port, port uint16, text string) []byte {
+	udp := append([]byte{0x30, 0x39, byte(port >> 8), byte(port), 0, byte(8 + len(text)), 0, 0}, text...)
+	ip := append([]byte{0x45, 0, 0, byte(20 + len(udp)), 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}, from.Addr.Addr().AsSlice()...)
+	ip = append(ip, to.Addr.Addr().AsSlice()...)
+	var sum uint32
+	for i := 0; i < len(ip); i += 2 {
+		sum += uint32(ip[i])<<8 | uint32(ip[i+1])
+	}
+	for sum > 0xffff {
+		sum = sum&0xffff + sum>>16
+	}
+	ip[10], ip[11] = byte(^sum>>8), byte(^sum)
+	b := []byte{0x08, 0, 0, 0, byte(vni >> 16), byte(vni >> 8), byte(vni), 0}
+	b = append(b, to.MAC...)
+	b = append(b, from.MAC...)
+	b = append(b, 0x08, 0x00)
+	return append(append(b, ip...), udp...)
+}

@@ -1,0 +1,16 @@
+package wg
+
+import (
+	"os"
+	"testing"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
+)
+
+// TestMain lets the test binary be the child process, too.
+func TestMain(m *testing.M) {
+	if handled, code := Main(os.Args); handled {
+		os.Exit(code)
+	}
+	netnstest.Main(m)
+}

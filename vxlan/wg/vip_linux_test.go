@@ -1,0 +1,168 @@
+package wg
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/nft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// names serves the name of a task by TCP and UDP at a port.
+func names(t *testing.T, p vxlan.Port, name string, port uint16) {
+	t.Helper()
+	at := netip.AddrPortFrom(p.Addr.Addr(), port).String()
+	must(t, netns.Do(p.NetNS, func() error {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			return err
+		}
+		u, err := net.ListenPacket("udp", at)
+		if err != nil {
+			return errors.Join(err, l.Close())
+		}
+		t.Cleanup(func() { l.Close(); u.Close() }) // end both loops
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				io.WriteString(c, name)
+				c.Close()
+			}
+		}()
+		go func() {
+			buf := make([]byte, 100)
+			for {
+				_, from, err := u.ReadFrom(buf)
+				if err != nil {
+					return
+				}
+				u.WriteTo([]byte(name), from)
+			}
+		}()
+		return nil
+	}))
+}
+
+// ask asks a service address once. The socket is connected: an answer from
+// another address would not be heard.
+func ask(from vxlan.Port, network string, to netip.AddrPort) (name string, err error) {
+	err = netns.Do(from.NetNS, func() error {
+		c, err := net.DialTimeout(network, to.String(), 2*time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(2 * time.Second))
+		if network == "udp" {
+			if _, err := io.WriteString(c, "?"); err != nil {
+				return err
+			}
+		}
+		buf := make([]byte, 100)
+		n, err := c.Read(buf)
+		name = string(buf[:n])
+		return err
+	})
+	return name, err
+}
+
+// TestServiceAddress: a service address leads to tasks on other nodes, over TCP
+// and UDP, the answers come from it, and it turns away from a task that goes.
+func TestServiceAddress(t *testing.T) {
+	const port = 7000
+	hosts := rig(t, 3, "")
+	applyAll(t, hosts, 0, 1)
+	client := hosts[0]
+	vip := netip.MustParseAddr("10.100.1.200")
+	service := weft.NewID()
+	engine := nft.New(client.dir)
+	must(t, engine.Probe(t.Context()))
+	backend := map[string]ingress.Backend{}
+	for _, h := range hosts[1:] {
+		p, name := h.tasks[1], fmt.Sprint("task on host ", h.i)
+		names(t, p, name, port)
+		backend[name] = ingress.Backend{Task: p.Task, Addr: p.Addr.Addr(), MAC: p.MAC}
+	}
+	balance := func(backends ...ingress.Backend) {
+		t.Helper()
+		known := map[*host][]weft.NodeKey{}
+		for _, h := range hosts {
+			known[h] = h.keys(0)
+		}
+		want := client.state(hosts, 0, known, 1)
+		n := want.Networks[5001]
+		n.VIPs = []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC(service, vip)}}
+		want.Networks[5001] = n
+		must(t, client.apply(want))
+		nsDir := filepath.Join(client.dir, "netns")
+		must(t, client.ns.Do(func() error {
+			return engine.Apply(context.Background(), ingress.Table{
+				Networks: []ingress.Network{{
+					VNI: 5001, NetNS: filepath.Join(nsDir, weft.OverlayNetNS(client.node, 5001)), Bridge: weft.BridgeName(5001),
+					Ports:    []string{weft.PortVethName(client.tasks[1].Task, "net1")},
+					Services: []ingress.Service{{ID: service, VIP: vip, MAC: weft.VIPMAC(service, vip), Backends: backends}},
+				}},
+				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{5001}, Backends: backends},
+			})
+		}))
+	}
+	a, b := "task on host 2", "task on host 3"
+	balance(backend[a], backend[b])
+	for _, network := range []string{"tcp", "udp"} {
+		heard := map[string]int{}
+		for range 40 {
+			name, err := ask(client.tasks[1], network, netip.AddrPortFrom(vip, port))
+			if err != nil {
+				t.Fatalf("%s: %v after %v", network, err, heard)
+			}
+			heard[name]++
+		}
+		if heard[a] < 5 || heard[b] < 5 {
+			t.Errorf("%s: answers %v", network, heard)
+		}
+	}
+	// One flow of datagrams, from one port, follows to the task that is left.
+	must(t, netns.Do(client.tasks[1].NetNS, func() error {
+		c, err := net.Dial("udp", netip.AddrPortFrom(vip, port).String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		say := func() (string, error) {
+			buf := make([]byte, 100)
+			c.SetDeadline(time.Now().Add(2 * time.Second))
+			if _, err := io.WriteString(c, "?"); err != nil {
+				return "", err
+			}
+			n, err := c.Read(buf)
+			return string(buf[:n]), err
+		}
+		first, err := say()
+		if err != nil {
+			return err
+		}
+		other := map[string]string{a: b, b: a}[first]
+		balance(backend[other])
+		if got, err := say(); err != nil || got != other {
+			return fmt.Errorf("after %q has gone: %q, %v", first, got, err)
+		}
+		return nil
+	}))
+	// Direct traffic to a backend is not translated and not confused with it.
+	if name, err := ask(client.tasks[1], "tcp", netip.AddrPortFrom(backend[a].Addr, port)); err != nil || name != a {
+		t.Errorf("asked directly: %q, %v", name, err)
+	}
+}
