@@ -79,7 +79,7 @@ func (ms *membership) newMember(ctx context.Context, state memberState, boot *or
 	if err := m.makeServer(boot); err != nil {
 		return nil, err
 	}
-	if m.ln, err = wire.Listen(ctx, state.Listen); err != nil {
+	if m.ln, err = wire.Listen(ctx, state.bind()); err != nil {
 		return nil, err
 	}
 	return m, nil
@@ -138,7 +138,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.gossip, err = gossip.New(gossip.Config{
-		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
+		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
 		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
 	})
