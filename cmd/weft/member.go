@@ -313,8 +313,27 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	if err != nil {
 		return d, err
 	}
-	d.UsedPrefixes, err = linux.HostPrefixes()
+	d.UsedPrefixes, err = m.cfg.usedPrefixes()
 	return d, err
+}
+
+// usedPrefixes are the ranges that no overlay may overlap: of the host's routes
+// and addresses, and the resolvers, which may lie behind a default route.
+func (c daemonConfig) usedPrefixes() ([]netip.Prefix, error) {
+	out, err := linux.HostPrefixes()
+	if err != nil {
+		return nil, err
+	}
+	resolvers, err := dns.Nameservers(c.ResolvConf)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range resolvers {
+		if p := netip.PrefixFrom(a.WithZone(""), a.BitLen()); !a.IsLoopback() && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out, nil
 }
 
 func describeNode(cfg daemonConfig, e *engines) (weft.NodeDescription, error) {

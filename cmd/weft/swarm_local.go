@@ -99,7 +99,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if boot.Node.Description, err = describeNode(ms.cfg, ms.engines); err != nil {
 		return "", err
 	}
-	if boot.Node.Description.UsedPrefixes, err = linux.HostPrefixes(); err != nil {
+	if boot.Node.Description.UsedPrefixes, err = ms.cfg.usedPrefixes(); err != nil {
 		return "", err
 	}
 	if err := ms.checkPorts(state); err != nil {
