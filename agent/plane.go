@@ -372,6 +372,7 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 // readHost adds what the host itself says.
 func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	var err error
+	in.NoIPv6 = !hasIPv6()
 	if in.MTU, err = p.mtu(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
 	}

@@ -77,7 +77,7 @@ func (ms *membership) newMember(ctx context.Context, state memberState, boot *or
 	if err := m.makeServer(boot); err != nil {
 		return nil, err
 	}
-	if m.ln, err = wire.Listen(ctx, state.Listen); err != nil {
+	if m.ln, err = wire.Listen(ctx, state.bind()); err != nil {
 		return nil, err
 	}
 	return m, nil
@@ -134,13 +134,13 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err := m.engine.Probe(ctx); err != nil {
 		return fmt.Errorf("service engine nft: %w", err)
 	}
-	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse())
+	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse(), "publishes_on_ipv6", m.engine.CanPublish6())
 	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
 	if err != nil {
 		return err
 	}
 	m.gossip, err = gossip.New(gossip.Config{
-		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
+		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
 		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
 	})
