@@ -33,6 +33,10 @@ func PortVethName(task, network ID) string {
 // VXLANName is the VXLAN device of a network.
 func VXLANName(vni uint32) string { return fmt.Sprintf("wx%d", vni) }
 
+// TunnelName is the VXLAN device of the eBPF engine for one UDP port, of all
+// networks that use it.
+func TunnelName(port uint16) string { return fmt.Sprintf("wxu%d", port) }
+
 // BridgeName is the bridge inside a network's hidden namespace.
 func BridgeName(vni uint32) string { return fmt.Sprintf("wb%d", vni) }
 

@@ -146,6 +146,7 @@ func TestNetworkValidate(t *testing.T) {
 		{"driver", func(n *NetworkSpec) { n.Driver = "bridge" }, ErrUnsupported, "Driver: "},
 		{"unknown option", func(n *NetworkSpec) { n.Options = map[string]string{"color": "red"} }, ErrUnsupported, `Options["color"]: `},
 		{"MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "576"} }, nil, ""},
+		{"encrypted=false", func(n *NetworkSpec) { n.Options = map[string]string{OptionEncrypted: "false"} }, ErrInvalid, `Options["encrypted"]: invalid argument: "false": leave the value out`},
 		{"MTU in words", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "1400b"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: "1400b": write a number`},
 		{"MTU with sign", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "+1400"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
 		{"no MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: ""} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -269,6 +270,32 @@ func TestGoldenClusterPort(t *testing.T) {
 	apply(t, s, 8, Command{Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), Session: &NodeSession{}}}}})
 	if n, _ := s.View().Node(id(3)); n.Status.ClusterPort != 4377 {
 		t.Errorf("a session without a port left %d", n.Status.ClusterPort)
+	}
+}
+
+// TestGoldenKeys: what came with encrypted networks.
+func TestGoldenKeys(t *testing.T) {
+	s := New()
+	apply(t, s, 1, goldenCommands()...)
+	keys := []weft.NodeKey{{Epoch: 1, Public: weft.PublicKey{1}, Port: 51821}, {Epoch: 2, Public: weft.PublicKey{2}, Port: 51820}}
+	c, _ := s.View().Cluster()
+	c.KeyEpoch, c.KeyEpochAt = 2, t0
+	b, err := EncodeEntry([]Command{{At: t0, Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), Keys: &keys}}, {Cluster: &c}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	errs, err := s.Apply(7, golden(t, "entry-v1-keys.cbor", b))
+	if err != nil || errors.Join(errs...) != nil {
+		t.Fatal(err, errs)
+	}
+	r := New()
+	if err := r.Restore(bytes.NewReader(golden(t, "snapshot-v1-keys.cbor", persist(t, s)))); err != nil {
+		t.Fatal(err)
+	}
+	n, _ := r.View().Node(id(3))
+	c, _ = r.View().Cluster()
+	if !slices.Equal(n.Status.Keys, keys) || c.KeyEpoch != 2 || !c.KeyEpochAt.Equal(t0) {
+		t.Errorf("keys %v, epoch %d since %s", n.Status.Keys, c.KeyEpoch, c.KeyEpochAt)
 	}
 }
 

@@ -66,6 +66,43 @@ func Main(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	end(cmd)
+}
+
+// MainRoot is Main for what no user namespace gives, as eBPF: it runs the tests
+// again in new network and mount namespaces if it is root. Otherwise it runs them
+// where they are, and NeedRoot ends those of the kernel.
+func MainRoot(m *testing.M) {
+	if os.Getenv(inside) != "" {
+		if err := errors.Join(syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""), freshRun()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(m.Run())
+	}
+	if os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := again("1", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	end(cmd)
+}
+
+// NeedRoot ends a test below MainRoot that has no namespaces of its own.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Getenv(inside) == "" {
+		Missing(t, "root", errors.New("not root"))
+	}
+}
+
+// end ends this process with the code of the other.
+func end(cmd *exec.Cmd) {
 	err := cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
