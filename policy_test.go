@@ -38,15 +38,15 @@ var packages = map[string]rule{
 	"vxlan/netns":               {}, // free to all, see freeToAll; of the root it uses the sentinel errors
 	"vxlan/netns/netnstest":     {},
 	"vxlan/linux":               {may: []string{"vxlan"}},
-	"vxlan/pmtu":                {}, // of the root it uses the sentinel errors and log keys
-	"vxlan/bpf":                 {may: []string{"vxlan"}},
+	"vxlan/pmtu":                {},                                      // of the root it uses the sentinel errors and log keys
+	"vxlan/bpf":                 {may: []string{"vxlan", "vxlan/linux"}}, // linux: veths and facts of the host, made one way by all engines
 	"vxlan/wg":                  {may: []string{"vxlan"}},
 	"vxlan/vxlantest":           {may: []string{"vxlan"}},
 	"dns":                       {},
 	"ingress":                   {},
 	"ingress/ipvs":              {may: []string{"ingress"}},
 	"ingress/nft":               {may: []string{"ingress"}},
-	"ingress/bpf":               {may: []string{"ingress", "vxlan/bpf"}},
+	"ingress/bpf":               {may: []string{"ingress", "vxlan", "vxlan/bpf"}}, // vxlan: the hardware address as a map key
 	"ingress/ingresstest":       {may: []string{"ingress"}},
 	"gossip":                    {},
 	"orchestrator/ca":           {},

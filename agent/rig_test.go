@@ -91,7 +91,9 @@ type rig struct {
 	journal  *journal
 	routes   vxlantest.Router
 	paths    *fakePaths
-	agent    *Agent // the last one started
+	agent    *Agent                         // the last one started
+	prefixes func() ([]netip.Prefix, error) // nil = not asked
+	keys     func(epoch uint64) ([]weft.NodeKey, error)
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -122,9 +124,16 @@ func (r *rig) config() Config {
 		Underlay: r.paths,
 		Runtime:  &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
-		Describe:  func() (weft.NodeDescription, error) { return weft.NodeDescription{Hostname: "a"}, nil },
-		Listeners: r.readListeners,
-		Log:       slog.New(slog.DiscardHandler),
+		Describe: func() (weft.NodeDescription, error) {
+			d := weft.NodeDescription{Hostname: "a"}
+			var err error
+			if r.prefixes != nil {
+				d.UsedPrefixes, err = r.prefixes()
+			}
+			return d, err
+		},
+		Listeners: r.readListeners, Keys: r.keys,
+		Log: slog.New(slog.DiscardHandler),
 	}
 }
 

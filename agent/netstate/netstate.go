@@ -25,6 +25,9 @@ type Input struct {
 	Self Node
 	// NetNSDir is where the hidden namespaces of networks are named.
 	NetNSDir string
+	// NoIPv6 says that this host's kernel has none: networks of two families
+	// go on with IPv4 here. One of IPv6 alone fails by name.
+	NoIPv6 bool
 	// DataPathPort is the UDP port of VXLAN.
 	DataPathPort uint16
 	// MTU is that of this node's link into the underlay, in bytes. Paths are
@@ -87,10 +90,14 @@ type Output struct {
 // Derive computes the desired state. Order within slices is by identifier, so
 // that equal inputs give equal outputs.
 func Derive(in Input) Output {
+	published := publish(in)
+	if in.NoIPv6 {
+		in = withoutIPv6(in)
+	}
 	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in)}
 	out := Output{
 		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
-		Publish: publish(in),
+		Publish: published,
 	}
 	for _, n := range sorted(in.Networks, func(n weft.Network) string { return string(n.ID) }) {
 		if !d.carried(n) {
@@ -323,6 +330,7 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 		VNI:    n.VNI,
 		NetNS:  filepath.Join(d.in.NetNSDir, weft.OverlayNetNS(d.in.Self.ID, n.VNI)),
 		Bridge: weft.BridgeName(n.VNI),
+		IPv6:   n.Spec.IPv6,
 	}
 	for _, t := range d.local[n.ID] {
 		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))

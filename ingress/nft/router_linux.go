@@ -1,13 +1,11 @@
 package nft
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/vxlan/netns"
@@ -21,8 +19,10 @@ func (e *Engine) applyRouter(r ingress.Router) error {
 		return nil // the tables went with their namespace
 	}
 	err := withConn(r.NetNS, func(conn *nftables.Conn) error {
-		if err := converge(conn, routerRules(r)); err != nil {
-			return err
+		for _, f := range families(e.ip6) {
+			if err := converge(conn, f.routerRules(r)); err != nil {
+				return err
+			}
 		}
 		return converge(conn, acceptRules(r))
 	})
@@ -32,9 +32,12 @@ func (e *Engine) applyRouter(r ingress.Router) error {
 	now := map[netip.Addr]bool{}
 	for _, b := range r.Backends {
 		now[b.Addr] = true
+		if b.Addr6.IsValid() {
+			now[b.Addr6] = true
+		}
 	}
 	if e.routed == nil || lacks(now, e.routed) {
-		if err := netns.Do(r.NetNS, func() error { return forgetTranslated(now) }); err != nil {
+		if err := netns.Do(r.NetNS, func() error { return forgetTranslated(now, e.ip6) }); err != nil {
 			return err
 		}
 	}
@@ -55,20 +58,13 @@ func lacks(now, earlier map[netip.Addr]bool) bool {
 // forgetTranslated drops the calling namespace's tracked flows that lead a
 // service address to a backend that is not there any more: the bridge has
 // chosen another by now.
-func forgetTranslated(backends map[netip.Addr]bool) error {
+func forgetTranslated(backends map[netip.Addr]bool, with6 bool) error {
 	match := matchFunc(func(c *netlink.ConntrackFlow) bool {
 		asked, _ := netip.AddrFromSlice(c.Forward.DstIP)
 		answers, _ := netip.AddrFromSlice(c.Reverse.SrcIP)
 		return asked.Unmap() != answers.Unmap() && !backends[answers.Unmap()]
 	})
-	var err error
-	for range dumpTries {
-		_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, match)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	if err != nil {
+	if err := forget(match, with6); err != nil {
 		return fmt.Errorf("forget flows to backends that are gone: %w", err)
 	}
 	return nil

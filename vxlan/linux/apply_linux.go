@@ -251,7 +251,9 @@ func (w *writer) addTunnel(h *hidden, n vxlan.Network) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.Group = name, n.MTU, linkGroup
 	attrs.Namespace = netlink.NsFd(h.ns.FD())
-	vx := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(n.VNI), SrcAddr: net.IP(n.VTEP.Unmap().AsSlice()), Port: int(n.Port), NoAge: true}
+	vx := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(n.VNI), SrcAddr: net.IP(n.VTEP.Unmap().AsSlice()), Port: int(n.Port), NoAge: true,
+		// Over IPv6 the eBPF engine leaves the outer checksum out (RFC 6935).
+		UDP6ZeroCSumRx: true}
 	host, err := dial()
 	if err != nil {
 		return err

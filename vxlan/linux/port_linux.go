@@ -115,7 +115,7 @@ func (w *writer) setLeg(h *hidden, leg vxlan.HostLeg) error {
 	if far != nil && !paired && far.Attrs().Alias != weft.LinkAlias(w.k.cfg.Node) {
 		return fmt.Errorf("make host leg %s: this host has a link of that name that weft did not make; rename it: %w", leg.Name, weft.ErrConflict)
 	}
-	return w.setVeth(h, veth{name: legPeer, ns: w.host, far: host, prepare: func() error { return legSysctls(leg) },
+	return w.setVeth(h, veth{name: legPeer, ns: w.host, far: host, prepare: func() error { return legSysctls(leg.Name, leg.Addrs()) },
 		end: end{name: leg.Name, mac: leg.MAC, addrs: leg.Addrs(), mtu: br.Attrs().MTU, alias: weft.LinkAlias(w.k.cfg.Node)}})
 }
 
@@ -133,12 +133,12 @@ type veth struct {
 // have the address that it was given: a link-local one would let tasks reach the
 // host's listeners past the balancer's rules, and what makes no address is
 // switched off whole.
-func legSysctls(leg vxlan.HostLeg) error {
+func legSysctls(name string, addrs []netip.Prefix) error {
 	off := "1"
-	if slices.ContainsFunc(leg.Addrs(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+	if slices.ContainsFunc(addrs, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		off = "0"
 	}
-	base := "net/ipv6/conf/" + leg.Name + "/"
+	base := "net/ipv6/conf/" + name + "/"
 	return setSysctls([]sysctl{{base + "addr_gen_mode", "1"}, {base + "accept_ra", "0"}, {base + "disable_ipv6", off}})
 }
 

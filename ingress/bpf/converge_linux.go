@@ -1,0 +1,82 @@
+package bpf
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	overlay "github.com/weftnet/weft/vxlan/bpf"
+)
+
+// converge makes the maps equal to want: rings before the services that name
+// them, services before the rings that nobody names go. A packet sees a service
+// with its old ring or with its new one.
+func (p *pinned) converge(want tables) error {
+	slots, err := overlay.Dump[slotKey, overlay.MACValue](p.maps[balanceMapSlots])
+	if err != nil {
+		return err
+	}
+	services, err := overlay.Dump[overlay.AddrKey, serviceValue](p.maps[balanceMapServices])
+	if err != nil {
+		return err
+	}
+	if err := add(p.maps[balanceMapSlots], slots, want.slots); err != nil {
+		return err
+	}
+	if err := add(p.maps[balanceMapServices], services, want.services); err != nil {
+		return err
+	}
+	if err := del(p.maps[balanceMapServices], services, want.services); err != nil {
+		return err
+	}
+	return del(p.maps[balanceMapSlots], slots, want.slots)
+}
+
+// prune ends the flows that lead to what takes no packets any more.
+func (p *pinned) prune(k keep) error {
+	flows, err := overlay.Dump[flowKey, overlay.MACValue](p.maps[balanceMapFlows])
+	if err != nil {
+		return err
+	}
+	for f, v := range flows {
+		if k.allows(f, v.MAC) {
+			continue
+		}
+		if err := p.maps[balanceMapFlows].Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete a flow: %w", err)
+		}
+	}
+	return nil
+}
+
+// add writes what is missing or differs, in one call.
+func add[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
+	var keys []K
+	var values []V
+	for k, v := range want {
+		if old, ok := have[k]; !ok || old != v {
+			keys, values = append(keys, k), append(values, v)
+		}
+	}
+	if len(keys) == 0 {
+		return nil
+	}
+	if n, err := m.BatchUpdate(keys, values, nil); err != nil {
+		return fmt.Errorf("write map %s (of at most %d entries), %d of %d done: %w", m, m.MaxEntries(), n, len(keys), err)
+	}
+	return nil
+}
+
+// del removes what is not wanted.
+func del[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", m, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,326 @@
+package bpf
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan"
+	overlay "github.com/weftnet/weft/vxlan/bpf"
+)
+
+// Config of an Engine.
+type Config struct {
+	// Node and Dir are those of the overlay engine's Config.
+	Node weft.ID
+	Dir  string
+}
+
+// Engine is ingress.Engine on the eBPF overlay, for service addresses alone: a
+// table with published ports is weft.ErrUnsupported.
+type Engine struct {
+	dir  string
+	spec func() (*ebpf.CollectionSpec, error)
+	// kept is what the last Apply let flows lead to; nil before the first.
+	// While nothing of it goes, the flows, which grow with traffic, need not
+	// be read. Owned by Apply.
+	kept keep
+}
+
+var _ ingress.Engine = (*Engine)(nil)
+
+// New returns an engine that has done nothing yet.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Node == "" || !filepath.IsAbs(cfg.Dir) {
+		return nil, fmt.Errorf("configure service engine ebpf: a node and an absolute folder (got %q) are needed: %w", cfg.Dir, weft.ErrInvalid)
+	}
+	return &Engine{dir: overlay.PinDir(cfg.Dir, cfg.Node), spec: sync.OnceValues(loadBalance)}, nil
+}
+
+// Name implements ingress.Engine.
+func (e *Engine) Name() string { return "ebpf" }
+
+// shared are the maps of the overlay that the program uses, own the others.
+var (
+	shared = []string{overlay.MapHooks, overlay.MapMACs, overlay.MapPorts, overlay.MapNets, overlay.MapCounts}
+	own    = []string{balanceMapServices, balanceMapSlots, balanceMapFlows}
+)
+
+// pinned are the open maps and the program.
+type pinned struct {
+	maps map[string]*ebpf.Map
+	prog *ebpf.Program
+}
+
+func (p *pinned) close() {
+	for _, m := range p.maps {
+		m.Close()
+	}
+	if p.prog != nil {
+		p.prog.Close()
+	}
+}
+
+// Apply implements ingress.Engine. A network that the overlay does not have is
+// an ingress.NetworkError.
+func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if len(t.Published) > 0 {
+		return fmt.Errorf("service engine ebpf: published ports are another engine's: %w", weft.ErrUnsupported)
+	}
+	if _, err := os.Stat(filepath.Join(e.dir, overlay.MapHooks)); errors.Is(err, fs.ErrNotExist) {
+		e.kept = nil
+		return missing(t.Networks)
+	}
+	p, err := e.open()
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	var errs []error
+	var there []ingress.Network
+	for _, n := range t.Networks {
+		if raw, err := p.maps[overlay.MapNets].LookupBytes(n.VNI); err != nil || raw == nil {
+			errs = append(errs, errors.Join(missing([]ingress.Network{n}), err))
+			continue
+		}
+		there = append(there, n)
+	}
+	want, keep := plan(there)
+	if err := p.converge(want); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	if e.kept == nil || keep.lost(e.kept) {
+		if err := p.prune(keep); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+	}
+	e.kept = keep
+	if err := p.hook(); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	return errors.Join(errs...)
+}
+
+func missing(networks []ingress.Network) error {
+	var errs []error
+	for _, n := range networks {
+		errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: the overlay engine ebpf does not have the network: %w", weft.ErrUnavailable)})
+	}
+	return errors.Join(errs...)
+}
+
+// open opens the pins, and makes those of ours that are not there or do not fit.
+func (e *Engine) open() (*pinned, error) {
+	spec, err := e.spec()
+	if err != nil {
+		return nil, fmt.Errorf("read balancer program: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Join(e.dir, "balance"), 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of pins: %w", err)
+	}
+	p := &pinned{maps: map[string]*ebpf.Map{}}
+	if err := e.openMaps(spec, p); err != nil {
+		p.close()
+		return nil, err
+	}
+	if err := e.openProgram(spec, p); err != nil {
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+func (e *Engine) openMaps(spec *ebpf.CollectionSpec, p *pinned) error {
+	for _, name := range shared {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(e.dir, name), nil)
+		if err != nil {
+			return fmt.Errorf("open the overlay's map %s: %w", name, err)
+		}
+		p.maps[name] = m
+	}
+	for _, name := range own {
+		path := filepath.Join(e.dir, "balance", name)
+		m, err := ebpf.LoadPinnedMap(path, nil)
+		if err == nil && spec.Maps[name].Compatible(m) == nil {
+			p.maps[name] = m
+			continue
+		}
+		if err == nil {
+			m.Close()
+		}
+		if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
+			return fmt.Errorf("make map %s: %w", name, err)
+		}
+		p.maps[name] = m
+		if err := repin(m.Pin, path); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// openProgram adopts the pinned program of this build if it reads these very
+// maps; else it makes one. Those of other builds lose their pins: the slot in
+// hooks holds what runs.
+func (e *Engine) openProgram(spec *ebpf.CollectionSpec, p *pinned) error {
+	sum := sha256.Sum256(_BalanceBytes)
+	name := balanceProgBalance + "-" + hex.EncodeToString(sum[:8])
+	path := filepath.Join(e.dir, "balance", name)
+	if prog, err := ebpf.LoadPinnedProgram(path, nil); err == nil {
+		if p.isRead(prog) {
+			p.prog = prog
+			return nil
+		}
+		prog.Close()
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.maps})
+	if err != nil {
+		return fmt.Errorf("load balancer program: %w", err)
+	}
+	defer coll.Close()
+	p.prog = coll.DetachProgram(balanceProgBalance)
+	pins, err := filepath.Glob(filepath.Join(e.dir, "balance", balanceProgBalance+"-*"))
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	for _, old := range pins {
+		if err := os.Remove(old); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove pin %s: %w", old, err)
+		}
+	}
+	if err := p.prog.Pin(path); err != nil {
+		return fmt.Errorf("pin balancer program: %w", err)
+	}
+	return nil
+}
+
+// isRead reports whether a program reads all of these maps.
+func (p *pinned) isRead(prog *ebpf.Program) bool {
+	info, err := prog.Info()
+	if err != nil {
+		return false
+	}
+	used, _ := info.MapIDs()
+	for _, name := range []string{overlay.MapHooks, overlay.MapPorts, overlay.MapCounts, balanceMapServices, balanceMapSlots, balanceMapFlows} {
+		mi, err := p.maps[name].Info()
+		if err != nil {
+			return false
+		}
+		if id, ok := mi.ID(); !ok || !slices.Contains(used, id) {
+			return false
+		}
+	}
+	return true
+}
+
+func repin(pin func(string) error, path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return pin(path)
+}
+
+// hook puts the program into the overlay's slot, unless it is there.
+func (p *pinned) hook() error {
+	info, err := p.prog.Info()
+	if err != nil {
+		return fmt.Errorf("read balancer program: %w", err)
+	}
+	want, _ := info.ID()
+	var have ebpf.ProgramID
+	if err := p.maps[overlay.MapHooks].Lookup(overlay.HookBalance, &have); err == nil && have == want {
+		return nil
+	}
+	if err := p.maps[overlay.MapHooks].Put(overlay.HookBalance, p.prog); err != nil {
+		return fmt.Errorf("hook balancer program: %w", err)
+	}
+	return nil
+}
+
+// Stats implements ingress.Engine: published ports are counted by whoever has
+// them, so the map is empty.
+func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
+	return ingress.Stats{Published: map[ingress.PortKey]uint64{}}, ctx.Err()
+}
+
+// Close implements ingress.Engine.
+func (e *Engine) Close(ctx context.Context) error {
+	e.kept = nil
+	if m, err := ebpf.LoadPinnedMap(filepath.Join(e.dir, overlay.MapHooks), nil); err == nil {
+		err = m.Delete(overlay.HookBalance)
+		m.Close()
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("unhook balancer program: %w", err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(e.dir, "balance")); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+// Probe loads the program and sends it one packet for a service. An error wraps
+// weft.ErrUnsupported and names what is missing. It touches no pin.
+func (e *Engine) Probe(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	spec, err := e.spec()
+	if err != nil {
+		return fmt.Errorf("read balancer program: %w", err)
+	}
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return fmt.Errorf("service engine ebpf: load the balancer program: %w: %w", weft.ErrUnsupported, err)
+	}
+	defer coll.Close()
+	vip := netip.MustParseAddr("192.0.2.9")
+	backend := ingress.Backend{Task: "t", MAC: []byte{2, 0, 0, 0, 0, 1}}
+	want, _ := plan([]ingress.Network{{VNI: probeVNI, Services: []ingress.Service{{VIP: vip, Backends: []ingress.Backend{backend}}}}})
+	p := &pinned{maps: coll.Maps}
+	if err := errors.Join(p.converge(want), overlay.ProbePort(coll.Maps[overlay.MapPorts], probeVNI)); err != nil {
+		return fmt.Errorf("service engine ebpf: write maps: %w: %w", weft.ErrUnsupported, err)
+	}
+	if _, _, err := coll.Programs[balanceProgBalance].Test(probePacket(vip)); err != nil {
+		return fmt.Errorf("service engine ebpf: run the balancer program: %w: %w", weft.ErrUnsupported, err)
+	}
+	flows, err := overlay.Dump[flowKey, overlay.MACValue](coll.Maps[balanceMapFlows])
+	if err != nil || len(flows) != 1 {
+		return fmt.Errorf("service engine ebpf: balance a packet: %d flows: %w", len(flows), errors.Join(weft.ErrUnsupported, err))
+	}
+	for _, v := range flows {
+		if v.MAC != vxlan.MACOf(backend.MAC) {
+			return fmt.Errorf("service engine ebpf: balance a packet: it went to %s: %w", v.MAC.HardwareAddr(), weft.ErrUnsupported)
+		}
+	}
+	return nil
+}
+
+const probeVNI = 1
+
+// probePacket is a datagram to a service.
+func probePacket(vip netip.Addr) []byte {
+	b := make([]byte, 14+28+32)
+	copy(b[12:], "\x08\x00\x45")
+	b[17], b[22], b[23] = 60, 64, 17
+	copy(b[26:], "\x0a\x00\x00\x01")
+	copy(b[30:], vip.AsSlice())
+	copy(b[34:], strings.Repeat("\x12\x34", 2))
+	return b
+}

@@ -1,0 +1,575 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The overlay's data path.
+ *
+ * from_task     at the host's end of a task's veth, ingress
+ * from_underlay at the device that has the VTEP's address, ingress; it shares
+ *               the device, so what is not ours goes on to the next program
+ * from_tunnel   at our VXLAN device, ingress: what the kernel decapsulated
+ *               (reassembled fragments, other underlay devices, the host leg)
+ * forward       from_task for a packet that a balancer gave back
+ */
+#include "answer.h"
+
+#define OUTER4 (sizeof(struct ipv4) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
+#define OUTER6 (sizeof(struct ipv6) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
+#define VXLAN_VALID 0x08000000 /* RFC 7348 section 5: the I flag */
+#define IP_DF 0x4000
+#define IP_FRAGMENT 0x3fff /* more fragments, and the offset */
+#define ECN_CE 3	   /* RFC 3168 */
+
+/* Set when the programs are loaded: the kernel switches the protocol on decapsulation (6.3). */
+const volatile u8 can_switch_family = 0;
+
+/* outer_ecn: RFC 6040 section 4.1, normal mode: CE starts anew as ECT(0). */
+static inline_always u8 outer_ecn(u8 inner)
+{
+	inner &= ECN_CE;
+	return inner == ECN_CE ? 2 : inner;
+}
+
+/*
+ * inner_size is the length in bytes of the largest inner packet that leaves
+ * the device: that of one segment if the kernel still has to cut it.
+ */
+static inline_always u32 inner_size(struct __sk_buff *skb, u16 proto)
+{
+	u32 l3 = sizeof(struct ipv4), l4 = sizeof(struct udp);
+	u8 next;
+	void *data, *stop;
+
+	if (likely(!skb->gso_size))
+		return skb->len - sizeof(struct eth);
+	data = bytes(skb);
+	stop = end(skb);
+	if (proto == htons(ETH_P_IP)) {
+		struct ipv4 *ip = data + sizeof(struct eth);
+
+		if ((void *)(ip + 1) > stop)
+			return 0;
+		l3 = (ip->vihl & 15) * 4;
+		next = ip->proto;
+	} else {
+		struct ipv6 *ip = data + sizeof(struct eth);
+
+		if ((void *)(ip + 1) > stop)
+			return 0;
+		l3 = sizeof(*ip);
+		next = ip->next;
+	}
+	if (next == IPPROTO_TCP) {
+		u8 *off = data + sizeof(struct eth) + l3 + 12; /* RFC 9293: data offset */
+
+		if ((void *)(off + 1) > stop)
+			return 0;
+		l4 = (*off >> 4) * 4;
+	}
+	return l3 + l4 + skb->gso_size;
+}
+
+/* by_tunnel lets the kernel's VXLAN device carry the packet, fragments and all. */
+static inline_always int by_tunnel(struct __sk_buff *skb, const struct port *p, const struct dest *d)
+{
+	struct bpf_tunnel_key key = {.tunnel_id = p->vni, .ttl = 64};
+	u64 flags;
+
+	if (is_mapped(&d->vtep)) {
+		key.remote[0] = ntohl(d->vtep.w[3]);
+		key.local[0] = ntohl(p->vtep.w[3]);
+		flags = ZERO_CSUM_TX;
+	} else {
+		memcpy(key.remote, d->vtep.w, 16);
+		memcpy(key.local, p->vtep.w, 16);
+		flags = TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
+		return drop(REFUSED);
+	return bpf_redirect(p->tunnel, 0);
+}
+
+/*
+ * Segment sizes stay as they are (ADJ_FIXED_GSO): the port's MTU has left the
+ * room for the outer headers already.
+ */
+static inline_always int encap4(struct __sk_buff *skb, const struct port *p, const struct dest *d, u8 tos)
+{
+	struct bpf_redir_neigh nh = {.nh_family = AF_INET, .nh = {d->nh[0]}};
+	u16 port = 0xc000 | (bpf_get_hash_recalc(skb) & 0x3fff);
+	u32 len = skb->len;
+	struct eth *eth = bytes(skb), *in;
+	struct eth was;
+	struct ipv4 *ip;
+	struct udp *udp;
+	struct vxlan *vx;
+	u32 sum;
+
+	if ((void *)(eth + 1) > end(skb))
+		return drop(MALFORMED);
+	was = *eth;
+	if (bpf_skb_adjust_room(skb, OUTER4, ADJ_ROOM_MAC,
+				ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_ENCAP_L3_IPV4 | ADJ_ENCAP_L4_UDP | ADJ_ENCAP_L2_ETH |
+					ADJ_ENCAP_L2(sizeof(struct eth))))
+		return drop(REFUSED);
+	eth = bytes(skb);
+	ip = (void *)(eth + 1);
+	udp = (void *)(ip + 1);
+	vx = (void *)(udp + 1);
+	in = (void *)(vx + 1);
+	if ((void *)(in + 1) > end(skb))
+		return drop(REFUSED);
+	eth->proto = htons(ETH_P_IP);
+	*ip = (struct ipv4){
+		.vihl = 0x45,
+		.tos = tos,
+		.len = htons(len + OUTER4 - sizeof(struct eth)),
+		.id = (u16)bpf_get_prandom_u32(),
+		.ttl = 64,
+		.proto = IPPROTO_UDP,
+		.src = p->vtep.w[3],
+		.dst = d->vtep.w[3],
+	};
+	sum = 0;
+#pragma unroll
+	for (int i = 0; i < 10; i++)
+		sum += ((u16 *)ip)[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	ip->csum = (u16) ~((sum & 0xffff) + (sum >> 16));
+	*udp = (struct udp){.src = htons(port), .dst = d->udp, .len = htons(len + sizeof(*udp) + sizeof(*vx))};
+	*vx = (struct vxlan){.flags = htonl(VXLAN_VALID), .vni = htonl(p->vni << 8)};
+	*in = was;
+	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
+}
+
+/* The outer checksum is zero, as RFC 6935 allows tunnels. */
+static inline_always int encap6(struct __sk_buff *skb, const struct port *p, const struct dest *d, u8 tos)
+{
+	struct bpf_redir_neigh nh = {.nh_family = AF_INET6, .nh = {d->nh[0], d->nh[1], d->nh[2], d->nh[3]}};
+	u16 port = 0xc000 | (bpf_get_hash_recalc(skb) & 0x3fff);
+	u32 len = skb->len;
+	struct eth *eth = bytes(skb), *in;
+	struct eth was;
+	struct ipv6 *ip;
+	struct udp *udp;
+	struct vxlan *vx;
+
+	if ((void *)(eth + 1) > end(skb))
+		return drop(MALFORMED);
+	was = *eth;
+	if (bpf_skb_adjust_room(skb, OUTER6, ADJ_ROOM_MAC,
+				ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_ENCAP_L3_IPV6 | ADJ_ENCAP_L4_UDP | ADJ_ENCAP_L2_ETH |
+					ADJ_ENCAP_L2(sizeof(struct eth))))
+		return drop(REFUSED);
+	eth = bytes(skb);
+	ip = (void *)(eth + 1);
+	udp = (void *)(ip + 1);
+	vx = (void *)(udp + 1);
+	in = (void *)(vx + 1);
+	if ((void *)(in + 1) > end(skb))
+		return drop(REFUSED);
+	eth->proto = htons(ETH_P_IPV6);
+	ip->flow = htonl(0x60000000 | (u32)tos << 20);
+	ip->len = htons(len + sizeof(*udp) + sizeof(*vx));
+	ip->next = IPPROTO_UDP;
+	ip->hops = 64;
+	memcpy(ip->src, p->vtep.w, 16);
+	memcpy(ip->dst, d->vtep.w, 16);
+	*udp = (struct udp){.src = htons(port), .dst = d->udp, .len = ip->len};
+	*vx = (struct vxlan){.flags = htonl(VXLAN_VALID), .vni = htonl(p->vni << 8)};
+	*in = was;
+	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
+}
+
+static inline_always int to_node(struct __sk_buff *skb, const struct port *p, const struct dest *d, u16 proto)
+{
+	u32 size = inner_size(skb, proto);
+	void *l3 = bytes(skb) + sizeof(struct eth);
+	u8 tos;
+
+	if (l3 + sizeof(struct ipv6) > end(skb)) {
+		if (proto != htons(ETH_P_IP) || l3 + sizeof(struct ipv4) > end(skb))
+			return drop(MALFORMED);
+	}
+	if (proto == htons(ETH_P_IP)) {
+		struct ipv4 *ip = l3;
+
+		if (unlikely(size > d->mtu)) {
+			/* Who lets routers cut the packet gets it cut: the outer one is. */
+			if (!(ip->frag & htons(IP_DF)))
+				return by_tunnel(skb, p, d);
+			drop(TOO_BIG);
+			return icmp4(skb, ICMP_UNREACH, ICMP_UNREACH_NEEDFRAG, htonl(d->mtu)); /* RFC 1191 */
+		}
+		tos = ip->tos;
+	} else {
+		if (unlikely(size > d->mtu)) {
+			drop(TOO_BIG);
+			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu));
+		}
+		if (l3 + sizeof(u32) > end(skb))
+			return drop(MALFORMED);
+		tos = ntohl(*(u32 *)l3) >> 20;
+	}
+	if (unlikely(d->kind == DEST_TUNNEL))
+		return by_tunnel(skb, p, d);
+	if (likely(d->nh_family == AF_INET && is_mapped(&d->vtep)))
+		return encap4(skb, p, d, outer_ecn(tos));
+	return encap6(skb, p, d, outer_ecn(tos));
+}
+
+/* answer_arp answers a request for what is elsewhere, and for local tasks too. */
+static inline_always int answer_arp(struct __sk_buff *skb, const struct port *p)
+{
+	struct ep_key key = {.vni = p->vni};
+	struct eth *eth;
+	struct arp *arp;
+	struct ep *ep;
+	u32 asker;
+
+	if (linear(skb, sizeof(*eth) + sizeof(*arp)))
+		return drop(MALFORMED);
+	eth = bytes(skb);
+	arp = (void *)(eth + 1);
+	if ((void *)(arp + 1) > end(skb))
+		return drop(MALFORMED);
+	if (arp->op != htons(1) || arp->hrd != htons(1) || arp->pro != htons(ETH_P_IP))
+		return drop(MULTICAST);
+	key.addr = mapped(arp->tpa);
+	ep = bpf_map_lookup_elem(&eps, &key);
+	if (!ep)
+		return drop(UNKNOWN_ADDR);
+	if (same_mac(ep->mac, p->mac))
+		return drop(UNKNOWN_ADDR); /* its own: nobody else has it */
+	asker = arp->spa;
+	eth->dst = arp->sha;
+	eth->src = ep->mac;
+	arp->op = htons(2);
+	arp->tha = arp->sha;
+	arp->sha = ep->mac;
+	arp->spa = arp->tpa;
+	arp->tpa = asker;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+struct advert { /* RFC 4861 section 4.4 with the target's hardware address */
+	u8 type, code;
+	u16 csum;
+	u32 flags;
+	struct addr target;
+	u8 opt, optlen;
+	struct mac mac;
+};
+
+/* answer_solicit answers a neighbour solicitation (RFC 4861 section 7.2.4). */
+static inline_always int answer_solicit(struct __sk_buff *skb, const struct port *p)
+{
+	const u32 size = sizeof(struct eth) + sizeof(struct ipv6) + sizeof(struct advert);
+	struct {
+		struct addr src, dst;
+		u32 len, next;
+		struct advert nd;
+	} m = {}; /* as struct pseudo6, and what it covers */
+	struct ep_key key = {.vni = p->vni};
+	struct eth *eth;
+	struct ipv6 *ip;
+	struct advert *nd;
+	struct ep *ep;
+	struct mac asker;
+
+	eth = bytes(skb);
+	ip = (void *)(eth + 1);
+	nd = (void *)(ip + 1);
+	if ((void *)nd + 24 > end(skb)) /* a solicitation without options */
+		return drop(MALFORMED);
+	memcpy(key.addr.w, nd->target.w, 16);
+	memcpy(m.dst.w, ip->src, 16);
+	asker = eth->src;
+	if (!(m.dst.w[0] | m.dst.w[1] | m.dst.w[2] | m.dst.w[3]))
+		return drop(UNKNOWN_ADDR); /* a test for duplicates: addresses are given, not found */
+	ep = bpf_map_lookup_elem(&eps, &key);
+	if (!ep || same_mac(ep->mac, p->mac))
+		return drop(UNKNOWN_ADDR);
+	m.src = key.addr;
+	m.len = htonl(sizeof(m.nd));
+	m.next = htonl(IPPROTO_ICMPV6);
+	m.nd.type = ND_ADVERT;
+	m.nd.flags = htonl(0x60000000); /* solicited, override */
+	m.nd.target = key.addr;
+	m.nd.opt = 2;
+	m.nd.optlen = 1;
+	m.nd.mac = ep->mac;
+	m.nd.csum = fold(bpf_csum_diff(0, 0, (void *)&m, sizeof(m), 0));
+	if (bpf_skb_change_tail(skb, size, 0) || linear(skb, size))
+		return drop(REFUSED);
+	eth = bytes(skb);
+	ip = (void *)(eth + 1);
+	nd = (void *)(ip + 1);
+	if ((void *)(nd + 1) > end(skb))
+		return drop(REFUSED);
+	eth->dst = asker;
+	eth->src = m.nd.mac;
+	ip->flow = htonl(0x60000000);
+	ip->len = htons(sizeof(*nd));
+	ip->hops = 255;
+	memcpy(ip->src, m.src.w, 16);
+	memcpy(ip->dst, m.dst.w, 16);
+	*nd = m.nd;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+static inline_always int route(struct __sk_buff *skb, int balanced)
+{
+	u32 ifindex = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct mac_key key = {};
+	struct dest *d;
+	struct eth *eth;
+	u16 proto;
+
+	if (!p || skb->vlan_present)
+		return drop(OTHER_PROTO);
+	/* All that is read of any packet but ARP: Ethernet, IPv6, a TCP header without options. */
+	if (linear(skb, sizeof(struct eth) + sizeof(struct ipv6) + 24))
+		return drop(MALFORMED);
+	eth = bytes(skb);
+	if ((void *)(eth + 1) > end(skb))
+		return drop(MALFORMED);
+	if (unlikely(!same_mac(eth->src, p->mac)))
+		return drop(SPOOFED);
+	proto = eth->proto;
+	if (proto == htons(ETH_P_ARP))
+		return answer_arp(skb, p);
+	if (proto == htons(ETH_P_IPV6)) {
+		struct ipv6 *ip = (void *)(eth + 1);
+		u8 *type = (void *)(ip + 1);
+
+		if ((void *)(type + 1) <= end(skb) && ip->next == IPPROTO_ICMPV6 && *type == ND_SOLICIT)
+			return answer_solicit(skb, p);
+	} else if (proto != htons(ETH_P_IP)) {
+		return drop(OTHER_PROTO);
+	}
+	if (eth->dst.w[0] & htons(0x0100))
+		return drop(MULTICAST);
+	key.vni = p->vni;
+	key.mac = eth->dst;
+	d = bpf_map_lookup_elem(&macs, &key);
+	if (unlikely(!d))
+		return drop(UNKNOWN_MAC);
+	switch (d->kind) {
+	case DEST_DIRECT:
+	case DEST_TUNNEL:
+		return to_node(skb, p, d, proto);
+	case DEST_TASK:
+		if (bpf_skb_change_type(skb, PACKET_HOST))
+			return drop(REFUSED);
+		return bpf_redirect_peer(d->ifindex, 0);
+	case DEST_LEG:
+		return bpf_redirect(d->ifindex, 0);
+	case DEST_VIP:
+		if (!balanced)
+			bpf_tail_call(skb, &hooks, HOOK_BALANCE);
+		return drop(NO_BALANCER);
+	}
+	return drop(UNKNOWN_MAC);
+}
+
+SEC("tc/from_task")
+int from_task(struct __sk_buff *skb)
+{
+	return route(skb, 0);
+}
+
+SEC("tc/forward")
+int forward(struct __sk_buff *skb)
+{
+	return route(skb, 1);
+}
+
+/* is_from reports whether mac of the network lives behind this VTEP. */
+static inline_always int is_from(u32 vni, struct mac mac, const struct addr *vtep)
+{
+	struct mac_key key = {.vni = vni, .mac = mac};
+	struct dest *d;
+
+	d = bpf_map_lookup_elem(&macs, &key);
+	return d && (d->kind == DEST_DIRECT || d->kind == DEST_TUNNEL) && same_addr(&d->vtep, vtep);
+}
+
+/*
+ * unknown drops what is sent to one of our networks but to no one in it. Any
+ * other packet on that port is somebody else's.
+ */
+static inline_always int unknown(u32 vni, u16 udp, const struct addr *vtep)
+{
+	struct net *n = bpf_map_lookup_elem(&nets, &vni);
+
+	if (n && n->udp == udp && same_addr(&n->vtep, vtep))
+		return drop(RX_UNKNOWN_MAC);
+	return ACT_NEXT;
+}
+
+/* congestion carries CE inwards (RFC 6040 section 4.2). 0: the packet must go. */
+static inline_always int congestion(struct eth *in, void *stop)
+{
+	if (in->proto == htons(ETH_P_IP)) {
+		struct ipv4 *ip = (void *)(in + 1);
+		u32 sum;
+
+		if ((void *)(ip + 1) > stop || !(ip->tos & ECN_CE))
+			return 0;
+		if ((ip->tos & ECN_CE) == ECN_CE)
+			return 1;
+		/* RFC 1624: ECT(0) or ECT(1) to CE adds 1 or 2 to the low byte of the first word. */
+		sum = ntohs(ip->csum) + 0xffff - (ECN_CE - (ip->tos & ECN_CE));
+		ip->csum = htons((sum & 0xffff) + (sum >> 16));
+		ip->tos |= ECN_CE;
+		return 1;
+	} else {
+		u32 *flow = (void *)(in + 1);
+
+		if ((void *)(flow + 1) > stop || !(*flow & htonl(ECN_CE << 20)))
+			return 0;
+		*flow |= htonl(ECN_CE << 20);
+		return 1;
+	}
+}
+
+/* deliver takes outer bytes off and gives the packet to the local task. */
+static inline_always int deliver(struct __sk_buff *skb, const struct dest *d, struct eth in, u32 outer, int family)
+{
+	u64 flags = ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET;
+	struct eth *eth;
+
+	if (can_switch_family)
+		flags |= in.proto == htons(ETH_P_IP) ? ADJ_DECAP_L3_IPV4 : ADJ_DECAP_L3_IPV6;
+	else if ((in.proto == htons(ETH_P_IP)) != (family == AF_INET))
+		return ACT_NEXT; /* the VXLAN device can */
+	if (bpf_skb_adjust_room(skb, -(s32)outer, ADJ_ROOM_MAC, flags))
+		return drop(REFUSED);
+	eth = bytes(skb);
+	if ((void *)(eth + 1) > end(skb))
+		return drop(REFUSED);
+	*eth = in;
+	/* A checksum that the device has verified is now the inner one. */
+	bpf_csum_level(skb, CSUM_LEVEL_DEC);
+	return bpf_redirect_peer(d->ifindex, 0);
+}
+
+static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, struct addr src, struct addr dst, int family)
+{
+	struct udp *udp = l3 + len;
+	struct vxlan *vx = (void *)(udp + 1);
+	struct eth *in = (void *)(vx + 1);
+	struct mac_key key = {};
+	struct dest *d;
+	u8 tos;
+
+	if ((void *)(in + 1) > end(skb) || vx->flags != htonl(VXLAN_VALID))
+		return ACT_NEXT;
+	key.vni = ntohl(vx->vni) >> 8;
+	key.mac = in->dst;
+	d = bpf_map_lookup_elem(&macs, &key);
+	if (unlikely(!d))
+		return unknown(key.vni, udp->dst, &dst);
+	if (d->kind != DEST_TASK || d->udp != udp->dst || !same_addr(&d->vtep, &dst))
+		return ACT_NEXT; /* to the host leg, or not for this VTEP: the kernel knows */
+	if (unlikely(!is_from(key.vni, in->src, &src)))
+		return drop(RX_SOURCE);
+	if (in->proto != htons(ETH_P_IP) && in->proto != htons(ETH_P_IPV6))
+		return drop(RX_PROTO);
+	tos = family == AF_INET ? ((struct ipv4 *)l3)->tos : ntohl(((struct ipv6 *)l3)->flow) >> 20;
+	if (unlikely((tos & ECN_CE) == ECN_CE) && !congestion(in, end(skb)))
+		return drop(REFUSED);
+	return deliver(skb, d, *in, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
+}
+
+SEC("tc/from_underlay")
+int from_underlay(struct __sk_buff *skb)
+{
+	u32 proto = skb->protocol;
+	void *l3;
+
+	if (skb->vlan_present || skb->pkt_type != PACKET_HOST)
+		return ACT_NEXT;
+	if (proto == htons(ETH_P_IP)) {
+		struct ipv4 *ip;
+
+		l3 = bytes(skb) + sizeof(struct eth);
+		ip = l3;
+		if ((void *)(ip + 1) > end(skb) || ip->proto != IPPROTO_UDP)
+			return ACT_NEXT;
+		if (linear(skb, sizeof(struct eth) + OUTER4 + sizeof(struct ipv4)))
+			return ACT_NEXT;
+		l3 = bytes(skb) + sizeof(struct eth);
+		ip = l3;
+		if ((void *)(ip + 1) > end(skb))
+			return ACT_NEXT;
+		/* Fragments, and options, are for the kernel; it gives them to from_tunnel. */
+		if (ip->vihl != 0x45 || ip->frag & htons(IP_FRAGMENT))
+			return ACT_NEXT;
+		return received(skb, l3, sizeof(*ip), mapped(ip->src), mapped(ip->dst), AF_INET);
+	}
+	if (proto == htons(ETH_P_IPV6)) {
+		struct addr src, dst;
+		struct ipv6 *ip;
+
+		l3 = bytes(skb) + sizeof(struct eth);
+		ip = l3;
+		if ((void *)(ip + 1) > end(skb) || ip->next != IPPROTO_UDP)
+			return ACT_NEXT;
+		if (linear(skb, sizeof(struct eth) + OUTER6 + sizeof(struct ipv4)))
+			return ACT_NEXT;
+		l3 = bytes(skb) + sizeof(struct eth);
+		ip = l3;
+		if ((void *)(ip + 1) > end(skb))
+			return ACT_NEXT;
+		memcpy(src.w, ip->src, 16);
+		memcpy(dst.w, ip->dst, 16);
+		return received(skb, l3, sizeof(*ip), src, dst, AF_INET6);
+	}
+	return ACT_NEXT;
+}
+
+SEC("tc/from_tunnel")
+int from_tunnel(struct __sk_buff *skb)
+{
+	struct bpf_tunnel_key tk = {};
+	struct mac_key key = {};
+	struct addr src;
+	struct eth *eth;
+	struct dest *d;
+
+	if (!bpf_skb_get_tunnel_key(skb, &tk, sizeof(tk), 0))
+		src = mapped(htonl(tk.remote[0]));
+	else if (!bpf_skb_get_tunnel_key(skb, &tk, sizeof(tk), TUNINFO_IPV6))
+		memcpy(src.w, tk.remote, 16);
+	else
+		return drop(RX_PROTO);
+	if (linear(skb, sizeof(*eth)))
+		return drop(MALFORMED);
+	eth = bytes(skb);
+	if ((void *)(eth + 1) > end(skb))
+		return drop(MALFORMED);
+	if (eth->proto != htons(ETH_P_IP) && eth->proto != htons(ETH_P_IPV6))
+		return drop(RX_PROTO);
+	key.vni = tk.tunnel_id;
+	key.mac = eth->dst;
+	d = bpf_map_lookup_elem(&macs, &key);
+	if (!d || (d->kind != DEST_TASK && d->kind != DEST_LEG))
+		return drop(RX_UNKNOWN_MAC);
+	if (!is_from(key.vni, eth->src, &src))
+		return drop(RX_SOURCE);
+	if (d->kind == DEST_LEG)
+		return bpf_redirect(d->ifindex, 0);
+	if (bpf_skb_change_type(skb, PACKET_HOST))
+		return drop(REFUSED);
+	return bpf_redirect_peer(d->ifindex, 0);
+}
+
+/* probe_switch tells whether can_switch_family may be set: 0 if the kernel takes the flag. */
+SEC("tc/probe_switch")
+int probe_switch(struct __sk_buff *skb)
+{
+	return bpf_skb_adjust_room(skb, -(s32)OUTER4, ADJ_ROOM_MAC, ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_DECAP_L3_IPV6) != 0;
+}
+
+char _license[] SEC("license") = "Apache-2.0";

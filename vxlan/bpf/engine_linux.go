@@ -1,0 +1,146 @@
+package bpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+)
+
+// Config of an Engine.
+type Config struct {
+	// Node owns all objects; it is part of their names and aliases.
+	Node weft.ID
+	// Dir is the mount point of the engine's own bpffs, e.g. /run/weft/bpf; it
+	// is made and mounted when needed. Nodes may share it. It must be the
+	// same over the life of the objects, and absolute.
+	Dir string
+	// Log gets what was refused or left to the kernel's VXLAN device. Required.
+	Log *slog.Logger
+	// fail, when set, is asked before each operation; tests break off there.
+	fail func(vxlan.Op) error
+}
+
+// Engine is the eBPF engine. It implements vxlan.Kernel and keeps no state but
+// its Config and what the kernel can: the kernel's maps and links are the state.
+type Engine struct {
+	cfg   Config
+	build func() (build, error)
+}
+
+var _ vxlan.Kernel = (*Engine)(nil)
+
+// New checks the configuration. It does no I/O.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Node == "" || cfg.Log == nil || !filepath.IsAbs(cfg.Dir) {
+		return nil, fmt.Errorf("configure overlay engine ebpf: node, log and an absolute folder (got %q) are needed: %w", cfg.Dir, weft.ErrInvalid)
+	}
+	if strings.ContainsAny(string(cfg.Node), "./") {
+		return nil, fmt.Errorf("configure overlay engine ebpf: node id %q cannot be the name of a pin: %w", cfg.Node, weft.ErrInvalid)
+	}
+	return &Engine{cfg: cfg, build: sync.OnceValues(newBuild)}, nil
+}
+
+// Name is "ebpf".
+func (e *Engine) Name() string { return "ebpf" }
+
+// Read implements vxlan.Kernel. What is there but not as Apply would make it
+// is returned with the zero value in the field that is wrong, as vxlan/linux
+// does: a network without ID is half made, one without VTEP lacks a program or
+// a device, a port without Addr is broken, a peer whose VTEP is 0.0.0.0 is sent
+// the wrong way.
+func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
+	b, err := e.build()
+	if err != nil {
+		return vxlan.State{}, err
+	}
+	o, err := e.openPins(b)
+	if err != nil {
+		return vxlan.State{}, err
+	}
+	defer o.close()
+	s, err := e.look(ctx, o)
+	if err != nil {
+		return vxlan.State{}, err
+	}
+	defer s.close()
+	return s.state(ctx)
+}
+
+// Apply implements vxlan.Kernel. Without networks nothing stays, neither pins
+// nor mount.
+func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
+	b, err := e.build()
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(e.nodeDir()); len(want.Networks) == 0 && isAbsent(err) {
+		return ctx.Err() // nothing was ever made
+	}
+	o, err := e.makePins(b)
+	if err != nil {
+		return err
+	}
+	defer o.close()
+	s, err := e.look(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	have, err := s.state(ctx)
+	if err != nil {
+		return err
+	}
+	ops, err := vxlan.Plan(have, want)
+	errs := []error{err}
+	w := &writer{snapshot: s, want: want, broken: make(map[uint32]bool)}
+	for _, op := range ops {
+		if err := ctx.Err(); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+		if err := w.do(op); err != nil {
+			errs = append(errs, &vxlan.NetworkError{VNI: op.VNI, Err: fmt.Errorf("%s: %w", op, err)})
+		}
+	}
+	e.cfg.Log.Debug("overlay applied", weft.KeyEngine, e.Name(), "operations", len(ops))
+	if err := ctx.Err(); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	return errors.Join(append(errs, w.sweep(), e.tidy(b, s))...)
+}
+
+// Drops reads how many packets were dropped or refused since the maps were
+// made, by reason. Without maps it is empty.
+func (e *Engine) Drops(ctx context.Context) (map[string]uint64, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	m, err := ebpf.LoadPinnedMap(e.path(overlayMapCounts), nil)
+	if isAbsent(err) {
+		return map[string]uint64{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open counters: %w", err)
+	}
+	defer m.Close()
+	out := make(map[string]uint64, len(reasons))
+	for i, name := range reasons {
+		var each []uint64
+		if err := m.Lookup(uint32(i), &each); err != nil {
+			return nil, fmt.Errorf("read counter %q: %w", name, err)
+		}
+		for _, n := range each {
+			out[name] += n
+		}
+	}
+	return out, nil
+}

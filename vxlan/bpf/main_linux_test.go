@@ -1,0 +1,9 @@
+package bpf
+
+import (
+	"testing"
+
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
+)
+
+func TestMain(m *testing.M) { netnstest.MainRoot(m) }
