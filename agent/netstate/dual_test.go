@@ -163,7 +163,7 @@ func TestDeriveMTUOfIPv6(t *testing.T) {
 		in.MTU = c[0]
 		n := Derive(in).Overlay.Networks
 		if n[front.VNI].MTU != c[1] || n[back.VNI].MTU != c[2] {
-			t.Errorf("over an underlay of %d: front has %d, back %d", c[0], n[front.VNI].MTU, n[back.VNI].MTU)
+			t.Errorf("underlay of %d: front has %d, back %d", c[0], n[front.VNI].MTU, n[back.VNI].MTU)
 		}
 	}
 }

@@ -87,3 +87,18 @@ func TestMTUFollowsPaths(t *testing.T) {
 		}
 	})
 }
+
+// IPv6 is never given less than its standard asks for.
+func TestMTUOfIPv6(t *testing.T) {
+	in := base()
+	in.Networks[1].Spec.IPv6 = true
+	in.MTU, in.Networks[1].Spec.Subnets = 1280, []weft.Subnet{{Prefix: netip.MustParsePrefix("fd77::/64")}}
+	in.Local = []LocalTask{localWeb(1, "fd77::3/64", "10.255.0.5/16", weft.EndpointReady)}
+	if got := Derive(in).Overlay.Networks[front.VNI].MTU; got != 1280 {
+		t.Errorf("MTU = %d over an underlay of 1280, want 1280", got)
+	}
+	in.MTU = 1500
+	if got := Derive(in).Overlay.Networks[front.VNI].MTU; got != 1450 {
+		t.Errorf("MTU = %d over an underlay of 1500, want 1450", got)
+	}
+}
