@@ -58,9 +58,12 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 	}
 	r.blackHole("h3", "h2", 1300)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
-	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "secret")...)
-	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--network", "secret",
-		"--publish", fmt.Sprintf("%d:7", port), "weft/whoami")...)
+	service := []string{"service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", fmt.Sprintf("%d:7", port)}
+	if os.Getenv("WEFT_TEST_OVERLAY") != "ebpf" { // which refuses encrypted networks by name
+		r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "secret")...)
+		service = append(service, "--network", "secret")
+	}
+	r.must(r.on("h1", append(service, "weft/whoami")...)...)
 	var web []replica
 	r.eventually("one task on every host", func() error {
 		var err error
@@ -95,7 +98,11 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 				if from.host == to.host {
 					continue
 				}
-				for network, want := range onNetwork {
+				for network := range to.addrs {
+					want := onNetwork[network]
+					if want == nil {
+						continue // ingress: of its own MTUs the published ports tell
+					}
 					mtu := want(from.host, to.host)
 					r.eventually(fmt.Sprintf("MTU of %s from %s to %s", network, from.host, to.host), func() error {
 						got, err := believedMTU(from.ns(), to.addrs[network])
@@ -141,7 +148,9 @@ func (r *rig) posts(when string, web []replica, port int) {
 		for _, to := range web {
 			if from.host != to.host {
 				all = append(all, post{from.host, from.ns(), to.host, to.addrs["front"] + ":7"})
-				all = append(all, post{from.host, from.ns(), to.host + ", encrypted", to.addrs["secret"] + ":7"})
+				if addr := to.addrs["secret"]; addr != "" {
+					all = append(all, post{from.host, from.ns(), to.host + ", encrypted", addr + ":7"})
+				}
 			}
 		}
 		all = append(all, post{"outside", r.clientNS(), from.host, fmt.Sprintf("%s:%d", r.host(from.host).Addr, port)})
