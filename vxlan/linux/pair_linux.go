@@ -154,11 +154,11 @@ func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 		return Far{}, err
 	}
 	defer c.close()
-	mac, addr, addr6, err := readEnd(c, name, near)
-	if err != nil || !addr.IsValid() {
+	e, err := readEnd(c, name, near)
+	if err != nil || e.fault != "" {
 		return Far{}, err
 	}
-	return Far{MAC: mac, Addr: addr, Addr6: addr6}, nil
+	return Far{MAC: e.mac, Addr: e.addr, Addr6: e.addr6}, nil
 }
 
 // Quiet keeps a link of the host's namespace from speaking by itself: no
