@@ -138,11 +138,13 @@ func loopbackUp(c *conn) error {
 type Far struct {
 	MAC         net.HardwareAddr
 	Addr, Addr6 netip.Prefix
+	// Fault says what is wrong with it, "" = nothing.
+	Fault string
 }
 
 // ReadFar looks at the far end of near, which is called name in the namespace
-// at path ("" for the calling thread's own). One that is down, missing or of
-// another MTU is the zero Far; a namespace that is gone is weft.ErrNotFound.
+// at path ("" for the calling thread's own). A namespace that is gone is
+// weft.ErrNotFound.
 func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 	ns, err := Pair{NetNS: path}.open()
 	if err != nil {
@@ -155,10 +157,7 @@ func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 	}
 	defer c.close()
 	e, err := readEnd(c, name, near)
-	if err != nil || e.fault != "" {
-		return Far{}, err
-	}
-	return Far{MAC: e.mac, Addr: e.addr, Addr6: e.addr6}, nil
+	return Far{MAC: e.mac, Addr: e.addr, Addr6: e.addr6, Fault: e.fault}, err
 }
 
 // Quiet keeps a link of the host's namespace from speaking by itself: no
