@@ -29,13 +29,15 @@ const (
 	flowSize = 262144
 )
 
-// bridgeRules is the balancing table of one network. For each of its families,
-// in order: a known flow keeps its backend; a service without a backend that
-// takes connections is refused at once; a new flow is hashed into the ring of
-// its service; what has no ports (ping) is hashed by its addresses.
+// bridgeRules is the balancing table of one network. What is not for the hardware
+// address of a service passes: another node has balanced it already, or it is
+// none of ours. Then for each of the network's families, in order: a known flow
+// keeps its backend; a service without a backend that takes connections is
+// refused at once; a new flow is hashed into the ring of its service; what has
+// no ports (ping) is hashed by its addresses.
 func bridgeRules(n ingress.Network, reject bool) ruleset {
 	r := ruleset{family: nftables.TableFamilyBridge, prune: map[string]bool{}}
-	var rules []rule
+	rules := []rule{forServices()}
 	for _, f := range families(n.IPv6) {
 		rings := make([]set, len(ingress.RingSizes))
 		for i, size := range ingress.RingSizes {
@@ -95,6 +97,20 @@ func fillService(prune map[string]bool, rings []set, idle set, s ingress.Service
 			rings[i].elements[raw(s.VIP)+string(binaryutil.NativeEndian.PutUint32(uint32(slot)))] = macs[k]
 		}
 	}
+}
+
+// serviceBit is set in the first byte of the hardware addresses of services, of
+// either family, and of no task, node or router (weft.VIPMAC).
+const serviceBit = 0x04
+
+// forServices lets pass what is not for the hardware address of a service.
+func forServices() rule {
+	return rule{"not for a service: pass", []expr.Any{
+		&expr.Payload{DestRegister: unix.NFT_REG32_00, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 1},
+		&expr.Bitwise{SourceRegister: unix.NFT_REG32_00, DestRegister: unix.NFT_REG32_00, Len: 1, Mask: []byte{serviceBit}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: unix.NFT_REG32_00, Data: []byte{0}},
+		&expr.Verdict{Kind: expr.VerdictAccept},
+	}}
 }
 
 func (f *family) bridgeChain(reject bool) []rule {

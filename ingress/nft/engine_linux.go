@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -41,6 +42,16 @@ type Engine struct {
 	// routed are the backends behind the router after the last Apply; nil
 	// before the first. Owned by Apply.
 	routed map[netip.Addr]bool
+	// places are what the last Apply left, by path of the namespace ("" is
+	// the host's). Owned by Apply.
+	places map[string]*place
+	// set are the sysctls of the ingress leg that were right after the last
+	// Apply, and of which link. Owned by Apply.
+	set legLink
+
+	// Repaired, when not nil, gets every repair before the Apply returns that
+	// made it. It is set before the first Apply and must not block.
+	Repaired func(weft.Repair)
 }
 
 // New returns an engine that has done nothing yet. scratchDir is a folder in
@@ -67,15 +78,15 @@ func (e *Engine) Probe(ctx context.Context) error {
 		return fmt.Errorf("make probe namespace: %w", err)
 	}
 	err = withConn(path, func(conn *nftables.Conn) error {
-		e.reject = converge(conn, bridgeRules(ingress.Network{IPv6: true}, true)) == nil
-		if err := converge(conn, bridgeRules(ingress.Network{IPv6: true}, false)); err != nil {
+		e.reject = loads(conn, bridgeRules(ingress.Network{IPv6: true}, true)) == nil
+		if err := loads(conn, bridgeRules(ingress.Network{IPv6: true}, false)); err != nil {
 			return fmt.Errorf("%w: nftables bridge table: %w", weft.ErrUnsupported, err)
 		}
-		e.atPorts = !e.reject && converge(conn, portProbe(true)) == nil
-		if err := converge(conn, hostRules(ingress.Table{})); err != nil {
+		e.atPorts = !e.reject && loads(conn, portProbe(true)) == nil
+		if err := loads(conn, hostRules(ingress.Table{})); err != nil {
 			return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
 		}
-		e.ip6 = converge(conn, hostRules6(ingress.Table{})) == nil
+		e.ip6 = loads(conn, hostRules6(ingress.Table{})) == nil
 		return nil
 	})
 	if err == nil {
@@ -89,6 +100,11 @@ func (e *Engine) Probe(ctx context.Context) error {
 	return errors.Join(err, netns.Remove(path))
 }
 
+func loads(conn *nftables.Conn, r ruleset) error {
+	_, err := converge(conn, r, nil)
+	return err
+}
+
 // Apply implements ingress.Engine: one transaction in the host's namespace and
 // one per network. A namespace that fails does not keep the others from being
 // applied; all errors are returned joined, those of one network as
@@ -98,10 +114,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		return err
 	}
 	var errs []error
-	if err := e.applyHost(t); err != nil {
+	places := map[string]*place{}
+	if err := e.applyHost(t, places); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
 	}
-	if err := e.applyRouter(t.Router); err != nil {
+	if err := e.applyRouter(t.Router, places); err != nil {
 		for _, vni := range t.Router.VNIs {
 			errs = append(errs, &ingress.NetworkError{VNI: vni, Err: fmt.Errorf("apply service addresses behind the router: %w", err)})
 		}
@@ -114,20 +131,28 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		}
 		rules := bridgeRules(n, e.reject)
 		rules.flowsFit = contains(rules.prune, e.kept[n.NetNS])
-		err := withConn(n.NetNS, func(conn *nftables.Conn) error {
-			if err := converge(conn, rules); err != nil || !e.atPorts {
-				return err
-			}
-			return converge(conn, portRules(n))
-		})
-		if err != nil {
+		if err := e.applyNetwork(n, rules, places); err != nil {
 			errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: %w", err)})
 			continue
 		}
 		kept[n.NetNS] = rules.prune
 	}
-	e.kept = kept
+	e.kept, e.places = kept, places
 	return errors.Join(errs...)
+}
+
+func (e *Engine) applyNetwork(n ingress.Network, rules ruleset, places map[string]*place) error {
+	p, err := e.placeAt(n.NetNS, fmt.Sprintf("network %d", n.VNI))
+	if err != nil {
+		return err
+	}
+	places[n.NetNS] = p
+	return withConn(n.NetNS, func(conn *nftables.Conn) error {
+		if err := e.converge(p, conn, rules); err != nil || !e.atPorts {
+			return err
+		}
+		return e.converge(p, conn, portRules(n))
+	})
 }
 
 // contains reports whether all that earlier transactions let flows lead to may
@@ -144,23 +169,28 @@ func contains(keep, earlier map[string]bool) bool {
 	return true
 }
 
-func (e *Engine) applyHost(t ingress.Table) error {
+func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
+	p, err := e.placeAt("", "the host")
+	if err != nil {
+		return err
+	}
+	places[""] = p
 	var legErr error
 	if t.Ingress.Link != "" {
-		if err := prepareLeg(t.Ingress, len(t.Published) > 0 && e.ip6); err != nil {
+		if err := e.prepareLeg(t.Ingress, len(t.Published) > 0 && e.ip6); err != nil {
 			// The rules name the leg and can stand without it: only who is
 			// on the ingress network has to wait for it.
 			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
 		}
 	}
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
 		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
 	}
-	if err := converge(conn, hostRules(t)); err != nil {
+	if err := e.converge(p, conn, hostRules(t)); err != nil {
 		return errors.Join(legErr, err)
 	}
-	if err := e.applyHost6(conn, t); err != nil {
+	if err := e.applyHost6(p, conn, t); err != nil {
 		return errors.Join(legErr, err)
 	}
 	now := trackableOf(t)
@@ -175,11 +205,11 @@ func (e *Engine) applyHost(t ingress.Table) error {
 
 // applyHost6 makes the IPv6 table where the host can be asked over IPv6, or where
 // the overlay's packets come over it, and removes it where not.
-func (e *Engine) applyHost6(conn *nftables.Conn, t ingress.Table) error {
+func (e *Engine) applyHost6(p *place, conn *nftables.Conn, t ingress.Table) error {
 	under6 := slices.ContainsFunc(t.Underlay.Members, func(a netip.Addr) bool { return a.Unmap().Is6() })
 	if (t.Ingress.Addr6.IsValid() || under6) && e.ip6 {
 		e.without6 = false
-		return converge(conn, hostRules6(t))
+		return e.converge(p, conn, hostRules6(t))
 	}
 	if e.without6 {
 		return nil
@@ -188,6 +218,7 @@ func (e *Engine) applyHost6(conn *nftables.Conn, t ingress.Table) error {
 		return err
 	}
 	e.without6 = true
+	delete(p.left, nftables.TableFamilyIPv6)
 	return nil
 }
 
@@ -208,31 +239,65 @@ func removeTable(conn *nftables.Conn, f nftables.TableFamily) error {
 // by it once they are translated. Forwarding is the host's own setting; weft
 // turns it on and leaves it on, for other programs may need it by then. That of
 // IPv6 waits until there is something to forward (with6).
-func prepareLeg(leg ingress.Entry, with6 bool) error {
-	for _, kv := range [][2]string{
+func (e *Engine) prepareLeg(leg ingress.Entry, with6 bool) error {
+	l, err := netlink.LinkByName(leg.Link)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, leg.Link)
+	}
+	if err != nil {
+		return fmt.Errorf("look up link %s: %w", leg.Link, err)
+	}
+	// A link made anew has the kernel's settings, and that is not theirs.
+	now := legLink{leg.Link, l.Attrs().Index, leg.Addr6.IsValid()}
+	wanted := [][2]string{
 		{"net/ipv4/ip_forward", "1"},
 		{"net/ipv4/conf/" + leg.Link + "/route_localnet", "1"},
-	} {
+	}
+	if !leg.Addr6.IsValid() {
+		// A leg without an IPv6 address speaks none: a link-local one would let
+		// tasks reach the host's listeners on [::] past every rule of this table.
+		wanted = append(wanted, [2]string{"net/ipv6/conf/" + leg.Link + "/disable_ipv6", "1"})
+	}
+	for _, kv := range wanted {
+		was, err := readSysctl(kv[0])
+		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(kv[0], "net/ipv6/") {
+			continue // no IPv6 in this kernel
+		}
+		if err != nil {
+			return err
+		}
+		if was == kv[1] {
+			continue
+		}
 		if err := writeSysctl(kv[0], kv[1]); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, leg.Link)
-			}
+			return err
+		}
+		if e.set == now {
+			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0], Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
+		}
+	}
+	if leg.Addr6.IsValid() && with6 {
+		if err := forward6(); err != nil {
 			return err
 		}
 	}
-	if leg.Addr6.IsValid() {
-		if !with6 {
-			return nil
-		}
-		return forward6()
+	e.set = now
+	return nil
+}
+
+// legLink is the ingress leg as its sysctls were set.
+type legLink struct {
+	name    string
+	index   int
+	hasIPv6 bool
+}
+
+func readSysctl(key string) (string, error) {
+	b, err := os.ReadFile("/proc/sys/" + key)
+	if err != nil {
+		return "", fmt.Errorf("read sysctl %s: %w", key, err)
 	}
-	// A leg without an IPv6 address speaks none: a link-local one would let
-	// tasks reach the host's listeners on [::] past every rule of this table.
-	err := writeSysctl("net/ipv6/conf/"+leg.Link+"/disable_ipv6", "1")
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // no IPv6 in this kernel
-	}
-	return err
+	return strings.TrimSpace(string(b)), nil
 }
 
 // forward6 turns IPv6 forwarding on. A host that forwards stops listening to
@@ -267,15 +332,7 @@ func forward6() error {
 }
 
 func writeSysctl(key, value string) error {
-	path := "/proc/sys/" + key
-	have, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("read sysctl %s: %w", key, err)
-	}
-	if len(have) > 0 && string(have[:len(have)-1]) == value {
-		return nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
 		return fmt.Errorf("set sysctl %s to %s: %w", key, value, err)
 	}
 	return nil
@@ -290,8 +347,8 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // Close implements ingress.Engine: it removes the host's table. The tables of
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
-	e.tracked, e.without6 = nil, false
-	conn, err := nftables.New()
+	e.tracked, e.without6, e.places, e.set = nil, false, nil, legLink{}
+	conn, err := open()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
@@ -302,6 +359,29 @@ func (e *Engine) Close(ctx context.Context) error {
 	return err
 }
 
+// Socket buffers in bytes. A transaction is one message to the kernel and one
+// service of 2,048 tasks has a ring of 16,384 slots in it, at some 100 bytes
+// each, twice when all change: the default of 208 KiB ends at 128 tasks. They
+// are limits and not reserved; without privileges the kernel's own apply.
+const (
+	sendBuffer    = 64 << 20
+	receiveBuffer = 8 << 20
+)
+
+// open makes a connection whose transactions may be large.
+func open(o ...nftables.ConnOption) (*nftables.Conn, error) {
+	return nftables.New(append(o, nftables.WithSockOptions(largeBuffers))...)
+}
+
+// largeBuffers is generic so that the netlink library below nftables need not be
+// named.
+func largeBuffers[C interface {
+	SetWriteBuffer(int) error
+	SetReadBuffer(int) error
+}](c C) error {
+	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer))
+}
+
 // withConn calls f with a connection into the namespace at path.
 func withConn(path string, f func(*nftables.Conn) error) error {
 	file, err := os.Open(path)
@@ -309,7 +389,7 @@ func withConn(path string, f func(*nftables.Conn) error) error {
 		return fmt.Errorf("open namespace: %w", err)
 	}
 	defer file.Close()
-	conn, err := nftables.New(nftables.WithNetNSFd(int(file.Fd())))
+	conn, err := open(nftables.WithNetNSFd(int(file.Fd())))
 	if err != nil {
 		if errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("enter %s: not a network namespace (its mount is gone)", path)

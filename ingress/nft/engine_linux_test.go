@@ -184,21 +184,37 @@ func TestApplyRepairsAndRepeats(t *testing.T) {
 	ns := f.client(50, s)
 	f.apply(e, s)
 	rules := bridgeRules(ingress.Network{Services: []ingress.Service{s}}, false)
-	breakIt := map[string]func(*nftables.Conn, *nftables.Table){
-		"elements deleted": func(c *nftables.Conn, tb *nftables.Table) { c.FlushSet(rules.sets[2].object(tb)) },
-		"rules deleted": func(c *nftables.Conn, tb *nftables.Table) {
+	var got []weft.Repair
+	e.Repaired = func(r weft.Repair) { got = append(got, r) }
+	breakIt := map[string]struct {
+		damage func(*nftables.Conn, *nftables.Table)
+		want   weft.Repair // "" = none
+	}{
+		"elements deleted": {func(c *nftables.Conn, tb *nftables.Table) { c.FlushSet(rules.sets[2].object(tb)) },
+			weft.Repair{Kind: kindElements, Object: "set " + rules.sets[2].name + " of network 4097", Reason: "64 elements were missing, 0 wrong, 0 stray"}},
+		"set deleted": {func(c *nftables.Conn, tb *nftables.Table) {
 			c.FlushChain(&nftables.Chain{Table: tb, Name: "prerouting"})
-		},
-		"table deleted": func(c *nftables.Conn, tb *nftables.Table) { c.DelTable(tb) },
-		"nothing":       func(*nftables.Conn, *nftables.Table) {},
+			c.DelSet(rules.sets[2].object(tb))
+		}, weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: "its set " + rules.sets[2].name + " was gone"}},
+		"rules deleted": {func(c *nftables.Conn, tb *nftables.Table) {
+			c.FlushChain(&nftables.Chain{Table: tb, Name: "prerouting"})
+		}, weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: fmt.Sprintf("its chain prerouting had 0 rules instead of %d", len(rules.chains[0].rules))}},
+		"table deleted": {func(c *nftables.Conn, tb *nftables.Table) { c.DelTable(tb) },
+			weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: "it was gone"}},
+		"nothing": {func(*nftables.Conn, *nftables.Table) {}, weft.Repair{}},
 	}
-	for name, damage := range breakIt {
+	for name, c := range breakIt {
 		t.Run(name, func(t *testing.T) {
-			must(t, withConn(f.br, func(c *nftables.Conn) error {
-				damage(c, &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
-				return c.Flush()
+			must(t, withConn(f.br, func(conn *nftables.Conn) error {
+				c.damage(conn, &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
+				return conn.Flush()
 			}))
+			got = nil
 			f.apply(e, s)
+			f.apply(e, s)
+			if len(got) > 1 || len(got) == 1 && got[0] != c.want || len(got) == 0 && c.want.Kind != "" {
+				t.Errorf("repairs %+v, want %+v once", got, c.want)
+			}
 			if _, _, _, err := f.get(ns, vipText+":80"); err != nil {
 				t.Errorf("after repair: %v", err)
 			}

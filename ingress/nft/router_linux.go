@@ -13,18 +13,23 @@ import (
 
 // applyRouter makes the tables of the encrypted networks' way out. It is right
 // before the bridges choose by it.
-func (e *Engine) applyRouter(r ingress.Router) error {
+func (e *Engine) applyRouter(r ingress.Router, places map[string]*place) error {
 	if r.NetNS == "" {
 		e.routed = nil
 		return nil // the tables went with their namespace
 	}
-	err := withConn(r.NetNS, func(conn *nftables.Conn) error {
+	p, err := e.placeAt(r.NetNS, "the router of encrypted networks")
+	if err != nil {
+		return err
+	}
+	places[r.NetNS] = p
+	err = withConn(r.NetNS, func(conn *nftables.Conn) error {
 		for _, f := range families(e.ip6) {
-			if err := converge(conn, f.routerRules(r)); err != nil {
+			if err := e.converge(p, conn, f.routerRules(r)); err != nil {
 				return err
 			}
 		}
-		return converge(conn, acceptRules(r))
+		return e.converge(p, conn, acceptRules(r))
 	})
 	if err != nil {
 		return err
