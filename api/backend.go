@@ -100,6 +100,12 @@ type Exec struct {
 // TermSize is the size of a terminal in characters.
 type TermSize struct{ Width, Height uint16 }
 
+// RepairLog counts what this node has put right in its kernel.
+type RepairLog interface {
+	// Repairs returns the counts by kind, sorted, and since when.
+	Repairs() (since time.Time, counts []weft.RepairCount)
+}
+
 // ImageStore is the images of this node.
 type ImageStore interface {
 	Images(ctx context.Context) ([]weft.Image, error)

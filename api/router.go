@@ -124,6 +124,7 @@ func (s *Server) makeRoutes() []route {
 	s.networkRoutes(add)
 	s.containerRoutes(add)
 	s.imageRoutes(add)
+	s.ownRoutes(add)
 	refusedRoutes(add)
 	return all
 }

@@ -37,13 +37,13 @@ type traffic struct {
 	stop                    func() error
 }
 
-// flows sends 50 requests a second to the task on the next host, to the VIP,
-// and to the published port of every host, and asks for a name 30 times.
+// flows sends 200 requests a second: to the task on the next host, to the VIP,
+// and to the published port of every host. It asks for a name 30 times.
 func (r *rig) flows(web []replica, network, vip string, port int) *traffic {
 	r.t.Helper()
 	tr := &traffic{
-		began: time.Now(), tasks: &flow{name: "task on another host", rate: 50}, vip: &flow{name: "VIP", rate: 50},
-		port: &flow{name: "published port", rate: 50}, names: &flow{name: "name", rate: 30},
+		began: time.Now(), tasks: &flow{name: "task on another host", rate: 70}, vip: &flow{name: "VIP", rate: 70},
+		port: &flow{name: "published port", rate: 60}, names: &flow{name: "name", rate: 30},
 	}
 	var tasks, vips, ports, names []place
 	for i, p := range web {
@@ -119,7 +119,7 @@ type blow struct {
 	away               time.Duration
 }
 
-// TestFaultsAdoption kills daemons and container supervisors under 150 requests
+// TestFaultsAdoption kills daemons and container supervisors under 200 requests
 // a second: 3 rounds of 3 hosts; soak: 20 rounds.
 func TestFaultsAdoption(t *testing.T) { adoption(t, "flt-adopt", 3) }
 
@@ -130,9 +130,10 @@ func TestSoakAdoption(t *testing.T) {
 }
 
 func adoption(t *testing.T, lab string, n int) {
+	result := newSoakResult(t)
 	r := newRig(t, lab)
 	web, vip := r.web(8091)
-	before := identities(web)
+	before, belongings := identities(web), r.inventories(three...)
 	tasks, err := r.tasks("h1", "web")
 	if err != nil {
 		t.Fatal(err)
@@ -163,9 +164,15 @@ func adoption(t *testing.T, lab string, n int) {
 	if now, err := r.tasks("h1", "web"); err != nil || !slices.Equal(now, tasks) {
 		t.Errorf("tasks were %q, are %q, %v", tasks, now, err)
 	}
-	t.Logf("%d deaths in %d rounds; names of the host itself were back at most %s after the start", count, n, worst.Round(time.Millisecond))
+	r.sameInventories("nothing has come and nothing has gone", belongings)
+	for _, h := range three {
+		if c := r.repairCounts(h); len(c) > 0 {
+			t.Errorf("the last daemon of %s has repaired %v, and nobody has broken anything", h, c)
+		}
+	}
+	result.printf("%d deaths in %d rounds; names of the host itself were back at most %s after the start", count, n, worst.Round(time.Millisecond))
 	for _, f := range []*flow{tr.tasks, tr.vip, tr.port, tr.names} {
-		t.Log(f)
+		result.printf("%s", f)
 	}
 	for _, f := range []*flow{tr.tasks, tr.vip, tr.port} {
 		f.mustNotHaveFailed(t, tr.began, always)

@@ -99,9 +99,9 @@ func (n Network) Validate() error {
 	return errors.Join(c.errs...)
 }
 
-// Plan is Diff for a want that may be wrong: a network that cannot be made
-// stays as it is and is reported; the others are not held up by it.
-func Plan(have, want State) ([]Op, error) {
+// sanitize is want with every network that cannot be made left as it is in have,
+// and reported: the others are not held up by it.
+func sanitize(have, want State) (State, error) {
 	var errs []error
 	sane := State{Networks: make(map[uint32]Network, len(want.Networks))}
 	for vni, n := range want.Networks {
@@ -118,7 +118,14 @@ func Plan(have, want State) ([]Op, error) {
 			sane.Networks[vni] = h
 		}
 	}
-	return Diff(have, sane), errors.Join(errs...)
+	return sane, errors.Join(errs...)
+}
+
+// Plan is Diff for a want that may be wrong: a network that cannot be made
+// stays as it is and is reported; the others are not held up by it.
+func Plan(have, want State) ([]Op, error) {
+	sane, err := sanitize(have, want)
+	return Diff(have, sane), err
 }
 
 // checker collects what is wrong with one network.

@@ -46,6 +46,10 @@ type Network struct {
 	// HostLeg, when set, is a port of the network in the host's own
 	// namespace (the ingress network's way in).
 	HostLeg *HostLeg
+	// Fault and DeviceFault are set by Read alone and never compared: what
+	// is wrong with the bridge, and with the VXLAN device, where no wish
+	// would explain it. They are the reason of a Repair.
+	Fault, DeviceFault string
 }
 
 // Port is a local task's port on a network.
@@ -57,6 +61,8 @@ type Port struct {
 	Addr   netip.Prefix
 	Addr6  netip.Prefix // the second address, of IPv6; invalid without
 	MAC    net.HardwareAddr
+	// Fault is set by Read alone, as Network.Fault.
+	Fault string
 }
 
 // Addrs are the port's addresses, the first one first.
@@ -82,6 +88,8 @@ type HostLeg struct {
 	Addr  netip.Prefix
 	Addr6 netip.Prefix // the second address, of IPv6; invalid without
 	MAC   net.HardwareAddr
+	// Fault is set by Read alone, as Network.Fault.
+	Fault string
 }
 
 // Addrs are the leg's addresses, the first one first.

@@ -30,6 +30,8 @@ type Cluster struct {
 	// Fail, when set before use, is asked before every call to the cluster
 	// and its error returned: no leader, and the like.
 	Fail func(method string) error
+	// Counts are the repairs that the node tells of. Set before use.
+	Counts []weft.RepairCount
 
 	mu       sync.Mutex // guards: all below
 	index    uint64
@@ -53,6 +55,7 @@ var (
 	_ api.NetworkStore   = (*Cluster)(nil)
 	_ api.ContainerStore = (*Cluster)(nil)
 	_ api.ImageStore     = (*Cluster)(nil)
+	_ api.RepairLog      = (*Cluster)(nil)
 )
 
 // New makes a node that is in no cluster.
@@ -67,7 +70,7 @@ func New() *Cluster {
 
 // Config fills in the back ends of c.
 func (c *Cluster) Config() api.Config {
-	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Version: "0.0-test"}
+	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Repairs: c, Version: "0.0-test"}
 }
 
 func (c *Cluster) enter(method string) error {
@@ -107,6 +110,11 @@ func (c *Cluster) Local() weft.LocalInfo {
 		l.Managers = []netip.AddrPort{c.node.Manager.Addr}
 	}
 	return l
+}
+
+// Repairs returns Counts, counted for an hour.
+func (c *Cluster) Repairs() (time.Time, []weft.RepairCount) {
+	return c.Now().Add(-time.Hour), c.Counts
 }
 
 func description() weft.NodeDescription {

@@ -22,7 +22,7 @@ func apiConfig(ms *membership, d *containerd.Driver, log *slog.Logger) api.Confi
 	c := clusterCalls{ms}
 	return api.Config{
 		Swarm: ms, Services: c, Tasks: c, Nodes: c, Networks: c,
-		Containers: nodeContainers{ms}, Images: nodeImages{d}, Log: log,
+		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Log: log,
 	}
 }
 

@@ -55,8 +55,8 @@ func newDaemonCommand() *cobra.Command {
 	f.StringVar(&cfg.Group, "group", "weft", "group that may use the API socket, if it exists")
 	f.StringVar(&cfg.Hostname, "hostname", "", "name of this node (default: the host's)")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "resolvers for names outside the cluster")
-	f.StringVar(&cfg.OverlayEngine, "overlay-engine", "", "force an overlay engine: bridge")
-	f.StringVar(&cfg.ServiceEngine, "service-engine", "", "force a service engine: nft")
+	f.StringVar(&cfg.OverlayEngine, "overlay-engine", "", "force an overlay engine: bridge (default: the best that this host can run)")
+	f.StringVar(&cfg.ServiceEngine, "service-engine", "", "force a service engine: nft (default: the best that this host can run)")
 	f.StringVar(&cfg.CryptEngine, "encryption-engine", "", "force an engine of encrypted networks: kernel, user or none")
 	f.Uint16Var(&cfg.CryptPort, "encryption-port", weft.WireGuardPort, "UDP port of encrypted networks on this node; the next one is used, too")
 	f.StringVar(&cfg.LogLevel, "log-level", "info", "debug, info, warn or error")
@@ -88,6 +88,15 @@ func runDaemon(ctx context.Context, cfg daemonConfig) error {
 	if err != nil {
 		return err
 	}
+	eng := newEngines(cfg, local, log)
+	if err := eng.choose(ctx); err != nil {
+		if cfg.OverlayEngine != "" || cfg.ServiceEngine != "" || ctx.Err() != nil {
+			return err
+		}
+		// The containers are there all the same, and the API says what is
+		// wrong; whoever takes part in a cluster tries again.
+		log.Error("no networks on this host", weft.KeyErr, err)
+	}
 	driver, err := containerd.New(containerd.Config{
 		Node: local, ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, Grouped: cfg.GroupShims, NoSync: cfg.NoSync, Log: log,
 	})
@@ -98,7 +107,7 @@ func runDaemon(ctx context.Context, cfg daemonConfig) error {
 	if err != nil {
 		return err
 	}
-	m, err := newMembership(cfg, driver, log)
+	m, err := newMembership(cfg, eng, driver, log)
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
@@ -147,12 +156,6 @@ func newLogger(level string) (*slog.Logger, error) {
 func (c *daemonConfig) check() error {
 	if os.Geteuid() != 0 {
 		return errors.New("weft daemon makes network namespaces and containers: run it as root")
-	}
-	if c.OverlayEngine != "" && c.OverlayEngine != "bridge" {
-		return fmt.Errorf("--overlay-engine %s: %w: this build has bridge only", c.OverlayEngine, weft.ErrUnsupported)
-	}
-	if c.ServiceEngine != "" && c.ServiceEngine != "nft" {
-		return fmt.Errorf("--service-engine %s: %w: this build has nft only", c.ServiceEngine, weft.ErrUnsupported)
 	}
 	for _, p := range []*string{&c.DataRoot, &c.ExecRoot} {
 		abs, err := filepath.Abs(*p)

@@ -94,7 +94,8 @@ func TestMemberStateRoundTrip(t *testing.T) {
 
 // A member whose daemon has just started is not a stranger to its cluster.
 func TestMemberBeforeItRuns(t *testing.T) {
-	ms := &membership{cfg: daemonConfig{DataRoot: t.TempDir()}}
+	cfg := daemonConfig{DataRoot: t.TempDir()}
+	ms := &membership{cfg: cfg, engines: newEngines(cfg, weft.NewID(), nil)}
 	if info := ms.Local(); info.State != weft.LocalInactive {
 		t.Errorf("without membership: %+v", info)
 	}

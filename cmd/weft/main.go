@@ -77,7 +77,7 @@ func newRoot() *cobra.Command {
 		newDaemonCommand(),
 		newSwarmCommand(c), newNodeCommand(c), newNetworkCommand(c), newServiceCommand(c),
 		newImageCommand(c), newPsCommand(c), newExecCommand(c), newLogsCommand(c),
-		newInfoCommand(c), newVersionCommand(c),
+		newNetCommand(c), newInfoCommand(c), newVersionCommand(c),
 		newLabCommand(log), newWhoamiCommand(),
 	)
 	refuseUnknown(root)

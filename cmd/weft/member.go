@@ -20,7 +20,7 @@ import (
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/gossip"
-	"github.com/weftnet/weft/ingress/nft"
+	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/orchestrator"
 	"github.com/weftnet/weft/orchestrator/ca"
 	"github.com/weftnet/weft/orchestrator/wire"
@@ -32,11 +32,13 @@ import (
 // member is this node as part of one cluster: everything that runs between
 // joining and leaving. It is made by membership and run once.
 type member struct {
-	cfg    daemonConfig
-	log    *slog.Logger
-	creds  *ca.Credentials
-	client *wire.Client
-	peers  *wire.Peers
+	cfg     daemonConfig
+	log     *slog.Logger
+	engines *engines
+	repairs *agent.Repairs
+	creds   *ca.Credentials
+	client  *wire.Client
+	peers   *wire.Peers
 
 	manager *orchestrator.Manager // nil on workers
 	raft    *wire.Raft
@@ -46,7 +48,7 @@ type member struct {
 	agent   *agent.Agent
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
-	engine  *nft.Engine
+	service ingress.Engine
 	crypt   *wg.Engine
 
 	stage stage
@@ -90,7 +92,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, stage: stage{
+	m := &member{cfg: cfg, state: state, engines: ms.engines, repairs: ms.repairs, stage: stage{
 		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
 	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
@@ -112,14 +114,15 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 // makeNode composes what every node has.
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
-	netnsDir := filepath.Join(m.cfg.ExecRoot, "netns")
-	bridge, err := linux.New(linux.Config{Node: s.Node, NetNSDir: netnsDir, Log: m.log})
+	dir := netnsDir(m.cfg.ExecRoot)
+	overlay, service, err := m.engines.of(ctx, engineConfig{Node: s.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
 	if err != nil {
 		return err
 	}
+	m.service = service
 	m.crypt, err = wg.New(wg.Config{
-		Node: s.Node, NetNSDir: netnsDir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
-		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: bridge, Log: m.log,
+		Node: s.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
 	})
 	if err != nil {
 		return err
@@ -127,14 +130,9 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err := m.crypt.Probe(ctx); err != nil {
 		return err
 	}
-	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: netnsDir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
+	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
 		return err
 	}
-	m.engine = nft.New(netnsDir)
-	if err := m.engine.Probe(ctx); err != nil {
-		return fmt.Errorf("service engine nft: %w", err)
-	}
-	m.log.Info("service engine chosen", weft.KeyEngine, "nft", "refuses_on_bridge", m.engine.CanRefuse())
 	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
 	if err != nil {
 		return err
@@ -148,10 +146,10 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.agent, err = agent.New(agent.Config{
-		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: netnsDir,
+		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
 		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.engine, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -229,7 +227,7 @@ func (m *member) retire(ctx context.Context) error {
 
 // remove takes away everything that the node made on its host.
 func (m *member) remove(ctx context.Context) error {
-	return errors.Join(m.agent.RemoveAll(ctx), m.engine.Close(ctx), m.boxes.Close(ctx))
+	return errors.Join(m.agent.RemoveAll(ctx), m.service.Close(ctx), m.boxes.Close(ctx))
 }
 
 // learn takes the leader's view of the cluster and keeps it for the next start.
@@ -311,7 +309,7 @@ func (m *member) listeners() ([]weft.Listener, error) {
 
 // describe says what this node is and which of its host's ranges are in use.
 func (m *member) describe() (weft.NodeDescription, error) {
-	d, err := describeNode(m.cfg)
+	d, err := describeNode(m.cfg, m.engines)
 	if err != nil {
 		return d, err
 	}
@@ -319,9 +317,10 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	return d, err
 }
 
-func describeNode(cfg daemonConfig) (weft.NodeDescription, error) {
+func describeNode(cfg daemonConfig, e *engines) (weft.NodeDescription, error) {
 	d, err := agent.DescribeHost(cfg.Hostname)
-	d.OverlayEngine, d.ServiceEngine = "bridge", "nft"
+	chosen, _ := e.verdicts()
+	d.OverlayEngine, d.ServiceEngine = chosen.Overlay, chosen.Service
 	return d, err
 }
 

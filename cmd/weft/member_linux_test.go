@@ -81,7 +81,7 @@ func TestMemberRenewsItsCertificate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ms, err := newMembership(cfg, driver, log)
+	ms, err := newMembership(cfg, newEngines(cfg, weft.NewID(), log), driver, log)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent"
 	"github.com/weftnet/weft/agent/runtime/containerd"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
@@ -22,9 +23,12 @@ import (
 //
 // run is called once; all other methods from any goroutine.
 type membership struct {
-	cfg    daemonConfig
-	driver *containerd.Driver
-	log    *slog.Logger
+	cfg     daemonConfig
+	engines *engines
+	driver  *containerd.Driver
+	log     *slog.Logger
+	// repairs of all members that this daemon runs.
+	repairs *agent.Repairs
 
 	// change is held by Init, Join and Leave: one at a time.
 	change sync.Mutex
@@ -38,8 +42,8 @@ type membership struct {
 	failure error              // why there is membership on disk but no member
 }
 
-func newMembership(cfg daemonConfig, d *containerd.Driver, log *slog.Logger) (*membership, error) {
-	return &membership{cfg: cfg, driver: d, log: log, starts: make(chan *member)}, nil
+func newMembership(cfg daemonConfig, e *engines, d *containerd.Driver, log *slog.Logger) (*membership, error) {
+	return &membership{cfg: cfg, engines: e, driver: d, log: log, repairs: agent.NewRepairs(log), starts: make(chan *member)}, nil
 }
 
 // memberRetry is the pause before a member that failed is tried again.

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -63,6 +64,10 @@ func serveScript(env *testscript.Env) error {
 			return fmt.Errorf("%w: %s", weft.ErrUnavailable, weft.NoLeader)
 		}
 		return nil
+	}
+	c.Counts = []weft.RepairCount{
+		{Kind: "device wrong", Count: 1, Last: time.Now().Add(-time.Hour), Object: "wx4097", Reason: "wx4097 was down"},
+		{Kind: "fdb missing", Count: 20, Last: time.Now().Add(-3 * time.Minute), Object: "fdb 02:9c:0a:00:10:05 of network 4097", Reason: "it was gone"},
 	}
 	cfg := c.Config()
 	cfg.Log = slog.New(slog.DiscardHandler)

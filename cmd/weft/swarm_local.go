@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,7 +34,7 @@ const (
 
 // Local implements api.Swarm.
 func (ms *membership) Local() weft.LocalInfo {
-	d, err := describeNode(ms.cfg)
+	d, err := describeNode(ms.cfg, ms.engines)
 	info := weft.LocalInfo{State: weft.LocalInactive, Description: d, DataRoot: ms.cfg.DataRoot}
 	if err != nil {
 		info.Error = err.Error()
@@ -41,7 +42,10 @@ func (ms *membership) Local() weft.LocalInfo {
 	ms.mu.Lock()
 	m, failure := ms.current, ms.failure
 	ms.mu.Unlock()
-	info.Engines = engineChoices(m)
+	_, info.Engines = ms.engines.verdicts()
+	if m != nil {
+		info.Engines = append(slices.Clone(info.Engines), m.crypt.Choices()...)
+	}
 	if m == nil {
 		if failure != nil {
 			info.State, info.Error = weft.LocalError, failure.Error()
@@ -63,23 +67,6 @@ func (ms *membership) Local() weft.LocalInfo {
 		info.State, info.Error = weft.LocalError, weft.Text(err)
 	}
 	return info
-}
-
-// engineChoices says which engines serve and why. Without a member nothing was
-// probed yet.
-func engineChoices(m *member) []weft.EngineChoice {
-	service := weft.EngineChoice{Kind: "service", Engine: "nft", Chosen: true, Reason: "the only engine of this build; probed when the node joins"}
-	if m != nil {
-		service.Reason = "probed: tables load; a service without tasks is refused at once"
-		if !m.engine.CanRefuse() {
-			service.Reason = "probed: tables load; this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
-		}
-	}
-	out := []weft.EngineChoice{{Kind: "overlay", Engine: "bridge", Chosen: true, Reason: "the only engine of this build"}, service}
-	if m != nil {
-		out = append(out, m.crypt.Choices()...)
-	}
-	return out
 }
 
 // Init implements api.Swarm.
@@ -109,7 +96,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if err != nil {
 		return "", err
 	}
-	if boot.Node.Description, err = describeNode(ms.cfg); err != nil {
+	if boot.Node.Description, err = describeNode(ms.cfg, ms.engines); err != nil {
 		return "", err
 	}
 	if boot.Node.Description.UsedPrefixes, err = linux.HostPrefixes(); err != nil {
@@ -280,7 +267,7 @@ func (ms *membership) Join(ctx context.Context, r weft.JoinRequest) error {
 			return err
 		}
 	}
-	d, err := describeNode(ms.cfg)
+	d, err := describeNode(ms.cfg, ms.engines)
 	if err != nil {
 		return err
 	}

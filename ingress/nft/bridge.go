@@ -11,6 +11,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
 
@@ -49,7 +50,9 @@ var (
 	tupleKey = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInteger)
 )
 
-// bridgeRules is the balancing table of one network. In order: a known flow
+// bridgeRules is the balancing table of one network. In order: what is not for
+// the hardware address of a service passes, for another node has balanced it
+// already, or it is none of ours; a known flow
 // keeps its backend; a service without a backend that takes connections is
 // refused at once; a new flow is hashed into the ring of its service; what has
 // no ports (ping) is hashed by its addresses.
@@ -114,7 +117,13 @@ func fillService(prune map[string]bool, rings []set, idle set, s ingress.Service
 }
 
 func bridgeChain(reject bool) []rule {
-	var rules []rule
+	// The first byte tells a service's hardware address from all others.
+	vipMAC := weft.VIPMAC("", netip.IPv4Unspecified())[:1]
+	rules := []rule{{fmt.Sprintf("not for a service (%02x:…): pass", vipMAC), []expr.Any{
+		&expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: regMAC, Data: vipMAC},
+		&expr.Verdict{Kind: expr.VerdictAccept},
+	}}}
 	writeMAC := []expr.Any{
 		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
 		&expr.Counter{},

@@ -19,16 +19,32 @@ const chunk = 400
 
 // converge makes the table in the namespace of conn equal to want: it reads what is
 // there and sends the difference as one transaction. A table whose shape is
-// not the wanted one is replaced whole, in the same transaction.
-func converge(conn *nftables.Conn, want ruleset) error {
+// not the wanted one is replaced whole, in the same transaction. It returns what
+// was repaired: what was neither as left, which may be unknown (nil), nor as
+// wanted.
+func converge(conn *nftables.Conn, want ruleset, left *ruleset) ([]weft.Repair, error) {
 	table := &nftables.Table{Name: weft.TableName, Family: want.family}
-	fits, err := hasShape(conn, table, want)
+	misfit, err := shapeMisfit(conn, table, want)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if !fits {
-		return replace(conn, table, want)
+	if misfit != "" {
+		fault, err := tableFault(conn, table, want, left, misfit)
+		if err != nil {
+			return nil, err
+		}
+		var found []weft.Repair
+		if fault != "" {
+			found = append(found, weft.Repair{Kind: kindTable, Object: "table " + table.Name, Reason: fault})
+		}
+		return found, replace(conn, table, want)
 	}
+	return convergeSets(conn, table, want, left)
+}
+
+// convergeSets makes the elements of a table of the wanted shape right.
+func convergeSets(conn *nftables.Conn, table *nftables.Table, want ruleset, left *ruleset) ([]weft.Repair, error) {
+	var found []weft.Repair
 	changed := false
 	for _, s := range want.sets {
 		if s.dynamic && want.flowsFit {
@@ -36,7 +52,7 @@ func converge(conn *nftables.Conn, want ruleset) error {
 		}
 		have, err := readElements(conn, s.object(table))
 		if err != nil {
-			return fmt.Errorf("read set %s: %w", s.name, err)
+			return nil, fmt.Errorf("read set %s: %w", s.name, err)
 		}
 		d := diff(have, s.elements)
 		if s.dynamic {
@@ -44,16 +60,32 @@ func converge(conn *nftables.Conn, want ruleset) error {
 		}
 		if len(d.add)+len(d.del) > 0 {
 			changed = true
+			if fault := elementFault(have, left.elementsOf(s), s.elements); fault != "" && left != nil && !s.dynamic {
+				found = append(found, weft.Repair{Kind: kindElements, Object: "set " + s.name, Reason: fault})
+			}
 			if err := change(conn, s.object(table), d); err != nil {
-				return fmt.Errorf("change set %s: %w", s.name, err)
+				return nil, fmt.Errorf("change set %s: %w", s.name, err)
 			}
 		}
 	}
 	if !changed {
-		return nil
+		return nil, nil
 	}
 	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("commit nftables elements: %w", err)
+		return nil, fmt.Errorf("commit nftables elements: %w", err)
+	}
+	return found, nil
+}
+
+// elementsOf are the elements of the set of that name.
+func (r *ruleset) elementsOf(like set) map[string]string {
+	if r == nil {
+		return nil
+	}
+	for _, s := range r.sets {
+		if s.name == like.name {
+			return s.elements
+		}
 	}
 	return nil
 }
@@ -69,19 +101,19 @@ func stale(have map[string]string, keep map[string]bool) delta {
 	return d
 }
 
-// hasShape reports whether the table exists with the wanted sets, chains and
-// rules, told by the words stored with each rule.
-func hasShape(conn *nftables.Conn, table *nftables.Table, want ruleset) (bool, error) {
+// shapeMisfit says in what the table has not the wanted sets, chains and rules,
+// told by the words stored with each rule; "" = it has all.
+func shapeMisfit(conn *nftables.Conn, table *nftables.Table, want ruleset) (string, error) {
 	if _, err := conn.ListTableOfFamily(table.Name, table.Family); err != nil {
 		// The library tells "not there" by a plain error only.
 		if errors.Is(err, unix.ENOENT) || strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "expected 1") {
-			return false, nil
+			return "it was gone", nil
 		}
-		return false, fmt.Errorf("read nftables table: %w", err)
+		return "", fmt.Errorf("read nftables table: %w", err)
 	}
 	sets, err := conn.GetSets(table)
 	if err != nil {
-		return false, fmt.Errorf("read nftables sets: %w", err)
+		return "", fmt.Errorf("read nftables sets: %w", err)
 	}
 	names := map[string]bool{}
 	for _, s := range sets {
@@ -91,29 +123,29 @@ func hasShape(conn *nftables.Conn, table *nftables.Table, want ruleset) (bool, e
 	}
 	for _, s := range want.sets {
 		if !names[s.name] {
-			return false, nil
+			return fmt.Sprintf("its set %s was gone", s.name), nil
 		}
 	}
 	sig := want.signature()
 	for _, c := range want.chains {
 		rules, err := conn.GetRules(table, &nftables.Chain{Name: c.name, Table: table})
 		if errors.Is(err, unix.ENOENT) {
-			return false, nil
+			return fmt.Sprintf("its chain %s was gone", c.name), nil
 		}
 		if err != nil {
-			return false, fmt.Errorf("read nftables chain %s: %w", c.name, err)
+			return "", fmt.Errorf("read nftables chain %s: %w", c.name, err)
 		}
 		if len(rules) != len(c.rules) {
-			return false, nil
+			return fmt.Sprintf("its chain %s had %d rules instead of %d", c.name, len(rules), len(c.rules)), nil
 		}
 		for i, r := range rules {
 			words, _ := userdata.GetString(r.UserData, userdata.TypeComment)
 			if words != comment(sig, c.rules[i]) {
-				return false, nil
+				return fmt.Sprintf("rule %d of its chain %s was another", i+1, c.name), nil
 			}
 		}
 	}
-	return true, nil
+	return "", nil
 }
 
 // comment is what nft prints behind the rule; the kernel keeps 255 bytes of

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -35,6 +36,16 @@ type Engine struct {
 	// routed are the backends behind the router after the last Apply; nil
 	// before the first. Owned by Apply.
 	routed map[netip.Addr]bool
+	// places are what the last Apply left, by path of the namespace ("" is
+	// the host's). Owned by Apply.
+	places map[string]*place
+	// set are the sysctls of the ingress leg that were right after the last
+	// Apply, and of which link. Owned by Apply.
+	set leg
+
+	// Repaired, when not nil, gets every repair before the Apply returns that
+	// made it. It is set before the first Apply and must not block.
+	Repaired func(weft.Repair)
 }
 
 // New returns an engine that has done nothing yet. scratchDir is a folder in
@@ -57,12 +68,12 @@ func (e *Engine) Probe(ctx context.Context) error {
 		return fmt.Errorf("make probe namespace: %w", err)
 	}
 	err = withConn(path, func(conn *nftables.Conn) error {
-		e.reject = converge(conn, bridgeRules(ingress.Network{}, true)) == nil
-		if err := converge(conn, bridgeRules(ingress.Network{}, false)); err != nil {
+		e.reject = loads(conn, bridgeRules(ingress.Network{}, true)) == nil
+		if err := loads(conn, bridgeRules(ingress.Network{}, false)); err != nil {
 			return fmt.Errorf("%w: nftables bridge table: %w", weft.ErrUnsupported, err)
 		}
-		e.atPorts = !e.reject && converge(conn, portProbe()) == nil
-		if err := converge(conn, hostRules(ingress.Table{})); err != nil {
+		e.atPorts = !e.reject && loads(conn, portProbe()) == nil
+		if err := loads(conn, hostRules(ingress.Table{})); err != nil {
 			return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
 		}
 		return nil
@@ -78,6 +89,11 @@ func (e *Engine) Probe(ctx context.Context) error {
 	return errors.Join(err, netns.Remove(path))
 }
 
+func loads(conn *nftables.Conn, r ruleset) error {
+	_, err := converge(conn, r, nil)
+	return err
+}
+
 // Apply implements ingress.Engine: one transaction in the host's namespace and
 // one per network. A namespace that fails does not keep the others from being
 // applied; all errors are returned joined, those of one network as
@@ -87,10 +103,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		return err
 	}
 	var errs []error
-	if err := e.applyHost(t); err != nil {
+	places := map[string]*place{}
+	if err := e.applyHost(t, places); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
 	}
-	if err := e.applyRouter(t.Router); err != nil {
+	if err := e.applyRouter(t.Router, places); err != nil {
 		for _, vni := range t.Router.VNIs {
 			errs = append(errs, &ingress.NetworkError{VNI: vni, Err: fmt.Errorf("apply service addresses behind the router: %w", err)})
 		}
@@ -103,20 +120,28 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		}
 		rules := bridgeRules(n, e.reject)
 		rules.flowsFit = contains(rules.prune, e.kept[n.NetNS])
-		err := withConn(n.NetNS, func(conn *nftables.Conn) error {
-			if err := converge(conn, rules); err != nil || !e.atPorts {
-				return err
-			}
-			return converge(conn, portRules(n))
-		})
-		if err != nil {
+		if err := e.applyNetwork(n, rules, places); err != nil {
 			errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: %w", err)})
 			continue
 		}
 		kept[n.NetNS] = rules.prune
 	}
-	e.kept = kept
+	e.kept, e.places = kept, places
 	return errors.Join(errs...)
+}
+
+func (e *Engine) applyNetwork(n ingress.Network, rules ruleset, places map[string]*place) error {
+	p, err := e.placeAt(n.NetNS, fmt.Sprintf("network %d", n.VNI))
+	if err != nil {
+		return err
+	}
+	places[n.NetNS] = p
+	return withConn(n.NetNS, func(conn *nftables.Conn) error {
+		if err := e.converge(p, conn, rules); err != nil || !e.atPorts {
+			return err
+		}
+		return e.converge(p, conn, portRules(n))
+	})
 }
 
 // contains reports whether all that earlier transactions let flows lead to may
@@ -133,20 +158,25 @@ func contains(keep, earlier map[string]bool) bool {
 	return true
 }
 
-func (e *Engine) applyHost(t ingress.Table) error {
+func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
+	p, err := e.placeAt("", "the host")
+	if err != nil {
+		return err
+	}
+	places[""] = p
 	var legErr error
 	if t.Ingress.Link != "" {
-		if err := prepareLeg(t.Ingress.Link); err != nil {
+		if err := e.prepareLeg(t.Ingress.Link); err != nil {
 			// The rules name the leg and can stand without it: only who is
 			// on the ingress network has to wait for it.
 			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
 		}
 	}
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
 		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
 	}
-	if err := converge(conn, hostRules(t)); err != nil {
+	if err := e.converge(p, conn, hostRules(t)); err != nil {
 		return errors.Join(legErr, err)
 	}
 	now := trackableOf(t)
@@ -163,37 +193,60 @@ func (e *Engine) applyHost(t ingress.Table) error {
 // leg: forwarding on, and packets of the host itself from 127.0.0.0/8 may leave
 // by it once they are translated. Forwarding is the host's own setting; weft
 // turns it on and leaves it on, for other programs may need it by then.
-func prepareLeg(link string) error {
+func (e *Engine) prepareLeg(link string) error {
+	l, err := netlink.LinkByName(link)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, link)
+	}
+	if err != nil {
+		return fmt.Errorf("look up link %s: %w", link, err)
+	}
+	// A link made anew has the kernel's settings, and that is not theirs.
+	known := e.set == leg{link, l.Attrs().Index}
 	for _, kv := range [][2]string{
 		{"net/ipv4/ip_forward", "1"},
 		{"net/ipv4/conf/" + link + "/route_localnet", "1"},
+		// The leg speaks IPv4 only: a link-local address would let tasks
+		// reach the host's listeners on [::] past every rule of this table.
+		{"net/ipv6/conf/" + link + "/disable_ipv6", "1"},
 	} {
-		if err := writeSysctl(kv[0], kv[1]); err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, link)
-			}
+		was, err := readSysctl(kv[0])
+		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(kv[0], "net/ipv6/") {
+			continue // no IPv6 in this kernel
+		}
+		if err != nil {
 			return err
 		}
+		if was == kv[1] {
+			continue
+		}
+		if err := writeSysctl(kv[0], kv[1]); err != nil {
+			return err
+		}
+		if known {
+			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0], Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
+		}
 	}
-	// The leg speaks IPv4 only: a link-local address would let tasks reach the
-	// host's listeners on [::] past every rule of this table.
-	err := writeSysctl("net/ipv6/conf/"+link+"/disable_ipv6", "1")
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // no IPv6 in this kernel
+	e.set = leg{link, l.Attrs().Index}
+	return nil
+}
+
+// leg is a link by name and index.
+type leg struct {
+	name  string
+	index int
+}
+
+func readSysctl(key string) (string, error) {
+	b, err := os.ReadFile("/proc/sys/" + key)
+	if err != nil {
+		return "", fmt.Errorf("read sysctl %s: %w", key, err)
 	}
-	return err
+	return strings.TrimSpace(string(b)), nil
 }
 
 func writeSysctl(key, value string) error {
-	path := "/proc/sys/" + key
-	have, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("read sysctl %s: %w", key, err)
-	}
-	if len(have) > 0 && string(have[:len(have)-1]) == value {
-		return nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
 		return fmt.Errorf("set sysctl %s to %s: %w", key, value, err)
 	}
 	return nil
@@ -209,7 +262,7 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
 	e.tracked = nil
-	conn, err := nftables.New()
+	conn, err := open()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
@@ -222,6 +275,29 @@ func (e *Engine) Close(ctx context.Context) error {
 	return nil
 }
 
+// Socket buffers in bytes. A transaction is one message to the kernel and one
+// service of 2,048 tasks has a ring of 16,384 slots in it, at some 100 bytes
+// each, twice when all change: the default of 208 KiB ends at 128 tasks. They
+// are limits and not reserved; without privileges the kernel's own apply.
+const (
+	sendBuffer    = 64 << 20
+	receiveBuffer = 8 << 20
+)
+
+// open makes a connection whose transactions may be large.
+func open(o ...nftables.ConnOption) (*nftables.Conn, error) {
+	return nftables.New(append(o, nftables.WithSockOptions(largeBuffers))...)
+}
+
+// largeBuffers is generic so that the netlink library below nftables need not be
+// named.
+func largeBuffers[C interface {
+	SetWriteBuffer(int) error
+	SetReadBuffer(int) error
+}](c C) error {
+	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer))
+}
+
 // withConn calls f with a connection into the namespace at path.
 func withConn(path string, f func(*nftables.Conn) error) error {
 	file, err := os.Open(path)
@@ -229,7 +305,7 @@ func withConn(path string, f func(*nftables.Conn) error) error {
 		return fmt.Errorf("open namespace: %w", err)
 	}
 	defer file.Close()
-	conn, err := nftables.New(nftables.WithNetNSFd(int(file.Fd())))
+	conn, err := open(nftables.WithNetNSFd(int(file.Fd())))
 	if err != nil {
 		if errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("enter %s: not a network namespace (its mount is gone)", path)

@@ -182,25 +182,153 @@ func TestApplyRepairsAndRepeats(t *testing.T) {
 	ns := f.client(50, s)
 	f.apply(e, s)
 	rules := bridgeRules(ingress.Network{Services: []ingress.Service{s}}, false)
-	breakIt := map[string]func(*nftables.Conn, *nftables.Table){
-		"elements deleted": func(c *nftables.Conn, tb *nftables.Table) { c.FlushSet(rules.sets[2].object(tb)) },
-		"rules deleted": func(c *nftables.Conn, tb *nftables.Table) {
+	var got []weft.Repair
+	e.Repaired = func(r weft.Repair) { got = append(got, r) }
+	breakIt := map[string]struct {
+		damage func(*nftables.Conn, *nftables.Table)
+		want   weft.Repair // "" = none
+	}{
+		"elements deleted": {func(c *nftables.Conn, tb *nftables.Table) { c.FlushSet(rules.sets[2].object(tb)) },
+			weft.Repair{Kind: kindElements, Object: "set " + rules.sets[2].name + " of network 4097", Reason: "64 elements were missing, 0 wrong, 0 stray"}},
+		"set deleted": {func(c *nftables.Conn, tb *nftables.Table) {
 			c.FlushChain(&nftables.Chain{Table: tb, Name: "prerouting"})
-		},
-		"table deleted": func(c *nftables.Conn, tb *nftables.Table) { c.DelTable(tb) },
-		"nothing":       func(*nftables.Conn, *nftables.Table) {},
+			c.DelSet(rules.sets[2].object(tb))
+		}, weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: "its set " + rules.sets[2].name + " was gone"}},
+		"rules deleted": {func(c *nftables.Conn, tb *nftables.Table) {
+			c.FlushChain(&nftables.Chain{Table: tb, Name: "prerouting"})
+		}, weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: fmt.Sprintf("its chain prerouting had 0 rules instead of %d", len(rules.chains[0].rules))}},
+		"table deleted": {func(c *nftables.Conn, tb *nftables.Table) { c.DelTable(tb) },
+			weft.Repair{Kind: kindTable, Object: "table weft of network 4097", Reason: "it was gone"}},
+		"nothing": {func(*nftables.Conn, *nftables.Table) {}, weft.Repair{}},
 	}
-	for name, damage := range breakIt {
+	for name, c := range breakIt {
 		t.Run(name, func(t *testing.T) {
-			must(t, withConn(f.br, func(c *nftables.Conn) error {
-				damage(c, &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
-				return c.Flush()
+			must(t, withConn(f.br, func(conn *nftables.Conn) error {
+				c.damage(conn, &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
+				return conn.Flush()
 			}))
+			got = nil
 			f.apply(e, s)
+			f.apply(e, s)
+			if len(got) > 1 || len(got) == 1 && got[0] != c.want || len(got) == 0 && c.want.Kind != "" {
+				t.Errorf("repairs %+v, want %+v once", got, c.want)
+			}
 			if _, _, _, err := f.get(ns, vipText+":80"); err != nil {
 				t.Errorf("after repair: %v", err)
 			}
 		})
+	}
+}
+
+// What another node has balanced goes to the task it was given to, even while
+// this node's ring, which may be older or newer, would choose another one.
+func TestBalancedOnceOnly(t *testing.T) {
+	f := newFabric(t)
+	e := New(f.dir)
+	a, b := f.task(11), f.task(12)
+	s := service(a, b)
+	given := s
+	given.MAC = b.MAC // as a frame that comes out of the tunnel
+	ns := f.client(50, given)
+	f.apply(e, s)
+	for i := range 50 {
+		name, _, c, err := f.get(ns, vipText+":80")
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		c.Close()
+		if name != string(b.Task) {
+			t.Fatalf("connection %d: given to %s, answered by %s", i, b.Task, name)
+		}
+	}
+}
+
+// A change of the wish, another engine's start and a namespace made anew are no
+// repairs; what is broken while the wish changes is one.
+func TestChangesAreNoRepairs(t *testing.T) {
+	f := newFabric(t)
+	a, b := f.task(11), f.task(12)
+	var got []weft.Repair
+	start := func() *Engine {
+		e := New(f.dir)
+		e.Repaired = func(r weft.Repair) { got = append(got, r) }
+		return e
+	}
+	table := func(s ...ingress.Service) ingress.Table {
+		return ingress.Table{Networks: []ingress.Network{{VNI: 4097, NetNS: f.br, Bridge: "br", Services: s}}}
+	}
+	apply := func(e *Engine, t2 ingress.Table) { t.Helper(); must(t, e.Apply(context.Background(), t2)) }
+	e := start()
+	apply(e, table(service(a)))
+	apply(e, table(service(a, b)))
+	apply(e, table(service(b)))
+	flush := func() {
+		t.Helper()
+		must(t, withConn(f.br, func(c *nftables.Conn) error {
+			c.FlushTable(&nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
+			return c.Flush()
+		}))
+	}
+	flush()
+	e = start()
+	apply(e, table(service(a))) // it does not know what was left
+	if len(got) != 0 {
+		t.Errorf("repairs of what nobody broke: %+v", got)
+	}
+	flush()
+	apply(e, table(service(a, b)))
+	if len(got) != 1 || got[0].Kind != kindTable {
+		t.Errorf("broken while the wish changes: %+v", got)
+	}
+	got = nil
+	must(t, netns.Remove(f.br))
+	if _, err := netns.Create(f.dir, "hidden"); err != nil {
+		t.Fatal(err)
+	}
+	apply(e, table(service(a, b)))
+	if len(got) != 0 {
+		t.Errorf("the table of a new namespace: %+v", got)
+	}
+}
+
+func TestElementFault(t *testing.T) {
+	type m = map[string]string
+	for _, c := range []struct {
+		name             string
+		have, left, want m
+		fault            string
+	}{
+		{"as left, wish changed", m{"a": "1", "b": "2"}, m{"a": "1", "b": "2"}, m{"a": "3", "c": "4"}, ""},
+		{"missing", m{"b": "2"}, m{"a": "1", "b": "2"}, m{"a": "1", "b": "2"}, "1 elements were missing, 0 wrong, 0 stray"},
+		{"missing and not wanted any more", m{"b": "2"}, m{"a": "1", "b": "2"}, m{"b": "2"}, ""},
+		{"wrong", m{"a": "9"}, m{"a": "1"}, m{"a": "1"}, "0 elements were missing, 1 wrong, 0 stray"},
+		{"wrong, and what is wanted now", m{"a": "9"}, m{"a": "1"}, m{"a": "9"}, ""},
+		{"stray", m{"a": "1", "x": "9"}, m{"a": "1"}, m{"a": "1"}, "0 elements were missing, 0 wrong, 1 stray"},
+		{"stray, and what is wanted now", m{"x": "9"}, m{}, m{"x": "9"}, ""},
+	} {
+		if got := elementFault(c.have, c.left, c.want); got != c.fault {
+			t.Errorf("%s: %q, want %q", c.name, got, c.fault)
+		}
+	}
+}
+
+func TestSysctlsOfTheLegAreRepaired(t *testing.T) {
+	f := newFabric(t)
+	f.outside()
+	e := New(f.dir)
+	var got []weft.Repair
+	e.Repaired = func(r weft.Repair) { got = append(got, r) }
+	key := "net/ipv4/conf/" + weft.IngressLeg + "/route_localnet"
+	for range 2 {
+		must(t, e.prepareLeg(weft.IngressLeg))
+	}
+	must(t, writeSysctl(key, "0"))
+	for range 2 {
+		must(t, e.prepareLeg(weft.IngressLeg))
+	}
+	want := weft.Repair{Kind: kindSysctl, Object: key, Reason: "it was 0 instead of 1"}
+	if len(got) != 1 || got[0] != want {
+		t.Errorf("repairs %+v, want %+v once", got, want)
 	}
 }
 

@@ -15,16 +15,21 @@ import (
 
 // applyRouter makes the tables of the encrypted networks' way out. It is right
 // before the bridges choose by it.
-func (e *Engine) applyRouter(r ingress.Router) error {
+func (e *Engine) applyRouter(r ingress.Router, places map[string]*place) error {
 	if r.NetNS == "" {
 		e.routed = nil
 		return nil // the tables went with their namespace
 	}
-	err := withConn(r.NetNS, func(conn *nftables.Conn) error {
-		if err := converge(conn, routerRules(r)); err != nil {
+	p, err := e.placeAt(r.NetNS, "the router of encrypted networks")
+	if err != nil {
+		return err
+	}
+	places[r.NetNS] = p
+	err = withConn(r.NetNS, func(conn *nftables.Conn) error {
+		if err := e.converge(p, conn, routerRules(r)); err != nil {
 			return err
 		}
-		return converge(conn, acceptRules(r))
+		return e.converge(p, conn, acceptRules(r))
 	})
 	if err != nil {
 		return err

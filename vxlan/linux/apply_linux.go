@@ -20,9 +20,6 @@ type writer struct {
 	k    *Kernel
 	host *netns.Handle
 	nets map[uint32]*hidden
-	// broken networks could not be made; their further operations are
-	// skipped, since the cause was reported once.
-	broken map[uint32]bool
 }
 
 func (w *writer) close() {
@@ -32,30 +29,22 @@ func (w *writer) close() {
 }
 
 func (w *writer) do(op vxlan.Op) error {
-	if w.broken[op.VNI] {
-		return nil
-	}
 	if w.k.cfg.fail != nil {
 		if err := w.k.cfg.fail(op); err != nil {
-			w.broken[op.VNI] = op.Kind <= vxlan.OpSetDevice
 			return err
 		}
 	}
-	var err error
 	switch op.Kind {
 	case vxlan.OpDelStale, vxlan.OpDelNetwork:
-		err = w.delNetwork(op.VNI)
+		return w.delNetwork(op.VNI)
 	case vxlan.OpAddNetwork:
-		if err = w.addNetwork(*op.Network); err != nil {
+		err := w.addNetwork(*op.Network)
+		if err != nil {
 			err = errors.Join(err, w.delNetwork(op.VNI)) // nothing half made stays
 		}
-	default:
-		err = w.inside(op)
+		return err
 	}
-	if err != nil && op.Kind <= vxlan.OpSetDevice {
-		w.broken[op.VNI] = true
-	}
-	return err
+	return w.inside(op)
 }
 
 // inside performs an operation that needs the network's namespace.
@@ -312,6 +301,16 @@ func (w *writer) setNetwork(h *hidden, n vxlan.Network) error {
 	br, err := h.conn.LinkByIndex(h.bridge)
 	if err != nil {
 		return fmt.Errorf("look up bridge %s: %w", weft.BridgeName(n.VNI), err)
+	}
+	if b, ok := br.(*netlink.Bridge); ok && b.MulticastSnooping != nil && *b.MulticastSnooping {
+		attrs := netlink.NewLinkAttrs() // names the bridge and sets nothing else
+		attrs.Name = b.Name
+		if err := h.conn.BridgeSetMcastSnoop(&netlink.Bridge{LinkAttrs: attrs}, false); err != nil {
+			return fmt.Errorf("switch multicast snooping of %s off: %w", b.Name, err)
+		}
+	}
+	if err := h.conn.LinkSetUp(br); err != nil {
+		return fmt.Errorf("set %s up: %w", weft.BridgeName(n.VNI), err)
 	}
 	if err := h.conn.LinkSetAlias(br, alias); err != nil {
 		return fmt.Errorf("set alias of %s: %w", weft.BridgeName(n.VNI), err)

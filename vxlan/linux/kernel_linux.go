@@ -2,7 +2,6 @@ package linux
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strconv"
@@ -22,13 +21,20 @@ type Config struct {
 	NetNSDir string
 	// Log gets what was repaired or refused. Required.
 	Log *slog.Logger
+	// Repaired, when set, gets every repair before the Apply returns that
+	// made it. It must not block.
+	Repaired func(weft.Repair)
 	// fail, when set, is asked before each operation; tests break off there.
 	fail func(vxlan.Op) error
 }
 
-// Kernel is the bridge engine. It implements vxlan.Kernel and keeps no state
-// but its Config: the kernel is the state.
-type Kernel struct{ cfg Config }
+// Kernel is the bridge engine. It implements vxlan.Kernel. What is wanted and
+// what is there comes from outside; what it keeps is the audit alone, which
+// tells repairs from changes. Owned by Apply.
+type Kernel struct {
+	cfg   Config
+	audit vxlan.Audit
+}
 
 var _ vxlan.Kernel = (*Kernel)(nil)
 
@@ -46,29 +52,20 @@ func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
 	if err != nil {
 		return err
 	}
-	ops, err := vxlan.Plan(have, want)
-	errs := []error{err}
-	if len(ops) == 0 {
-		return err
-	}
 	host, err := netns.Current()
 	if err != nil {
-		return errors.Join(append(errs, err)...)
+		return err
 	}
 	defer host.Close()
-	w := &writer{k: k, host: host, nets: make(map[uint32]*hidden), broken: make(map[uint32]bool)}
+	w := &writer{k: k, host: host, nets: make(map[uint32]*hidden)}
 	defer w.close()
-	for _, op := range ops {
-		if err := ctx.Err(); err != nil {
-			errs = append(errs, err)
-			break
-		}
-		if err := w.do(op); err != nil {
-			errs = append(errs, &vxlan.NetworkError{VNI: op.VNI, Err: fmt.Errorf("%s: %w", op, err)})
+	repairs, err := k.audit.Apply(ctx, have, want, w.do)
+	for _, r := range repairs {
+		if k.cfg.Repaired != nil {
+			k.cfg.Repaired(r)
 		}
 	}
-	k.cfg.Log.Debug("overlay applied", "operations", len(ops))
-	return errors.Join(errs...)
+	return err
 }
 
 // hidden is an open hidden namespace.

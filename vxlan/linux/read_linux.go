@@ -1,9 +1,11 @@
 package linux
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -17,7 +19,8 @@ import (
 
 // Read implements vxlan.Kernel. What is there but not as Apply would make it
 // is returned with the zero value in the field that is wrong, so that it
-// differs from every valid state: a network without ID is half made, one
+// differs from every valid state, and with the reason in its Fault: a network
+// without ID is half made, one without MTU needs its settings again, one
 // without VTEP has a broken VXLAN device, a port without Addr is broken.
 func (k *Kernel) Read(ctx context.Context) (vxlan.State, error) {
 	vnis, err := k.vnis()
@@ -42,7 +45,8 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	n := vxlan.Network{VNI: vni}
 	h, err := k.open(vni)
 	if errors.Is(err, weft.ErrNotFound) {
-		return n, nil // a file without a mount: the rest of a crash
+		n.Fault = "its namespace is gone" // a file without a mount
+		return n, nil
 	}
 	if err != nil {
 		return n, err
@@ -68,28 +72,34 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 		}
 	}
 	br, ok := bridge.(*netlink.Bridge)
-	if !ok || br.Flags&unix.IFF_UP == 0 || br.MulticastSnooping == nil || *br.MulticastSnooping {
+	if !ok {
+		n.Fault = weft.BridgeName(vni) + " is gone"
 		return n, nil
 	}
 	id, subnets, ok := parseNetworkAlias(k.cfg.Node, br.Alias)
 	if !ok {
+		n.Fault = weft.BridgeName(vni) + " does not say which network it is"
 		return n, nil
 	}
 	n.ID, n.Subnets, n.MTU = id, subnets, br.MTU
+	if n.Fault = bridgeFault(br); n.Fault != "" {
+		n.MTU = 0
+	}
 	tables := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}
 	tunnelIndex := 0
 	if vx, ok := tunnel.(*netlink.Vxlan); ok {
 		tunnelIndex = vx.Index
-		if healthyTunnel(vx, vni, br.Index) && flags[vx.Index] == tunnelPort() {
+		if n.DeviceFault = tunnelFault(vx, vni, br.Index, flags[vx.Index]); n.DeviceFault == "" {
 			n.VTEP, n.Port = addrOf(vx.SrcAddr), uint16(vx.Port)
 		}
 		if vx.MTU != br.MTU {
-			n.MTU = 0
+			n.MTU, n.Fault = 0, fmt.Sprintf("%s had MTU %d, %s %d", vx.Name, vx.MTU, br.Name, br.MTU)
 		}
-	}
-	if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
+	} else if up, ok := uplink.(*netlink.Veth); ok && tunnel == nil {
 		tunnelIndex = up.Index
-		k.readUplink(&n, up, br, flags[up.Index] == tunnelPort())
+		k.readUplink(&n, up, br, flags[up.Index])
+	} else {
+		n.DeviceFault = vxlan.FaultGone
 	}
 	local, err := readTables(h.conn, br.Index, tunnelIndex, &tables)
 	if err != nil {
@@ -97,29 +107,72 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	}
 	n.Peers, n.VIPs = vxlan.Observed(tables)
 	for _, l := range links {
-		v, ok := l.(*netlink.Veth)
-		if !ok || l == uplink {
-			continue
+		if v, ok := l.(*netlink.Veth); ok && l != uplink {
+			k.readVeth(&n, v, br, flags[v.Index], local)
 		}
-		sound := v.MasterIndex == br.Index && v.Flags&unix.IFF_UP != 0 && flags[v.Index] == localPort() && v.MTU == br.MTU
-		if v.Name == legPeer {
-			n.HostLeg = k.readLeg(v, sound, local)
-			continue
-		}
-		if p, ok := parsePortAlias(k.cfg.Node, v.Alias); ok && v.Name == weft.PortVethName(p.Task, n.ID) {
-			n.Ports = append(n.Ports, k.readPort(p, v, sound, local))
-			continue
-		}
-		// The rest of a crash between a veth and its alias: known by no
-		// task, so it is named by its link and removed by Diff.
-		n.Ports = append(n.Ports, vxlan.Port{Task: strayTask(v.Name)})
 	}
 	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return cmpString(string(a.Task), string(b.Task)) })
 	return n, nil
 }
 
-func healthyTunnel(vx *netlink.Vxlan, vni uint32, bridge int) bool {
-	return vx.VxlanId == int(vni) && !vx.Learning && vx.MasterIndex == bridge && vx.Flags&unix.IFF_UP != 0 && !vx.FlowBased && vx.Group == nil
+// readVeth files a veth of the hidden namespace as a task's port or the leg.
+func (k *Kernel) readVeth(n *vxlan.Network, v *netlink.Veth, br *netlink.Bridge, flags portFlags, local map[int][]vxlan.MAC) {
+	fault := portFault(v, br, flags)
+	if fault == "" && v.MTU != br.MTU && n.MTU != 0 { // else every port is given its MTU anyway
+		fault = fmt.Sprintf("%s had MTU %d, %s %d", v.Name, v.MTU, br.Name, br.MTU)
+	}
+	if v.Name == legPeer {
+		n.HostLeg = k.readLeg(v, fault, local)
+		return
+	}
+	if p, ok := parsePortAlias(k.cfg.Node, v.Alias); ok && v.Name == weft.PortVethName(p.Task, n.ID) {
+		n.Ports = append(n.Ports, k.readPort(p, v, fault, local))
+		return
+	}
+	// The rest of a crash between a veth and its alias: known by no task, so
+	// it is named by its link and removed by Diff.
+	n.Ports = append(n.Ports, vxlan.Port{Task: strayTask(v.Name), Fault: "a veth that no task has"})
+}
+
+// bridgeFault says what is set wrongly on a network's bridge; "" = nothing.
+func bridgeFault(br *netlink.Bridge) string {
+	switch {
+	case br.Flags&unix.IFF_UP == 0:
+		return vxlan.FaultDown
+	case br.MulticastSnooping == nil || *br.MulticastSnooping:
+		return br.Name + " had multicast snooping on"
+	}
+	return ""
+}
+
+// tunnelFault says what is wrong with a network's VXLAN device; "" = nothing.
+func tunnelFault(vx *netlink.Vxlan, vni uint32, bridge int, flags portFlags) string {
+	switch {
+	case vx.VxlanId != int(vni) || vx.FlowBased || vx.Group != nil:
+		return vx.Name + " was another device"
+	case vx.Flags&unix.IFF_UP == 0:
+		return vx.Name + " was down"
+	case vx.MasterIndex != bridge:
+		return vx.Name + " was not on the bridge"
+	case vx.Learning:
+		return vx.Name + " learnt addresses"
+	case flags != tunnelPort():
+		return fmt.Sprintf("the bridge port flags of %s were %+v", vx.Name, flags)
+	}
+	return ""
+}
+
+// portFault says what is wrong with the near end of a veth; "" = nothing.
+func portFault(v *netlink.Veth, br *netlink.Bridge, flags portFlags) string {
+	switch {
+	case v.Flags&unix.IFF_UP == 0:
+		return v.Name + " was down"
+	case v.MasterIndex != br.Index:
+		return v.Name + " was not on the bridge"
+	case flags != localPort():
+		return fmt.Sprintf("the bridge port flags of %s were %+v", v.Name, flags)
+	}
+	return ""
 }
 
 // readTables fills in neighbours and forwarding entries, and returns the
@@ -168,25 +221,29 @@ func readTables(c *conn, bridge, tunnel int, t *vxlan.Tables) (map[int][]vxlan.M
 }
 
 // readPort looks at the end inside the task's namespace.
-func (k *Kernel) readPort(p vxlan.Port, v *netlink.Veth, sound bool, local map[int][]vxlan.MAC) vxlan.Port {
-	if !sound {
+func (k *Kernel) readPort(p vxlan.Port, v *netlink.Veth, fault string, local map[int][]vxlan.MAC) vxlan.Port {
+	if p.Fault = fault; fault != "" {
 		return p
 	}
 	err := withNS(p.NetNS, func(c *conn) error {
-		mac, addr, addr6, err := readEnd(c, p.IfName, v)
-		if err == nil && slices.Contains(local[v.Index], vxlan.MACOf(mac)) {
-			p.MAC, p.Addr, p.Addr6 = mac, addr, addr6
+		e, err := readEnd(c, p.IfName, v)
+		p.Fault = cmp.Or(e.fault, entryFault(v, local, e))
+		if err == nil && p.Fault == "" {
+			p.MAC, p.Addr, p.Addr6 = e.mac, e.addr, e.addr6
 		}
 		return err
 	})
+	if err != nil && p.Fault == "" {
+		p.Fault = err.Error()
+	}
 	if err != nil && !errors.Is(err, weft.ErrNotFound) {
 		k.cfg.Log.Warn("task port cannot be read; it will be remade", weft.KeyTask, p.Task, weft.KeyErr, err)
 	}
 	return p
 }
 
-func (k *Kernel) readLeg(v *netlink.Veth, sound bool, local map[int][]vxlan.MAC) *vxlan.HostLeg {
-	leg := &vxlan.HostLeg{}
+func (k *Kernel) readLeg(v *netlink.Veth, fault string, local map[int][]vxlan.MAC) *vxlan.HostLeg {
+	leg := &vxlan.HostLeg{Fault: "its end in the host's namespace was gone"}
 	c, err := dial()
 	if err != nil {
 		k.cfg.Log.Warn("host leg cannot be read; it will be remade", weft.KeyErr, err)
@@ -198,27 +255,57 @@ func (k *Kernel) readLeg(v *netlink.Veth, sound bool, local map[int][]vxlan.MAC)
 		return leg
 	}
 	leg.Name = l.Attrs().Name
-	mac, addr, addr6, err := readEnd(c, leg.Name, v)
-	if err == nil && sound && slices.Contains(local[v.Index], vxlan.MACOf(mac)) {
-		leg.MAC, leg.Addr, leg.Addr6 = mac, addr, addr6
+	e, err := readEnd(c, leg.Name, v)
+	if leg.Fault = cmp.Or(fault, e.fault, entryFault(v, local, e)); err != nil && leg.Fault == "" {
+		leg.Fault = err.Error()
+	}
+	if leg.Fault == "" {
+		leg.MAC, leg.Addr, leg.Addr6 = e.mac, e.addr, e.addr6
 	}
 	return leg
 }
 
-// readEnd returns MAC and addresses of the other end of a veth, zero values if
-// it is not as it should be.
-func readEnd(c *conn, name string, peer *netlink.Veth) (mac []byte, addr, addr6 netip.Prefix, err error) {
+// entryFault reports that the bridge has no static entry that leads to the veth
+// of e; "" = it has.
+func entryFault(v *netlink.Veth, local map[int][]vxlan.MAC, e farEnd) string {
+	if slices.Contains(local[v.Index], vxlan.MACOf(e.mac)) {
+		return ""
+	}
+	return fmt.Sprintf("the bridge had no static entry of %s for %s", e.mac, v.Name)
+}
+
+// farEnd is the other end of a veth as it was found.
+type farEnd struct {
+	mac         net.HardwareAddr
+	addr, addr6 netip.Prefix
+	fault       string // why it is not as it should be; "" = it is
+}
+
+// readEnd reads the other end of a veth.
+func readEnd(c *conn, name string, peer *netlink.Veth) (farEnd, error) {
 	l, err := c.find(name)
-	if err != nil || l == nil {
-		return nil, addr, addr6, err
+	if err != nil {
+		return farEnd{}, err
+	}
+	if l == nil {
+		return farEnd{fault: name + " was gone"}, nil
 	}
 	a := l.Attrs()
-	if a.ParentIndex != peer.Index || a.Index != peer.ParentIndex || a.MTU != peer.MTU || a.Flags&unix.IFF_UP == 0 {
-		return nil, addr, addr6, nil
+	e := farEnd{mac: a.HardwareAddr}
+	switch {
+	case a.ParentIndex != peer.Index || a.Index != peer.ParentIndex:
+		e.fault = name + " was another link"
+	case a.MTU != peer.MTU:
+		e.fault = fmt.Sprintf("%s had MTU %d, %s %d", name, a.MTU, peer.Name, peer.MTU)
+	case a.Flags&unix.IFF_UP == 0:
+		e.fault = name + " was down"
+	}
+	if e.fault != "" {
+		return e, nil
 	}
 	addrs, err := complete(func() ([]netlink.Addr, error) { return c.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
-		return nil, addr, addr6, fmt.Errorf("list addresses of %s: %w", name, err)
+		return e, fmt.Errorf("list addresses of %s: %w", name, err)
 	}
 	var found []netip.Prefix
 	for _, x := range addrs {
@@ -228,14 +315,16 @@ func readEnd(c *conn, name string, peer *netlink.Veth) (mac []byte, addr, addr6 
 	}
 	slices.SortFunc(found, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) }) // IPv4 first
 	switch {
+	case len(found) == 0:
+		e.fault = name + " had no address"
 	case len(found) == 1:
-		addr = found[0]
+		e.addr = found[0]
 	case len(found) == 2 && found[0].Addr().Is4() && found[1].Addr().Is6():
-		addr, addr6 = found[0], found[1]
-	case len(found) > 0:
-		return nil, addr, addr6, nil // more than those we gave
+		e.addr, e.addr6 = found[0], found[1]
+	default:
+		e.fault = fmt.Sprintf("%s had %v, more addresses than it was given", name, found)
 	}
-	return a.HardwareAddr, addr, addr6, nil
+	return e, nil
 }
 
 // withNS runs f with a connection into the namespace at path.

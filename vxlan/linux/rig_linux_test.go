@@ -36,6 +36,8 @@ type host struct {
 	node weft.ID
 	k    *Kernel
 	dir  string
+	// repairs are those that were reported and not yet taken.
+	repairs []weft.Repair
 	// under6: the VTEP is of IPv6.
 	under6 bool
 }
@@ -61,7 +63,8 @@ func rig(t testing.TB, n int) []*host {
 		must(t, err)
 		must(t, netlink.LinkSetUp(u))
 		h := &host{t: t, i: i, ns: ns, node: weft.NewID(), dir: filepath.Join(dir, fmt.Sprintf("n%d", i))}
-		h.k, err = New(Config{Node: h.node, NetNSDir: h.dir, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		h.k, err = New(Config{Node: h.node, NetNSDir: h.dir, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+			Repaired: func(r weft.Repair) { h.repairs = append(h.repairs, r) }})
 		must(t, err)
 		must(t, ns.Do(func() error {
 			l, err := netlink.LinkByName("under0")
@@ -112,6 +115,13 @@ func (h *host) use6() {
 
 func (h *host) apply(want vxlan.State) error {
 	return h.ns.Do(func() error { return h.k.Apply(context.Background(), want) })
+}
+
+// taken are the repairs since the last call.
+func (h *host) taken() []weft.Repair {
+	out := h.repairs
+	h.repairs = nil
+	return out
 }
 
 func (h *host) read() vxlan.State {

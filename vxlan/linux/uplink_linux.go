@@ -93,34 +93,53 @@ func (k *Kernel) openCrypt() (*netns.Handle, *conn, error) {
 }
 
 // readUplink fills in what the uplink says of the network.
-func (k *Kernel) readUplink(n *vxlan.Network, up *netlink.Veth, br *netlink.Bridge, flagsFit bool) {
+func (k *Kernel) readUplink(n *vxlan.Network, up *netlink.Veth, br *netlink.Bridge, flags portFlags) {
 	n.Encrypted = true
-	if flagsFit && up.MasterIndex == br.Index && up.Flags&unix.IFF_UP != 0 && k.routerSound(n.VNI, up) {
+	switch {
+	case up.Flags&unix.IFF_UP == 0:
+		n.DeviceFault = up.Name + " was down"
+	case up.MasterIndex != br.Index:
+		n.DeviceFault = up.Name + " was not on the bridge"
+	case flags != tunnelPort():
+		n.DeviceFault = fmt.Sprintf("the bridge port flags of %s were %+v", up.Name, flags)
+	default:
+		n.DeviceFault = k.routerFault(n.VNI, up)
+	}
+	if n.DeviceFault == "" {
 		n.VTEP = netip.IPv4Unspecified() // see vxlan.Diff
 	}
 	if up.MTU != br.MTU {
-		n.MTU = 0
+		n.MTU, n.Fault = 0, fmt.Sprintf("%s had MTU %d, %s %d", up.Name, up.MTU, br.Name, br.MTU)
 	}
 }
 
-// routerSound reports whether the other end of an uplink is there, up, and has
-// the MAC and the MTU that it should have. A namespace that cannot be read has
-// none.
-func (k *Kernel) routerSound(vni uint32, up *netlink.Veth) bool {
+// routerFault says what is wrong with the other end of an uplink; "" = it is
+// there, up, and has the MAC and the MTU that it should have. A namespace that
+// cannot be read has none.
+func (k *Kernel) routerFault(vni uint32, up *netlink.Veth) string {
+	router := weft.RouterName(vni)
 	ns, far, err := k.openCrypt()
+	if errors.Is(err, weft.ErrNotFound) {
+		return "the namespace of " + router + " was gone"
+	}
 	if err != nil {
-		if !errors.Is(err, weft.ErrNotFound) {
-			k.cfg.Log.Warn("uplink cannot be read; it will be remade", weft.KeyVNI, vni, weft.KeyErr, err)
-		}
-		return false
+		k.cfg.Log.Warn("uplink cannot be read; it will be remade", weft.KeyVNI, vni, weft.KeyErr, err)
+		return err.Error()
 	}
 	defer ns.Close()
 	defer far.close()
-	l, err := far.find(weft.RouterName(vni))
-	if err != nil || l == nil {
-		return false
+	l, err := far.find(router)
+	switch {
+	case err != nil:
+		return err.Error()
+	case l == nil || l.Attrs().ParentIndex != up.Index || up.ParentIndex != l.Attrs().Index:
+		return router + " was gone"
+	case l.Attrs().Flags&unix.IFF_UP == 0:
+		return router + " was down"
+	case l.Attrs().MTU != up.MTU:
+		return fmt.Sprintf("%s had MTU %d, %s %d", router, l.Attrs().MTU, up.Name, up.MTU)
+	case !bytes.Equal(l.Attrs().HardwareAddr, weft.RouterMAC(vni)):
+		return fmt.Sprintf("%s had hardware address %s", router, l.Attrs().HardwareAddr)
 	}
-	a := l.Attrs()
-	return a.ParentIndex == up.Index && up.ParentIndex == a.Index && a.MTU == up.MTU &&
-		a.Flags&unix.IFF_UP != 0 && bytes.Equal(a.HardwareAddr, weft.RouterMAC(vni))
+	return ""
 }

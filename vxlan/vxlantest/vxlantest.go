@@ -21,8 +21,13 @@ import (
 // Kernel is an overlay in memory. The zero value is empty and ready. Safe for
 // concurrent use.
 type Kernel struct {
+	// Repaired, when set, gets every repair before Apply returns; set it
+	// before use.
+	Repaired func(weft.Repair)
+
 	// guards: all below.
 	mu    sync.Mutex
+	audit vxlan.Audit
 	nets  map[uint32]*network
 	done  int
 	fails map[int]error
@@ -75,6 +80,9 @@ func (k *Kernel) readLocked() vxlan.State {
 			out.Ports = append(out.Ports, n.ports[task])
 		}
 		out.HostLeg = n.leg
+		if !out.VTEP.IsValid() {
+			out.DeviceFault = weft.VXLANName(vni) + " is broken"
+		}
 		st.Networks[vni] = out
 	}
 	return st
@@ -83,27 +91,43 @@ func (k *Kernel) readLocked() vxlan.State {
 // Apply implements vxlan.Kernel.
 func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	ops, err := vxlan.Plan(k.readLocked(), want)
-	errs := []error{err}
-	for _, op := range ops {
-		if err := ctx.Err(); err != nil {
-			errs = append(errs, err)
-			break
+	repairs, err := k.audit.Apply(ctx, k.readLocked(), want, func(op vxlan.Op) error {
+		k.done++
+		if err := k.fails[k.done]; err != nil {
+			delete(k.fails, k.done)
+			return err
 		}
-		if err := k.doLocked(op); err != nil {
-			errs = append(errs, &vxlan.NetworkError{VNI: op.VNI, Err: fmt.Errorf("%s: %w", op, err)})
+		return k.doLocked(op)
+	})
+	k.mu.Unlock()
+	for _, r := range repairs {
+		if k.Repaired != nil {
+			k.Repaired(r)
 		}
 	}
-	return errors.Join(errs...)
+	return err
+}
+
+// Behind does one operation behind weft's back. OpSetDevice without a VTEP
+// breaks the device and leaves its entries.
+func (k *Kernel) Behind(op vxlan.Op) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if n := k.nets[op.VNI]; n != nil && op.Kind == vxlan.OpSetDevice && !op.Network.VTEP.IsValid() {
+		n.head.VTEP, n.head.Port = netip.Addr{}, 0
+		return nil
+	}
+	return k.doLocked(op)
+}
+
+// Restart forgets what a daemon forgets when it ends; the kernel stays.
+func (k *Kernel) Restart() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.audit = vxlan.Audit{}
 }
 
 func (k *Kernel) doLocked(op vxlan.Op) error {
-	k.done++
-	if err := k.fails[k.done]; err != nil {
-		delete(k.fails, k.done)
-		return err
-	}
 	n := k.nets[op.VNI]
 	if n == nil && op.Kind != vxlan.OpAddNetwork {
 		return weft.ErrNotFound

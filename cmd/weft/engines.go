@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"sync"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/nft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/linux"
+)
+
+// engineConfig is what engines are made of.
+type engineConfig struct {
+	Node     weft.ID
+	NetNSDir string
+	Log      *slog.Logger
+	Repaired func(weft.Repair)
+}
+
+// overlayEngines are the overlay engines of this build, best first. Making one
+// does nothing: a new engine is a line here.
+func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
+	bridge, err := linux.New(linux.Config{Node: c.Node, NetNSDir: c.NetNSDir, Log: c.Log, Repaired: c.Repaired})
+	if err != nil {
+		return nil, err
+	}
+	return []vxlan.Engine{bridge}, nil
+}
+
+// serviceEngines are the service engines of this build, best first.
+func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
+	n := nft.New(c.NetNSDir)
+	n.Repaired = c.Repaired
+	return []ingress.Engine{n}, nil
+}
+
+// engines chooses this host's engines once, by what its kernel can do, and
+// makes them for a node. Safe for concurrent use.
+type engines struct {
+	forced vxlan.Pair
+	probe  engineConfig // Node is this installation: nothing of it outlives a probe
+	log    *slog.Logger
+
+	// mu guards: chosen, reasons. It is held while engines are probed: two
+	// probes would meet in one scratch namespace.
+	mu      sync.Mutex
+	chosen  vxlan.Pair // zero until choose has succeeded
+	reasons []weft.EngineChoice
+}
+
+func newEngines(cfg daemonConfig, local weft.ID, log *slog.Logger) *engines {
+	return &engines{
+		forced: vxlan.Pair{Overlay: cfg.OverlayEngine, Service: cfg.ServiceEngine}, log: log,
+		probe: engineConfig{Node: local, NetNSDir: netnsDir(cfg.ExecRoot), Log: log},
+	}
+}
+
+// netnsDir is where namespaces are named.
+func netnsDir(execRoot string) string { return filepath.Join(execRoot, "netns") }
+
+// choose probes every engine of this build and takes the best pair. Once it has
+// succeeded it does nothing; an error is that of vxlan.Choose.
+func (e *engines) choose(ctx context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.chosen != (vxlan.Pair{}) {
+		return nil
+	}
+	overlays, err := overlayEngines(e.probe)
+	if err != nil {
+		return err
+	}
+	services, err := serviceEngines(e.probe)
+	if err != nil {
+		return err
+	}
+	var o, s []vxlan.Candidate
+	for _, x := range overlays {
+		o = append(o, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx)})
+	}
+	for _, x := range services {
+		s = append(s, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx), Note: serviceNote(x)})
+	}
+	before := e.reasons
+	e.chosen, e.reasons, err = vxlan.Choose(o, s, e.forced)
+	if err == nil || before == nil { // not with each retry
+		for _, r := range e.reasons {
+			e.log.Info("engine judged", "kind", r.Kind, weft.KeyEngine, r.Engine, "chosen", r.Chosen, "reason", r.Reason)
+		}
+	}
+	return err
+}
+
+// serviceNote says what a service engine can do less well on this host.
+func serviceNote(e ingress.Engine) string {
+	if r, ok := e.(interface{ CanRefuse() bool }); ok && !r.CanRefuse() {
+		return "this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
+	}
+	return ""
+}
+
+// verdicts are the chosen pair and the reason for or against each engine.
+func (e *engines) verdicts() (vxlan.Pair, []weft.EngineChoice) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.chosen, e.reasons
+}
+
+// of makes the chosen engines for a node. The service engine is probed again:
+// the instance that works has to know what its kernel can do.
+func (e *engines) of(ctx context.Context, c engineConfig) (vxlan.Engine, ingress.Engine, error) {
+	if err := e.choose(ctx); err != nil {
+		return nil, nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	overlays, err := overlayEngines(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	services, err := serviceEngines(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	overlay, service := named(overlays, e.chosen.Overlay), named(services, e.chosen.Service)
+	return overlay, service, service.Probe(ctx)
+}
+
+// named is the engine with a name that is among them.
+func named[E interface{ Name() string }](all []E, name string) E {
+	i := 0
+	for all[i].Name() != name {
+		i++
+	}
+	return all[i]
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/moby/moby/client"
+	"github.com/spf13/cobra"
+
+	"github.com/weftnet/weft/api"
+)
+
+func newNetCommand(c *connection) *cobra.Command {
+	cmd := &cobra.Command{Use: "net", Short: "Look into this host's data plane"}
+	cmd.AddCommand(netRepairs(c))
+	return cmd
+}
+
+func netRepairs(c *connection) *cobra.Command {
+	return &cobra.Command{
+		Use: "repairs", Short: "Show what the daemon has put right in the kernel since its start", Args: cobra.NoArgs,
+		Long: `Show what the daemon has put right in the kernel since its start, by kind: what
+was not as weft had left it, for whatever reason. What weft itself changes is
+not counted. Every single repair is in the daemon's log.`,
+		RunE: c.action(func(cmd *cobra.Command, api *client.Client, _ []string) error {
+			answer, err := askRepairs(cmd.Context(), api)
+			if err != nil {
+				return err
+			}
+			rows := [][]string{{"KIND", "COUNT", "LAST", "OBJECT", "REASON"}}
+			for _, r := range answer.Repairs {
+				rows = append(rows, []string{r.Kind, fmt.Sprint(r.Count), ago(r.Last), r.Object, r.Reason})
+			}
+			if len(answer.Repairs) == 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "nothing had to be repaired since %s\n", answer.Since.Format(time.RFC3339))
+				return nil
+			}
+			return table(cmd.OutOrStdout(), rows)
+		})}
+}
+
+func askRepairs(ctx context.Context, c *client.Client) (api.RepairsAnswer, error) {
+	var out api.RepairsAnswer
+	err := askOwn(ctx, c, api.RepairsPath, &out)
+	return out, err
+}
+
+// askOwn gets an object of weft's own part of the API, for which Docker's client
+// has no call.
+func askOwn(ctx context.Context, c *client.Client, path string, out any) error {
+	dial := c.Dialer()
+	h := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://weft"+path, nil)
+	if err != nil {
+		return err
+	}
+	res, err := h.Do(req)
+	if err != nil {
+		// Its own words for nobody being there are those of every command.
+		if _, perr := c.Ping(ctx, client.PingOptions{}); perr != nil {
+			return perr
+		}
+		return fmt.Errorf("ask the daemon for %s: %w", path, err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		return fmt.Errorf("read the answer to %s: %w", path, err)
+	}
+	if res.StatusCode == http.StatusNotFound {
+		return fmt.Errorf("the daemon does not know %s: it is older than this command, or not weft's", path)
+	}
+	if res.StatusCode != http.StatusOK {
+		var e struct{ Message string }
+		if json.Unmarshal(body, &e) != nil || e.Message == "" {
+			e.Message = res.Status
+		}
+		return fmt.Errorf("%s", e.Message)
+	}
+	if err := json.Unmarshal(body, out); err != nil {
+		return fmt.Errorf("decode the answer to %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,271 @@
+package vxlan_test
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/vxlantest"
+)
+
+// things is a state as a flat list of its objects, each with what it is: the
+// slow twin of the audit works on nothing else.
+func things(s vxlan.State) map[string]string {
+	out := map[string]string{}
+	for vni, n := range s.Networks {
+		out[fmt.Sprintf("network %d", vni)] = string(n.ID)
+		out[fmt.Sprintf("settings of network %d", vni)] = fmt.Sprint(n.MTU)
+		out[weft.VXLANName(vni)] = fmt.Sprint(n.VTEP, n.Port)
+		t := vxlan.Derive(n)
+		for mac, vtep := range t.FDB {
+			out[fmt.Sprintf("fdb %s of network %d", mac.HardwareAddr(), vni)] = vtep.String()
+		}
+		for a, mac := range t.Neigh {
+			out[fmt.Sprintf("neighbour %s of network %d", a, vni)] = mac.HardwareAddr().String()
+		}
+		for _, p := range n.Ports {
+			out[fmt.Sprintf("port %s of task %s of network %d", p.IfName, p.Task.Short(), vni)] = fmt.Sprint(p.Addr, p.MAC, p.NetNS)
+		}
+		if n.HostLeg != nil {
+			out[fmt.Sprintf("leg of network %d", vni)] = fmt.Sprint(n.HostLeg.Addr, n.HostLeg.MAC)
+		}
+	}
+	return out
+}
+
+// expected is what must be counted, from the rule alone: the object is not what
+// was left, and not what is wanted. What is not wanted any more, and was left,
+// is removed whatever became of it. Nothing within a network that is made anew
+// counts, nor what went with a device.
+func expected(left, had, want vxlan.State) map[string]int {
+	l, h, w := things(left), things(had), things(want)
+	out := map[string]int{}
+	for name := range union(l, h, w) {
+		lv, inL := l[name]
+		hv, inH := h[name]
+		wv, inW := w[name]
+		vni := vniOf(name)
+		ln, inLeft := left.Networks[vni]
+		hn, inHad := had.Networks[vni]
+		wn, inWant := want.Networks[vni]
+		anew := inWant && (!inHad || hn.ID != wn.ID)
+		lost := hn.VTEP != wn.VTEP || hn.Port != wn.Port
+		if hn.Encrypted && wn.Encrypted { // an uplink has no address of its own
+			lost = !hn.VTEP.IsValid()
+		}
+		switch {
+		case inL == inH && lv == hv, inH == inW && hv == wv: // as left, or as wanted
+		case inL && !inW: // goes anyway
+		case strings.HasPrefix(name, "network"):
+			if !inLeft && !inWant || inLeft && inWant && ln.ID == wn.ID {
+				out[name]++
+			}
+		case anew || !inLeft || !inWant:
+		case strings.HasPrefix(name, "fdb") && lost && !inH:
+		case strings.HasPrefix(name, "fdb") && lost && !inW: // strays went with it
+		case strings.HasPrefix(name, "settings"):
+			out[fmt.Sprintf("network %d", vni)]++
+		case strings.HasPrefix(name, "leg"):
+			out["leg"]++
+		default:
+			out[name]++
+		}
+	}
+	return out
+}
+
+func union(ms ...map[string]string) map[string]string {
+	out := map[string]string{}
+	for _, m := range ms {
+		maps.Copy(out, m)
+	}
+	return out
+}
+
+// vniOf is the number at the end of a name.
+func vniOf(name string) (vni uint32) {
+	i := strings.LastIndexAny(name, " x")
+	fmt.Sscan(name[i+1:], &vni)
+	return vni
+}
+
+// damage draws something that somebody else does to the kernel.
+func damage(t *rapid.T, k *vxlantest.Kernel) {
+	vni := uint32(rapid.IntRange(4097, 4099).Draw(t, "damaged network"))
+	a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 7).Draw(t, "damaged address"))})
+	task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, "damaged generation")*100+int(a.As4()[3])))
+	mac := weft.EndpointMAC(task, a)
+	op := vxlan.Op{VNI: vni, Addr: a, MAC: mac, Port: &vxlan.Port{Task: task}}
+	switch op.Kind = rapid.SampledFrom([]vxlan.OpKind{
+		vxlan.OpSetFDB, vxlan.OpDelFDB, vxlan.OpDelFDB, vxlan.OpSetNeigh, vxlan.OpDelNeigh, vxlan.OpDelPort,
+		vxlan.OpSetDevice, vxlan.OpSetNetwork, vxlan.OpDelHostLeg, vxlan.OpDelNetwork, vxlan.OpAddNetwork,
+	}).Draw(t, "damage"); op.Kind {
+	case vxlan.OpSetFDB:
+		if st, _ := k.Read(context.Background()); !st.Networks[vni].Encrypted { // whose uplink leads to no VTEP
+			op.VTEP = netip.MustParseAddr("10.99.0.9")
+		}
+	case vxlan.OpSetNeigh:
+		op.MAC = weft.VIPMAC("stranger", a)
+	case vxlan.OpSetDevice, vxlan.OpSetNetwork:
+		op.Network = &vxlan.Network{}
+	case vxlan.OpAddNetwork:
+		op.Network = &vxlan.Network{ID: "stranger", VNI: vni, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
+	}
+	_ = k.Behind(op) // of what is not there: no damage
+}
+
+func counted(rs []weft.Repair) map[string]int {
+	out := map[string]int{}
+	for _, r := range rs {
+		if r.Object == "leg" || r.Object == weft.IngressLeg {
+			r.Object = "leg"
+		}
+		out[r.Object]++
+	}
+	return out
+}
+
+func TestRepairsAreWhatTheSlowTwinSays(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		var k vxlantest.Kernel
+		var got []weft.Repair
+		k.Repaired = func(r weft.Repair) { got = append(got, r) }
+		left := draw(t, "left")
+		if err := k.Apply(ctx, left); err != nil || len(got) != 0 {
+			t.Fatalf("to begin with: %v, %v", got, err)
+		}
+		for range rapid.IntRange(0, 6).Draw(t, "damages") {
+			damage(t, &k)
+		}
+		had, _ := k.Read(ctx)
+		want := left
+		if rapid.Bool().Draw(t, "the wish changes, too") {
+			want = draw(t, "want")
+		}
+		if err := k.Apply(ctx, want); err != nil {
+			t.Fatal(err)
+		}
+		if n, w := counted(got), expected(left, had, want); !maps.Equal(n, w) {
+			t.Fatalf("repairs %v, want of %v", got, w)
+		}
+		for _, r := range got {
+			if r.Kind == "" || r.Reason == "" || strings.Contains(r.Reason, "%!") {
+				t.Fatalf("unclear: %+v", r)
+			}
+		}
+		got = nil
+		if err := k.Apply(ctx, want); err != nil || len(got) != 0 {
+			t.Fatalf("counted twice: %v, %v", got, err)
+		}
+	})
+}
+
+// A failing repair is counted when it is done, and a failing change never,
+// however often either is tried.
+func TestFailuresAreCountedWhenDone(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		var k vxlantest.Kernel
+		var got []weft.Repair
+		k.Repaired = func(r weft.Repair) { got = append(got, r) }
+		left, want := draw(t, "left"), draw(t, "want")
+		if err := k.Apply(ctx, left); err != nil {
+			t.Fatal(err)
+		}
+		// Entries alone: what a greater object answers for depends on what
+		// of it has failed.
+		for range rapid.IntRange(0, 4).Draw(t, "damages") {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 7).Draw(t, "damaged address"))})
+			_ = k.Behind(vxlan.Op{Kind: vxlan.OpDelNeigh, VNI: 4097, Addr: a})
+		}
+		had, _ := k.Read(ctx)
+		if rapid.Bool().Draw(t, "only damages") {
+			want = left
+		}
+		for range rapid.IntRange(0, 3).Draw(t, "failures") {
+			k.FailAt(rapid.IntRange(1, 12).Draw(t, "at"), unix.EBUSY)
+		}
+		for {
+			if err := k.Apply(ctx, want); err == nil {
+				break
+			}
+		}
+		n, w := counted(got), expected(left, had, want)
+		for what, count := range n {
+			if count > w[what] {
+				t.Fatalf("%s was counted %d times, want %d: %v", what, count, w[what], got)
+			}
+		}
+		if slices.Equal(slices.Collect(maps.Keys(left.Networks)), nil) || want.Networks[4097].ID != left.Networks[4097].ID {
+			return
+		}
+		if !maps.Equal(n, w) {
+			t.Fatalf("repairs %v, want of %v", got, w)
+		}
+	})
+}
+
+// A new process knows of no wish before its own: what was changed while none ran
+// is a change, what no wish explains is a repair.
+func TestFirstApplyCountsFaultsOnly(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		var k vxlantest.Kernel
+		left, want := draw(t, "left"), draw(t, "want")
+		if err := k.Apply(ctx, left); err != nil {
+			t.Fatal(err)
+		}
+		broken := map[uint32]bool{}
+		for vni := range left.Networks {
+			if broken[vni] = rapid.Bool().Draw(t, "device broken"); broken[vni] {
+				if err := k.Behind(vxlan.Op{Kind: vxlan.OpSetDevice, VNI: vni, Network: &vxlan.Network{}}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		k.Restart()
+		w := map[string]int{}
+		for vni, n := range want.Networks {
+			if broken[vni] && left.Networks[vni].ID == n.ID {
+				w[weft.VXLANName(vni)] = 1
+			}
+		}
+		var got []weft.Repair
+		k.Repaired = func(r weft.Repair) { got = append(got, r) }
+		if err := k.Apply(ctx, want); err != nil {
+			t.Fatal(err)
+		}
+		if n := counted(got); !maps.Equal(n, w) {
+			t.Fatalf("repairs %v, want of %v", got, w)
+		}
+	})
+}
+
+// An invalid network is left alone, and what it becomes later is a change.
+func TestInvalidNetworkIsNoRepair(t *testing.T) {
+	ctx := context.Background()
+	a := netip.MustParseAddr("10.0.0.2")
+	good := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
+	bad := good
+	bad.MTU = 1
+	more := good
+	more.Peers = []vxlan.Peer{{Addr: a, MAC: weft.EndpointMAC("t", a), VTEP: netip.MustParseAddr("10.99.0.2")}}
+	var k vxlantest.Kernel
+	k.Repaired = func(r weft.Repair) { t.Errorf("repaired %+v", r) }
+	for _, n := range []vxlan.Network{good, bad, more, bad, good} {
+		err := k.Apply(ctx, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}})
+		if (err != nil) != (n.MTU == 1) {
+			t.Fatal(err)
+		}
+	}
+}

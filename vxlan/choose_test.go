@@ -1,0 +1,148 @@
+package vxlan_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
+)
+
+// legalPairs is the table of the design, best first.
+var legalPairs = []vxlan.Pair{{Overlay: "ebpf", Service: "ebpf"}, {Overlay: "bridge", Service: "ebpf"}, {Overlay: "bridge", Service: "ipvs"}, {Overlay: "bridge", Service: "nft"}}
+
+var errLacks = fmt.Errorf("the kernel lacks it: %w", weft.ErrUnsupported)
+
+// each calls f with every build (which engines there are) and every host (which
+// of them work). Two of four bits mean that it is not in the build.
+func each(names []string, f func([]vxlan.Candidate)) {
+	for bits := range 1 << (2 * len(names)) {
+		var all []vxlan.Candidate
+		for i, n := range names {
+			switch bits >> (2 * i) & 3 {
+			case 1:
+				all = append(all, vxlan.Candidate{Name: n})
+			case 2:
+				all = append(all, vxlan.Candidate{Name: n, Err: errLacks})
+			}
+		}
+		f(all)
+	}
+}
+
+func works(all []vxlan.Candidate, name string) bool {
+	for _, e := range all {
+		if e.Name == name {
+			return e.Err == nil
+		}
+	}
+	return false
+}
+
+// Every build, host and pair of flags there can be: 16 x 64 x 20 cases.
+func TestChooseTakesTheBestThatWorks(t *testing.T) {
+	cases := 0
+	each([]string{"ebpf", "bridge"}, func(overlay []vxlan.Candidate) {
+		each([]string{"ebpf", "ipvs", "nft"}, func(service []vxlan.Candidate) {
+			for _, fo := range []string{"", "ebpf", "bridge", "carrier-pigeon"} {
+				for _, fs := range []string{"", "ebpf", "ipvs", "nft", "carrier-pigeon"} {
+					cases++
+					check(t, overlay, service, vxlan.Pair{Overlay: fo, Service: fs})
+				}
+			}
+		})
+	})
+	if cases < 10000 {
+		t.Errorf("only %d cases", cases)
+	}
+}
+
+func check(t *testing.T, overlay, service []vxlan.Candidate, forced vxlan.Pair) {
+	t.Helper()
+	var want vxlan.Pair
+	for _, p := range legalPairs {
+		if (forced.Overlay == "" || forced.Overlay == p.Overlay) && (forced.Service == "" || forced.Service == p.Service) &&
+			works(overlay, p.Overlay) && works(service, p.Service) {
+			want = p
+			break
+		}
+	}
+	what := fmt.Sprintf("overlay %v, service %v, forced %+v", overlay, service, forced)
+	got, reasons, err := vxlan.Choose(overlay, service, forced)
+	if got != want || (err == nil) != (want != vxlan.Pair{}) {
+		t.Fatalf("%s: got %+v, %v; want %+v", what, got, err, want)
+	}
+	if err != nil && !errors.Is(err, weft.ErrUnsupported) && !errors.Is(err, weft.ErrInvalid) {
+		t.Fatalf("%s: %v is of no kind", what, err)
+	}
+	if err != nil && forced != (vxlan.Pair{}) && !strings.Contains(err.Error(), "-engine ") {
+		t.Fatalf("%s: %v names no flag", what, err)
+	}
+	if len(reasons) != len(overlay)+len(service) {
+		t.Fatalf("%s: reasons %+v", what, reasons)
+	}
+	chosen := 0
+	for _, r := range reasons {
+		if r.Reason == "" {
+			t.Fatalf("%s: no reason for %+v", what, r)
+		}
+		if r.Chosen {
+			chosen++
+		}
+		if r.Chosen && r.Engine != map[string]string{"overlay": want.Overlay, "service": want.Service}[r.Kind] {
+			t.Fatalf("%s: chosen %+v", what, r)
+		}
+	}
+	if err == nil && chosen != 2 || err != nil && chosen != 0 {
+		t.Fatalf("%s: %d chosen: %+v", what, chosen, reasons)
+	}
+}
+
+func TestChooseSaysWhy(t *testing.T) {
+	ok := func(n string) vxlan.Candidate { return vxlan.Candidate{Name: n} }
+	bad := func(n string) vxlan.Candidate { return vxlan.Candidate{Name: n, Err: errLacks} }
+	for _, c := range []struct {
+		name             string
+		overlay, service []vxlan.Candidate
+		forced           vxlan.Pair
+		want             string // error, or the reasons in one line
+	}{
+		{"all work", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{},
+			"overlay ebpf: its probe succeeded, and it is the best that does | overlay bridge: it works, and ebpf is better | " +
+				"service ebpf: its probe succeeded, and it is the best that does | service nft: it does not run on the overlay engine ebpf"},
+		{"no service engine for the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{{Name: "nft", Note: "a note"}}, vxlan.Pair{},
+			"overlay ebpf: it works, and no service engine that runs on it does | overlay bridge: its probe succeeded, and it is the best that does | " +
+				"service nft: its probe succeeded, and it is the best that does; a note"},
+		{"probe failed", []vxlan.Candidate{bad("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ipvs"), ok("nft")}, vxlan.Pair{Service: "nft"},
+			"overlay ebpf: its probe failed: the kernel lacks it: unsupported | overlay bridge: its probe succeeded, and it is the best that does | " +
+				"service ipvs: --service-engine asks for nft | service nft: --service-engine asks for it, and its probe succeeded"},
+		{"service forced off the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{Service: "nft"},
+			"overlay ebpf: --service-engine nft does not run on it | overlay bridge: its probe succeeded, and it is the best that does | " +
+				"service ebpf: --service-engine asks for nft | service nft: --service-engine asks for it, and its probe succeeded"},
+		{"not in this build", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "macvlan"},
+			"--overlay-engine macvlan: this build has bridge; name one of them, or leave the flag out to let the host decide: unsupported"},
+		{"forced probe failed", []vxlan.Candidate{bad("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "bridge"},
+			"--overlay-engine bridge: its probe failed on this host: the kernel lacks it: unsupported; give the host what it lacks, or leave the flag out to let the host decide"},
+		{"illegal", []vxlan.Candidate{ok("ebpf")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "ebpf", Service: "nft"},
+			"--overlay-engine ebpf with --service-engine nft: they do not go together: on overlay engine ebpf runs service engine ebpf, " +
+				"on overlay engine bridge runs service engine ebpf or ipvs or nft; leave one of the flags out: invalid argument"},
+		{"nothing works", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{bad("nft")}, vxlan.Pair{},
+			"no overlay engine works together with a service engine on this host (on overlay engine ebpf runs service engine ebpf, " +
+				"on overlay engine bridge runs service engine ebpf or ipvs or nft): service engine nft: the kernel lacks it: unsupported; give the host what it lacks: unsupported"},
+	} {
+		_, reasons, err := vxlan.Choose(c.overlay, c.service, c.forced)
+		var lines []string
+		for _, r := range reasons {
+			lines = append(lines, fmt.Sprintf("%s %s: %s", r.Kind, r.Engine, r.Reason))
+		}
+		got := strings.Join(lines, " | ")
+		if err != nil {
+			got = err.Error()
+		}
+		if got != c.want {
+			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
+		}
+	}
+}
