@@ -138,11 +138,13 @@ func loopbackUp(c *conn) error {
 type Far struct {
 	MAC         net.HardwareAddr
 	Addr, Addr6 netip.Prefix
+	// Fault says what is wrong with it, "" = nothing.
+	Fault string
 }
 
 // ReadFar looks at the far end of near, which is called name in the namespace
-// at path ("" for the calling thread's own). One that is down, missing or of
-// another MTU is the zero Far; a namespace that is gone is weft.ErrNotFound.
+// at path ("" for the calling thread's own). A namespace that is gone is
+// weft.ErrNotFound.
 func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 	ns, err := Pair{NetNS: path}.open()
 	if err != nil {
@@ -154,11 +156,8 @@ func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 		return Far{}, err
 	}
 	defer c.close()
-	mac, addr, addr6, err := readEnd(c, name, near)
-	if err != nil || !addr.IsValid() {
-		return Far{}, err
-	}
-	return Far{MAC: mac, Addr: addr, Addr6: addr6}, nil
+	e, err := readEnd(c, name, near)
+	return Far{MAC: e.mac, Addr: e.addr, Addr6: e.addr6, Fault: e.fault}, err
 }
 
 // Quiet keeps a link of the host's namespace from speaking by itself: no
