@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // Kernel object names. An interface name fits 15 bytes (IFNAMSIZ - 1,
@@ -66,6 +67,14 @@ func OverlayNetNS(node ID, vni uint32) string {
 	return fmt.Sprintf("weft-%s-n%d", cut(string(node), 8), vni)
 }
 
+// How long the answers of the resolvers may be remembered: to the name of a task,
+// and of a service by its own address. Addresses that are given up are not given
+// out again before. Both stay at or below 5 s, so that clients follow changes.
+const (
+	TaskNameTTL    = 1 * time.Second
+	ServiceNameTTL = 5 * time.Second
+)
+
 // NetNSPrefix is the common prefix of a node's namespace names.
 func NetNSPrefix(node ID) string { return "weft-" + cut(string(node), 8) + "-" }
 
@@ -79,18 +88,18 @@ func ContainerID(task ID) string {
 }
 
 // EndpointMAC is the hardware address of a task on a network: locally
-// administered (IEEE 802, bit 1 of the first byte), one byte of generation
+// administered (IEEE 802, bit 1 of the first byte), 20 bits of generation
 // hashed from the task, so that a reused address does not match an entry made
-// for its former holder, and the last four bytes of the address, so that it is
-// unique within the network.
+// for its former holder, and the last 24 bits of the address, so that it is
+// unique within the network (no subnet is larger than /8).
 func EndpointMAC(task ID, addr netip.Addr) net.HardwareAddr {
 	return derivedMAC(0x02, string(task), addr)
 }
 
 // VIPMAC is the hardware address that answers for a service address. No
-// device owns it: the balancer rewrites it to a backend's. Its first byte
-// keeps it apart from every EndpointMAC, and the two of a service that has an
-// address of each family apart from each other.
+// device owns it: the balancer rewrites it to a backend's. The low half of its
+// first byte keeps it apart from every EndpointMAC, and the two of a service that
+// has an address of each family apart from each other.
 func VIPMAC(service ID, addr netip.Addr) net.HardwareAddr {
 	if addr.Unmap().Is6() {
 		return derivedMAC(0x0e, string(service), addr)
@@ -103,14 +112,17 @@ func NodeMAC(node ID, addr netip.Addr) net.HardwareAddr {
 	return derivedMAC(0x0a, string(node), addr)
 }
 
-func derivedMAC(first byte, owner string, addr netip.Addr) net.HardwareAddr {
+// derivedMAC lays out, from the first byte on: 4 bits of generation and 4 of
+// class, 16 bits of generation, 24 bits of the address. One byte of generation
+// alone would let one stale entry in 256 match.
+func derivedMAC(class byte, owner string, addr netip.Addr) net.HardwareAddr {
 	h := fnv.New32a()
 	h.Write([]byte(owner))
 	s := h.Sum32()
-	gen := byte(s ^ s>>8 ^ s>>16 ^ s>>24)
+	gen := s>>20 ^ s&0xfffff
 	a := addr.Unmap().AsSlice()
-	tail := a[len(a)-4:]
-	return net.HardwareAddr{first, gen, tail[0], tail[1], tail[2], tail[3]}
+	tail := a[len(a)-3:]
+	return net.HardwareAddr{byte(gen>>16)<<4 | class, byte(gen >> 8), byte(gen), tail[0], tail[1], tail[2]}
 }
 
 func cut(s string, n int) string {

@@ -49,11 +49,11 @@ func TestInterfaceNames(t *testing.T) {
 func TestDerivedValuesAreStable(t *testing.T) {
 	a := netip.MustParseAddr("10.0.1.2")
 	for _, c := range []struct{ got, want string }{
-		{EndpointMAC("task", a).String()[:3], "02:"},
-		{VIPMAC("task", a).String()[:3], "06:"},
-		{NodeMAC("task", a).String()[:3], "0a:"},
-		{VIPMAC("task", netip.MustParseAddr("fd00::a00:102")).String()[:3], "0e:"},
-		{EndpointMAC("task", a).String()[6:], "0a:00:01:02"},
+		{EndpointMAC("task", a).String(), "82:87:28:00:01:02"},
+		{VIPMAC("task", a).String(), "86:87:28:00:01:02"},
+		{NodeMAC("task", a).String(), "8a:87:28:00:01:02"},
+		{VIPMAC("task", netip.MustParseAddr("fd00::a00:102")).String(), "8e:87:28:00:01:02"},
+		{EndpointMAC("task", netip.MustParseAddr("fd00::1:2")).String()[9:], "01:00:02"},
 		{EndpointMAC("task", a).String(), EndpointMAC("task", netip.MustParseAddr("::ffff:10.0.1.2")).String()},
 		{HostVethName("0123456789abcdefghijklmno"), "wv0123456789a"},
 		{TaskNetNS("0123456789abcdefghijklmno", "zyxwvutsrqponmlkjihgfedcb"), "weft-01234567-tzyxwvutsrqpo"},
@@ -65,6 +65,38 @@ func TestDerivedValuesAreStable(t *testing.T) {
 	}
 	if id := ContainerID("task"); len(id) != 64 || strings.Trim(id, "0123456789abcdef") != "" {
 		t.Errorf("container id %q", id)
+	}
+}
+
+// A reused address must not match an entry that was made for its former holder,
+// and two holders of one network never share a hardware address.
+func TestHardwareAddresses(t *testing.T) {
+	a := netip.MustParseAddr("10.0.1.2")
+	const n = 4000 // so many holders of one address one after the other
+	last, same := "", 0
+	for range n {
+		mac := EndpointMAC(NewID(), a)
+		if mac[0]&0x0f != 0x02 || mac[3] != 0 || mac[4] != 1 || mac[5] != 2 {
+			t.Fatalf("hardware address %s of %s", mac, a)
+		}
+		if mac.String() == last {
+			same++
+		}
+		last = mac.String()
+	}
+	// Expected: n in 2^20, one run in 260. With one byte it would be 16.
+	if same > 2 {
+		t.Errorf("%d of %d holders had the hardware address of the one before", same, n)
+	}
+	task := NewID()
+	seen := map[string]netip.Addr{}
+	for _, a := range []netip.Addr{a, a.Next(), netip.MustParseAddr("10.1.1.2"), netip.MustParseAddr("10.255.255.254")} {
+		for _, mac := range []string{EndpointMAC(task, a).String(), VIPMAC(task, a).String(), NodeMAC(task, a).String()} {
+			if b, ok := seen[mac]; ok {
+				t.Errorf("%s stands for %s and %s", mac, a, b)
+			}
+			seen[mac] = a
+		}
 	}
 }
 

@@ -83,7 +83,5 @@ func (n *NetworkSpec) MTU() int {
 	return mtu
 }
 
-// HasIPv6 reports whether a subnet of the network is of IPv6.
-func (n *NetworkSpec) HasIPv6() bool {
-	return slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Prefix.Addr().Is6() })
-}
+// HasIPv6 reports whether the network has, or is to have, addresses of IPv6.
+func (n *NetworkSpec) HasIPv6() bool { return n.IPv6 }

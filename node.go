@@ -119,6 +119,20 @@ type Node struct {
 	Manager *ManagerStatus
 }
 
+// Conflict returns a range in use on the node's host that overlaps a subnet of
+// net. Then the network is refused on this node: its tasks are not placed here,
+// and the ingress network is not set up.
+func (n *Node) Conflict(net *Network) (netip.Prefix, bool) {
+	for _, used := range n.Description.UsedPrefixes {
+		for _, s := range net.Spec.Subnets {
+			if used.IsValid() && used.Masked().Overlaps(s.Prefix) {
+				return used.Masked(), true
+			}
+		}
+	}
+	return netip.Prefix{}, false
+}
+
 // ClusterAddr is where others dial the node's cluster port: the port it told, a
 // manager's own, or the constant ClusterPort. It is invalid while the node has no
 // address.

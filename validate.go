@@ -24,6 +24,9 @@ const (
 	// minSubnetHostBits: network, broadcast, gateway and a service address
 	// leave four addresses for tasks in a /29; a /125 is as large.
 	minSubnetHostBits = 3
+	// minSubnetBits of IPv4: hardware addresses hold the last 24 bits of an
+	// address. Of a larger IPv6 subnet no more than those are used.
+	minSubnetBits = 8
 )
 
 // weftLabelPrefix is kept for labels that weft itself obeys.
@@ -352,14 +355,16 @@ func (s *Subnet) validate(field string) error {
 		return invalid(field+".Subnet", "%s has host bits set: use %s", p, p.Masked())
 	case p.Bits() > p.Addr().BitLen()-minSubnetHostBits:
 		return invalid(field+".Subnet", "%s is too small: use /%d or larger", p, p.Addr().BitLen()-minSubnetHostBits)
+	case p.Addr().Is4() && p.Bits() < minSubnetBits:
+		return invalid(field+".Subnet", "%s is too large: use /%d or smaller", p, minSubnetBits)
 	case !g.IsValid():
 		return nil
 	case !p.Contains(g):
-		return invalid(field+".Gateway", "%s is not in subnet %s", g, p)
+		return invalid(field+".Gateway", "%s is not in subnet %s: use an address of it, such as %s", g, p, p.Addr().Next())
 	case g == p.Addr():
-		return invalid(field+".Gateway", "%s is the network address of %s", g, p)
+		return invalid(field+".Gateway", "%s is the network address of %s: use another, such as %s", g, p, p.Addr().Next())
 	case g.Is4() && g == broadcast(p):
-		return invalid(field+".Gateway", "%s is the broadcast address of %s", g, p)
+		return invalid(field+".Gateway", "%s is the broadcast address of %s: use another, such as %s", g, p, p.Addr().Next())
 	}
 	return nil
 }

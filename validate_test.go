@@ -146,13 +146,14 @@ func TestNetworkValidate(t *testing.T) {
 		{"driver", func(n *NetworkSpec) { n.Driver = "bridge" }, ErrUnsupported, "Driver: "},
 		{"unknown option", func(n *NetworkSpec) { n.Options = map[string]string{"color": "red"} }, ErrUnsupported, `Options["color"]: `},
 		{"MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "576"} }, nil, ""},
+		{"encrypted=false", func(n *NetworkSpec) { n.Options = map[string]string{OptionEncrypted: "false"} }, ErrInvalid, `Options["encrypted"]: invalid argument: "false": leave the value out`},
 		{"MTU in words", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "1400b"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: "1400b": write a number`},
 		{"MTU with sign", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "+1400"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
 		{"no MTU", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: ""} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
 		{"MTU too small", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "575"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: 575: use 576 to 65535`},
 		{"MTU too large", func(n *NetworkSpec) { n.Options = map[string]string{OptionMTU: "65536"} }, ErrInvalid, `Options["com.docker.network.driver.mtu"]: `},
 		{"MTU below that of IPv6", func(n *NetworkSpec) {
-			n.Options, n.Subnets = map[string]string{OptionMTU: "1279"}, subnet("fd00::/64", "")
+			n.IPv6, n.Options = true, map[string]string{OptionMTU: "1279"}
 		}, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: 1279: IPv6 needs 1280`},
 		{"host bits", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.1/24", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.1.0.1/24 has host bits set: use 10.1.0.0/24"},
 		{"too small", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/30", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},

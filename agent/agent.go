@@ -50,7 +50,8 @@ type Config struct {
 	Gossip   gossip.Table
 	Leader   Leader
 
-	// Describe says what this node is; called when a session opens.
+	// Describe says what this node is; called when a session opens, and every
+	// few seconds for the ranges that the host uses.
 	Describe func() (weft.NodeDescription, error)
 	// Listeners reads the ports that other programs of the host hold;
 	// HostListeners is one.
@@ -93,6 +94,7 @@ func New(cfg Config) (*Agent, error) {
 	a.model.Store(newModel())
 	a.linger = newLinger(cfg.Node, cfg.Gossip, a.endpointsPath(), cfg.Log)
 	a.plane = newPlane(cfg, a.linger)
+	a.plane.applied = a.outbox.kick
 	a.tasks = newTasks(a)
 	return a, nil
 }

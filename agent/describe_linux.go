@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 
 	"golang.org/x/sys/unix"
@@ -31,4 +32,11 @@ func DescribeHost(hostname string) (weft.NodeDescription, error) {
 		NanoCPUs:      int64(runtime.NumCPU()) * 1e9,
 		MemoryBytes:   int64(info.Totalram) * int64(info.Unit),
 	}, nil
+}
+
+// hasIPv6 reports whether this host's kernel speaks IPv6 at all (it does not
+// with ipv6.disable=1).
+func hasIPv6() bool {
+	_, err := os.Stat("/proc/net/if_inet6")
+	return err == nil
 }

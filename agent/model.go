@@ -24,6 +24,13 @@ type model struct {
 	Services map[weft.ID]wire.ServiceView
 	Nodes    map[weft.ID]wire.NodeView
 	Cluster  wire.ClusterView
+	// Index is the log index of the state that this is made of.
+	Index uint64 `json:",omitempty"`
+	// Ended are tasks whose addresses are about to be given to others.
+	Ended map[weft.ID]bool `json:",omitempty"`
+	// confirm: the leader waits for word that this is carried out. Every
+	// session begins with a message that says so anew.
+	confirm bool
 }
 
 // modelVersion is the version of the stored form; a file of another version
@@ -59,7 +66,7 @@ func newModel() *model {
 		Version: modelVersion,
 		Tasks:   map[weft.ID]weft.Task{}, Specs: map[specKey]weft.SpecVersion{},
 		Networks: map[weft.ID]weft.Network{}, Services: map[weft.ID]wire.ServiceView{},
-		Nodes: map[weft.ID]wire.NodeView{},
+		Nodes: map[weft.ID]wire.NodeView{}, Ended: map[weft.ID]bool{},
 	}
 }
 
@@ -76,7 +83,8 @@ func (m *model) apply(a wire.Assignments) (*model, error) {
 		}
 		n = m.clone()
 	}
-	n.Seq = a.Seq
+	n.Seq, n.confirm = a.Seq, a.Confirm
+	n.Index = max(n.Index, a.Index)
 	for _, t := range a.Tasks {
 		n.Tasks[t.ID] = t
 	}
@@ -96,6 +104,10 @@ func (m *model) apply(a wire.Assignments) (*model, error) {
 	remove(n.Networks, a.GoneNetworks)
 	remove(n.Services, a.GoneServices)
 	remove(n.Nodes, a.GoneNodes)
+	for _, id := range a.Ended {
+		n.Ended[id] = true
+	}
+	remove(n.Ended, a.GoneEnded)
 	if a.Cluster != nil {
 		n.Cluster = *a.Cluster
 	} else if a.Full {
@@ -107,7 +119,8 @@ func (m *model) apply(a wire.Assignments) (*model, error) {
 
 func (m *model) clone() *model {
 	n := newModel()
-	n.Seq, n.Cluster = m.Seq, m.Cluster
+	n.Seq, n.Cluster, n.Index = m.Seq, m.Cluster, m.Index
+	maps.Copy(n.Ended, m.Ended)
 	maps.Copy(n.Tasks, m.Tasks)
 	maps.Copy(n.Specs, m.Specs)
 	maps.Copy(n.Networks, m.Networks)

@@ -53,20 +53,37 @@ type plane struct {
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
 
-	// mu guards: model, local, gone, gen, passed, failed, waiters, withdrawn.
-	mu    sync.Mutex
-	model *model
-	local map[weft.ID]netstate.LocalTask
-	// gone are networks that the leader has removed and a local task is on.
-	gone    map[weft.ID]weft.Network
-	gen     uint64  // counts changes of the fields above
-	passed  uint64  // the gen of the last pass
-	failed  failure // how it went
+	// applied wakes whoever reports how far the plane is; it must not block.
+	applied func()
+
+	// mu guards: model, local, past, gen, last, waiters, withdrawn.
+	mu      sync.Mutex
+	model   *model
+	local   map[weft.ID]netstate.LocalTask
+	past    past
+	gen     uint64 // counts changes of the fields above
+	last    lastPass
 	waiters []planeWaiter
 	// withdrawn: nothing is published any more.
 	withdrawn bool
 
 	have vxlan.State // owned by run: what the last pass left in the kernel
+}
+
+// past is what is still there of what the leader has taken away.
+type past struct {
+	// gone are networks that the leader has removed and a local task is on.
+	gone map[weft.ID]weft.Network
+	// ended are tasks that have lost their addresses, whatever the table or
+	// this node's own sandboxes still say of them.
+	ended map[weft.ID]bool
+}
+
+// lastPass is how far the last pass got.
+type lastPass struct {
+	gen    uint64
+	failed failure
+	done   carriedOut // by the leader's count
 }
 
 type planeWaiter struct {
@@ -80,7 +97,7 @@ func newPlane(cfg Config, table gossip.Table) *plane {
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
 		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, mtu: cfg.MTU, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
-		gone: map[weft.ID]weft.Network{},
+		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
 }
 
@@ -92,11 +109,12 @@ func (p *plane) setModel(m *model) {
 		for _, t := range p.local {
 			for _, at := range t.Task.Attachments {
 				if n, ok := p.model.Networks[at.Network]; ok {
-					p.gone[n.ID] = n
+					p.past.gone[n.ID] = n
 				}
 			}
 		}
-		maps.DeleteFunc(p.gone, func(id weft.ID, _ weft.Network) bool { return hasKey(m.Networks, id) })
+		maps.DeleteFunc(p.past.gone, func(id weft.ID, _ weft.Network) bool { return hasKey(m.Networks, id) })
+		maps.Copy(p.past.ended, m.Ended)
 		p.model = m
 	})
 }
@@ -104,7 +122,7 @@ func (p *plane) setModel(m *model) {
 // goneLocked are the removed networks that a local task is on; others are
 // forgotten.
 func (p *plane) goneLocked() []weft.Network {
-	maps.DeleteFunc(p.gone, func(id weft.ID, _ weft.Network) bool {
+	maps.DeleteFunc(p.past.gone, func(id weft.ID, _ weft.Network) bool {
 		for _, t := range p.local {
 			if slices.ContainsFunc(t.Task.Attachments, func(at weft.Attachment) bool { return at.Network == id }) {
 				return false
@@ -112,7 +130,7 @@ func (p *plane) goneLocked() []weft.Network {
 		}
 		return true
 	})
-	return slices.Collect(maps.Values(p.gone))
+	return slices.Collect(maps.Values(p.past.gone))
 }
 
 func hasKey[K comparable, V any](m map[K]V, k K) bool {
@@ -187,9 +205,9 @@ func (p *plane) kick() {
 // no reason to hold this one up.
 func (p *plane) wait(ctx context.Context, gen uint64, vnis []uint32) error {
 	p.mu.Lock()
-	if p.passed >= gen {
+	if p.last.gen >= gen {
 		defer p.mu.Unlock()
-		return p.failed.of(vnis)
+		return p.last.failed.of(vnis)
 	}
 	w := planeWaiter{gen: gen, vnis: vnis, done: make(chan error, 1)}
 	p.waiters = append(p.waiters, w)
@@ -293,15 +311,31 @@ func (p *plane) prime() {
 // depend on its kernel: a task that drains is said to drain, whatever fails.
 func (p *plane) pass(ctx context.Context) (<-chan struct{}, error) {
 	endpoints, changed := p.gossip.Snapshot()
-	in, gen := p.wanted(endpoints)
+	in, goal := p.wanted(endpoints)
 	err := p.readHost(ctx, &in)
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
 	if err == nil {
-		err = p.apply(ctx, out)
+		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
+			err = p.apply(ctx, netstate.Derive(mid))
+		}
+		err = errors.Join(err, p.apply(ctx, out))
 	}
-	p.settle(gen, err)
+	p.settle(goal, err)
 	return changed, err
+}
+
+// holds is what the last pass left in the kernel, in the first pass of a daemon
+// what the last daemon did. If that cannot be read, the pass itself says so.
+func (p *plane) holds(ctx context.Context) vxlan.State {
+	if p.have.Networks != nil {
+		return p.have
+	}
+	have, err := p.overlay.Read(ctx)
+	if err != nil {
+		return vxlan.State{}
+	}
+	return have
 }
 
 func (p *plane) publish(endpoints []weft.Endpoint) {
@@ -314,21 +348,31 @@ func (p *plane) publish(endpoints []weft.Endpoint) {
 }
 
 // wanted is the part of the input that does not come from this host's kernel.
-func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, uint64) {
+func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	in := p.model.netstate(p.self.ID, p.self.VTEP)
-	in.NetNSDir, in.Endpoints = p.netNSDir, endpoints
-	in.Networks = append(in.Networks, p.goneLocked()...)
-	for _, t := range p.local {
-		in.Local = append(in.Local, t)
+	in.NetNSDir, in.Endpoints = p.netNSDir, p.living(endpoints)
+	to := goal{gen: p.gen, index: p.model.Index, confirm: p.model.confirm, vnis: map[uint32]weft.ID{}}
+	for _, n := range in.Networks {
+		to.vnis[n.VNI] = n.ID
 	}
-	return in, p.gen
+	for _, n := range p.goneLocked() {
+		in.Networks = append(in.Networks, n)
+		to.vnis[n.VNI], to.gone = n.ID, append(to.gone, n.ID)
+	}
+	for id, t := range p.local {
+		if !p.past.ended[id] {
+			in.Local = append(in.Local, t)
+		}
+	}
+	return in, to
 }
 
 // readHost adds what the host itself says.
 func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	var err error
+	in.NoIPv6 = !hasIPv6()
 	if in.MTU, err = p.mtu(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
 	}
@@ -356,17 +400,20 @@ func (p *plane) apply(ctx context.Context, out netstate.Output) error {
 }
 
 // settle tells those who wait how the pass went that included their change.
-func (p *plane) settle(gen uint64, err error) {
+func (p *plane) settle(to goal, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.passed, p.failed = gen, sortFailure(err)
+	p.last.gen, p.last.failed = to.gen, sortFailure(err)
+	if before := p.last.done; p.last.done.advance(to, p.last.failed) && !p.last.done.equal(before) && to.confirm {
+		p.applied()
+	}
 	rest := p.waiters[:0]
 	for _, w := range p.waiters {
-		if w.gen > gen {
+		if w.gen > to.gen {
 			rest = append(rest, w)
 			continue
 		}
-		w.done <- p.failed.of(w.vnis)
+		w.done <- p.last.failed.of(w.vnis)
 	}
 	p.waiters = rest
 }

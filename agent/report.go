@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -41,6 +42,11 @@ func (o *outbox) put(task weft.ID, s weft.TaskStatus) {
 	o.mu.Lock()
 	o.pending[task] = s
 	o.mu.Unlock()
+	o.kick()
+}
+
+// kick has a report sent soon, also when no task has news.
+func (o *outbox) kick() {
 	select {
 	case o.wake <- struct{}{}:
 	default:
@@ -65,27 +71,34 @@ func (a *Agent) runReports(ctx context.Context) error {
 	beat := time.NewTicker(reportEvery)
 	defer beat.Stop()
 	var told []weft.Listener // nil: nothing in this session yet
+	var used []netip.Prefix
 	var looked time.Time
 	var keys []weft.NodeKey // told in this session
 	for {
-		var news []weft.Listener // nil: none
+		var r wire.Report
 		if now := time.Now(); now.Sub(looked) >= listenersEvery {
 			looked = now
 			if l := a.listeners(); l != nil && (told == nil || !slices.Equal(l, told)) {
-				news = l
+				r.Listeners = l
+			}
+			if p := a.prefixes(); p != nil && (used == nil || !slices.Equal(p, used)) {
+				r.Prefixes = p
 			}
 		}
 		newKeys := a.keys()
 		if slices.Equal(newKeys, keys) {
 			newKeys = nil
 		}
-		reports := a.outbox.take()
-		err := a.cfg.Leader.Report(ctx, a.cfg.Node, wire.Report{Tasks: reports, Listeners: news, Keys: newKeys})
-		if err != nil {
+		done := a.plane.carried()
+		r.Tasks, r.Keys, r.Applied, r.Behind = a.outbox.take(), newKeys, done.index, done.behind
+		if err := a.cfg.Leader.Report(ctx, a.cfg.Node, r); err != nil {
 			return fmt.Errorf("report to the leader: %w", err)
 		}
-		if news != nil {
-			told = news
+		if r.Listeners != nil {
+			told = r.Listeners
+		}
+		if r.Prefixes != nil {
+			used = r.Prefixes
 		}
 		if newKeys != nil {
 			keys = newKeys
@@ -100,6 +113,20 @@ func (a *Agent) runReports(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// prefixes are the ranges in use on the host, never nil but when they cannot be
+// read now.
+func (a *Agent) prefixes() []netip.Prefix {
+	d, err := a.cfg.Describe()
+	if err != nil {
+		a.cfg.Log.Warn("read the ranges that the host uses", weft.KeyErr, err)
+		return nil
+	}
+	if d.UsedPrefixes == nil {
+		return []netip.Prefix{}
+	}
+	return d.UsedPrefixes
 }
 
 // listeners are the host's sockets without those of the overlay. nil = they cannot be read now.

@@ -88,8 +88,10 @@ type rig struct {
 	sockets  *fakeSockets
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	journal  *journal
-	mtu      atomic.Int32 // 0 = cannot be read
-	agent    *Agent       // the last one started
+	mtu      atomic.Int32                   // 0 = cannot be read
+	agent    *Agent                         // the last one started
+	prefixes func() ([]netip.Prefix, error) // nil = not asked
+	keys     func(epoch uint64) ([]weft.NodeKey, error)
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -124,9 +126,16 @@ func (r *rig) config() Config {
 		},
 		Runtime: &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Overlay: r.kernel, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
-		Describe:  func() (weft.NodeDescription, error) { return weft.NodeDescription{Hostname: "a"}, nil },
-		Listeners: r.readListeners,
-		Log:       slog.New(slog.DiscardHandler),
+		Describe: func() (weft.NodeDescription, error) {
+			d := weft.NodeDescription{Hostname: "a"}
+			var err error
+			if r.prefixes != nil {
+				d.UsedPrefixes, err = r.prefixes()
+			}
+			return d, err
+		},
+		Listeners: r.readListeners, Keys: r.keys,
+		Log: slog.New(slog.DiscardHandler),
 	}
 }
 

@@ -213,7 +213,7 @@ func (s *Server) addrPort(field, text string, port uint16) (netip.AddrPort, erro
 }
 
 // hostAddr reads an address or the name of an interface with exactly one
-// global IPv4 address.
+// global IPv4 address or, without any, exactly one IPv6 address.
 func (s *Server) hostAddr(field, host string) (netip.Addr, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return a.Unmap(), nil
@@ -222,14 +222,20 @@ func (s *Server) hostAddr(field, host string) (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, invalidf("%s: %q is neither an address nor an interface of this host (%v)", field, host, err)
 	}
-	var v4 []netip.Addr
+	var v4, v6 []netip.Addr
 	for _, a := range list {
-		if a.Is4() {
+		switch {
+		case a.Is4():
 			v4 = append(v4, a)
+		case a.IsGlobalUnicast():
+			v6 = append(v6, a)
 		}
 	}
+	if len(v4) == 0 && len(v6) == 1 {
+		return v6[0], nil
+	}
 	if len(v4) != 1 {
-		return netip.Addr{}, invalidf("%s: interface %s has %d IPv4 addresses %v: give the address", field, host, len(v4), v4)
+		return netip.Addr{}, invalidf("%s: interface %s has the addresses %v: give one of them", field, host, append(v4, v6...))
 	}
 	return v4[0], nil
 }

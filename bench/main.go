@@ -29,9 +29,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 func main() {
+	// encrypt's engines may be children of this program.
+	if handled, code := wg.Main(os.Args); handled {
+		os.Exit(code)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	// A second signal ends the program at once.
 	release := context.AfterFunc(ctx, stop)
@@ -43,7 +49,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench()}
 }
 
 // options of one run.

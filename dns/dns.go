@@ -37,11 +37,11 @@ const (
 // Our own choices.
 const (
 	// vipTTL is the lifetime in seconds of an answer that a changing set of
-	// tasks does not touch; taskTTL of one that it does. Both stay at or
-	// below 5 s: proxies and virtual machines of languages that cache
-	// names must not hold a dead address for long.
-	vipTTL  = 5
-	taskTTL = 1
+	// tasks does not touch; taskTTL of one that it does. Proxies and virtual
+	// machines of languages that cache names must not hold a dead address
+	// for long; addresses rest at least as long as they may.
+	vipTTL  = uint32(weft.ServiceNameTTL / time.Second)
+	taskTTL = uint32(weft.TaskNameTTL / time.Second)
 	// maxUDPAnswer bounds an answer on UDP even if the client takes more:
 	// loopback has no fragments, but a bigger answer is better off on TCP.
 	maxUDPAnswer = 4096

@@ -277,6 +277,14 @@ func TestResolvConf(t *testing.T) {
 	r := newRig(t, Config{}, map[netip.AddrPort]*stub{ns1: newStub(t, good)})
 	r.write("nameserver 127.0.0.11\n")
 	r.want("udp", "example.com.", "SERVFAIL")
+	r.write("nameserver 198.51.100.1\nnameserver fe80::1%eth0\n")
+	if got, err := Nameservers(r.conf); err != nil || fmt.Sprint(got) != "[198.51.100.1 fe80::1%eth0]" {
+		t.Errorf("nameservers %v, %v", got, err)
+	}
+	if got, err := Nameservers(r.conf + ".none"); err != nil || got != nil {
+		t.Errorf("nameservers of no file: %v, %v", got, err)
+	}
+	r.write("nameserver 127.0.0.11\n")
 	u := &r.s.fwd.up
 	_, before, err := u.current(time.Now().Add(2 * resolvCheck))
 	if err == nil {

@@ -103,6 +103,28 @@ func (u *upstreams) readLocked() error {
 	return nil
 }
 
+// Nameservers reads the addresses of the nameservers of a resolv.conf(5), at
+// most three. A missing file is none.
+func Nameservers(path string) ([]netip.Addr, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read nameservers: %w", err)
+	}
+	defer f.Close()
+	list, err := parseResolvConf(f, nil)
+	if err != nil {
+		return nil, fmt.Errorf("read nameservers of %s: %w", path, err)
+	}
+	out := make([]netip.Addr, len(list))
+	for i, a := range list {
+		out[i] = a.Addr()
+	}
+	return out, nil
+}
+
 // parseResolvConf returns the nameservers of a resolv.conf(5), at most three,
 // without the excluded. Lines that it does not understand are none of its
 // business.

@@ -37,6 +37,9 @@ type Network struct {
 	// of the bridge in it, where an L2 engine hooks in.
 	NetNS  string
 	Bridge string
+	// IPv6 says that the network has IPv6 addresses, and may have VIPs of
+	// that family.
+	IPv6 bool
 	// Ports are the local tasks' ports on the bridge, where an engine may
 	// meet a task's packets before the bridge does.
 	Ports    []string

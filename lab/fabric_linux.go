@@ -26,6 +26,7 @@ func (p plan) makeSwitch() error {
 	}
 	err := withLinks(file, func(h *netlink.Handle) error {
 		for _, s := range [][2]string{
+			{"net/ipv6/conf/all/forwarding", "1"},
 			{"net/ipv4/ip_forward", "1"},
 			{"net/ipv4/conf/all/rp_filter", "0"},
 			{"net/ipv4/conf/default/rp_filter", "0"},
@@ -43,9 +44,11 @@ func (p plan) makeSwitch() error {
 		if err := h.AddrReplace(lo, address(p.gateway(), 32)); err != nil {
 			return fmt.Errorf("add address %s to the switch: %w", p.gateway(), err)
 		}
-		dead := &netlink.Route{Dst: prefix(p.subnet), Type: unix.RTN_BLACKHOLE}
-		if err := h.RouteReplace(dead); err != nil {
-			return fmt.Errorf("add blackhole route %s to the switch: %w", p.subnet, err)
+		for _, s := range []netip.Prefix{p.subnet, p.subnet6} {
+			dead := &netlink.Route{Dst: prefix(s), Type: unix.RTN_BLACKHOLE}
+			if err := h.RouteReplace(dead); err != nil {
+				return fmt.Errorf("add blackhole route %s to the switch: %w", s, err)
+			}
 		}
 		return nil
 	})
@@ -60,17 +63,22 @@ type wire struct {
 	file  string // of the namespace at the far end
 	port  string // name of the switch's end
 	mac   net.HardwareAddr
-	addr  netip.Prefix // of the far end
-	gate  netip.Addr   // default route of the far end
+	addr  netip.Prefix // of the far end; invalid = no IPv4
+	addr6 netip.Prefix
+	gate  netip.Addr   // IPv4 default route of the far end
 	local netip.Prefix // address of the switch's end; invalid = none
 	mtu   int
 }
 
-func (p plan) hostWire(h Host, mtu int) wire {
-	return wire{
-		file: h.Paths.NetNS, port: portName(h.Index), mac: h.MAC,
-		addr: netip.PrefixFrom(h.Addr, p.subnet.Bits()), gate: p.gateway(), mtu: mtu,
+func (p plan) hostWire(h Host, r record) wire {
+	w := wire{
+		file: h.Paths.NetNS, port: portName(h.Index), mac: h.MAC, mtu: or(r.HostMTU[h.Name], r.MTU),
+		addr: netip.PrefixFrom(h.Addr, p.subnet.Bits()), gate: p.gateway(), addr6: netip.PrefixFrom(h.Addr6, p.subnet6.Bits()),
 	}
+	if r.only6() {
+		w.addr = netip.Prefix{}
+	}
+	return w
 }
 
 func (p plan) clientWire(mtu int) wire {
@@ -78,7 +86,7 @@ func (p plan) clientWire(mtu int) wire {
 	return wire{
 		file: p.netnsFile(clientName), port: clientPort, mac: net.HardwareAddr{0x02, 'w', 'l', b[2], 1, 7},
 		addr: netip.PrefixFrom(ClientAddr, clientSubnet.Bits()), gate: clientGate,
-		local: netip.PrefixFrom(clientGate, clientSubnet.Bits()), mtu: mtu,
+		local: netip.PrefixFrom(clientGate, clientSubnet.Bits()), addr6: netip.PrefixFrom(ClientAddr6, 64), mtu: mtu,
 	}
 }
 
@@ -116,10 +124,16 @@ func (p plan) plug(w wire) error {
 		if err != nil {
 			return fmt.Errorf("find link: %w", err)
 		}
+		if err := w.plug6(h, link); err != nil {
+			return err
+		}
 		if w.local.IsValid() {
 			if err := h.AddrReplace(link, address(w.local.Addr(), w.local.Bits())); err != nil {
 				return fmt.Errorf("add address %s: %w", w.local, err)
 			}
+			return nil
+		}
+		if !w.addr.IsValid() {
 			return nil
 		}
 		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: prefix(netip.PrefixFrom(w.addr.Addr(), 32)), Scope: netlink.SCOPE_LINK}
@@ -130,10 +144,48 @@ func (p plan) plug(w wire) error {
 	})
 }
 
+// plug6 is the switch's end over IPv6: a gateway address that all links share,
+// and the route to the one address behind this link.
+func (w wire) plug6(h *netlink.Handle, link netlink.Link) error {
+	gate := address(linkGate, 64)
+	gate.Flags = unix.IFA_F_NODAD
+	if err := h.AddrReplace(link, gate); err != nil {
+		return fmt.Errorf("add address %s: %w", linkGate, err)
+	}
+	r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: prefix(netip.PrefixFrom(w.addr6.Addr(), 128))}
+	if err := h.RouteReplace(r); err != nil {
+		return fmt.Errorf("add route to %s: %w", w.addr6.Addr(), err)
+	}
+	return nil
+}
+
+// setUpFarEnd6 gives the far end its IPv6 address and sends everything by the
+// switch, as setUpFarEnd does.
+func (w wire) setUpFarEnd6(h *netlink.Handle, link netlink.Link) error {
+	a := address(w.addr6.Addr(), w.addr6.Bits())
+	a.Flags = unix.IFA_F_NOPREFIXROUTE | unix.IFA_F_NODAD
+	if err := h.AddrReplace(link, a); err != nil {
+		return fmt.Errorf("add address %s: %w", w.addr6, err)
+	}
+	for _, dst := range []netip.Prefix{w.addr6.Masked(), netip.PrefixFrom(netip.IPv6Unspecified(), 0)} {
+		r := netlink.Route{LinkIndex: link.Attrs().Index, Dst: prefix(dst), Gw: net.IP(linkGate.AsSlice())}
+		if err := h.RouteReplace(&r); err != nil {
+			return fmt.Errorf("add route %s: %w", r, err)
+		}
+	}
+	return nil
+}
+
 func (w wire) setUpFarEnd(h *netlink.Handle) error {
 	link, err := h.LinkByName(hostLink)
 	if err != nil {
 		return fmt.Errorf("find %s behind %s: %w", hostLink, w.port, err)
+	}
+	if !w.addr.IsValid() {
+		if err := h.LinkSetUp(link); err != nil {
+			return fmt.Errorf("set %s up behind %s: %w", hostLink, w.port, err)
+		}
+		return w.setUpFarEnd6(h, link)
 	}
 	a := address(w.addr.Addr(), w.addr.Bits())
 	a.Flags = unix.IFA_F_NOPREFIXROUTE
@@ -156,7 +208,7 @@ func (w wire) setUpFarEnd(h *netlink.Handle) error {
 			return fmt.Errorf("add route %s: %w", r, err)
 		}
 	}
-	return nil
+	return w.setUpFarEnd6(h, link)
 }
 
 // unplug deletes a host's link; the far end goes with it.
@@ -205,11 +257,13 @@ func (p plan) setMTU(h Host, mtu int) error {
 // cut drops everything that from sends to to, silently, in the switch.
 func (p plan) cut(from, to Host) error {
 	return withLinks(p.netnsFile(switchName), func(h *netlink.Handle) error {
-		r := netlink.NewRule()
-		r.Family, r.Priority, r.Type = netlink.FAMILY_V4, cutPriority, unix.FR_ACT_BLACKHOLE
-		r.IifName, r.Dst = portName(from.Index), prefix(netip.PrefixFrom(to.Addr, 32))
-		if err := h.RuleAdd(r); err != nil && !errors.Is(err, syscall.EEXIST) {
-			return fmt.Errorf("cut %s from %s: %w", from.Name, to.Name, err)
+		for family, a := range map[int]netip.Addr{netlink.FAMILY_V4: p.host(to.Index).Addr, netlink.FAMILY_V6: to.Addr6} {
+			r := netlink.NewRule()
+			r.Family, r.Priority, r.Type = family, cutPriority, unix.FR_ACT_BLACKHOLE
+			r.IifName, r.Dst = portName(from.Index), prefix(netip.PrefixFrom(a, a.BitLen()))
+			if err := h.RuleAdd(r); err != nil && !errors.Is(err, syscall.EEXIST) {
+				return fmt.Errorf("cut %s from %s: %w", from.Name, to.Name, err)
+			}
 		}
 		return nil
 	})
@@ -218,17 +272,19 @@ func (p plan) cut(from, to Host) error {
 // heal removes every cut.
 func (p plan) heal() error {
 	return withLinks(p.netnsFile(switchName), func(h *netlink.Handle) error {
-		rules, err := h.RuleList(netlink.FAMILY_V4)
-		if err != nil {
-			return fmt.Errorf("list rules of the switch: %w", err)
-		}
-		for i := range rules {
-			if rules[i].Priority != cutPriority {
-				continue
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			rules, err := h.RuleList(family)
+			if err != nil {
+				return fmt.Errorf("list rules of the switch: %w", err)
 			}
-			rules[i].Type = unix.FR_ACT_BLACKHOLE
-			if err := h.RuleDel(&rules[i]); err != nil && !errors.Is(err, syscall.ENOENT) {
-				return fmt.Errorf("remove cut %s: %w", rules[i], err)
+			for i := range rules {
+				if rules[i].Priority != cutPriority {
+					continue
+				}
+				rules[i].Type = unix.FR_ACT_BLACKHOLE
+				if err := h.RuleDel(&rules[i]); err != nil && !errors.Is(err, syscall.ENOENT) {
+					return fmt.Errorf("remove cut %s: %w", rules[i], err)
+				}
 			}
 		}
 		return nil

@@ -105,7 +105,7 @@ func (l *Lab) Host(name string) (Host, error) {
 	if err != nil {
 		return Host{}, err
 	}
-	return l.plan.host(i), nil
+	return r.hosts(l.plan)[i-1], nil
 }
 
 // Hosts lists all hosts of the lab; ErrNotFound when there is no lab.
@@ -114,7 +114,7 @@ func (l *Lab) Hosts() ([]Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.plan.hosts(r.Hosts), nil
+	return r.hosts(l.plan), nil
 }
 
 // ClientNetNS is the namespace file of the outside client.
@@ -265,7 +265,7 @@ func (l *Lab) makeFabric(r record) error {
 		if isDown(h) {
 			continue
 		}
-		if err := l.plan.connect(l.plan.hostWire(h, or(r.HostMTU[h.Name], r.MTU))); err != nil {
+		if err := l.plan.connect(l.plan.hostWire(h, r)); err != nil {
 			return err
 		}
 	}
@@ -277,7 +277,7 @@ func (l *Lab) makeFabric(r record) error {
 func (l *Lab) bringUp(ctx context.Context, r *record) error {
 	g, gctx := errgroup.WithContext(ctx)
 	infos := make([]NodeInfo, r.Hosts)
-	hosts := l.plan.hosts(r.Hosts)
+	hosts := r.hosts(l.plan)
 	for i, h := range hosts {
 		if isDown(h) {
 			continue

@@ -34,7 +34,7 @@ func (l *Lab) List(ctx context.Context) ([]Status, []Cut, error) {
 		return nil, nil, err
 	}
 	var out []Status
-	for _, h := range l.plan.hosts(r.Hosts) {
+	for _, h := range r.hosts(l.plan) {
 		s := Status{Host: h, Down: isDown(h)}
 		if s.PID, err = daemonPID(h); err != nil {
 			return nil, nil, err

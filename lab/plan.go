@@ -36,9 +36,21 @@ const (
 	clientPort = "client"
 )
 
+// Underlays of a lab.
+const (
+	// UnderlayIPv4: daemons advertise IPv4; hosts have IPv6 addresses, too.
+	UnderlayIPv4 = "ipv4"
+	// UnderlayIPv6: hosts have no IPv4 address at all.
+	UnderlayIPv6 = "ipv6"
+)
+
+// linkGate is the switch as hosts see it over IPv6, on every link.
+var linkGate = netip.MustParseAddr("fe80::1")
+
 // ClientAddr is the outside client: it belongs to no cluster and is routed to
-// every host (TEST-NET-2, RFC 5737).
+// every host (TEST-NET-2, RFC 5737; over IPv6 RFC 3849's range).
 var (
+	ClientAddr6  = netip.MustParseAddr("2001:db8:64::7")
 	ClientAddr   = netip.MustParseAddr("198.51.100.7")
 	clientSubnet = netip.MustParsePrefix("198.51.100.0/24")
 	clientGate   = netip.MustParseAddr("198.51.100.1")
@@ -53,7 +65,8 @@ var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?$`)
 type Host struct {
 	Index int // from 1
 	Name  string
-	Addr  netip.Addr
+	Addr  netip.Addr // of the underlay: what its daemon advertises
+	Addr6 netip.Addr // of IPv6; the same as Addr on an IPv6 underlay
 	MAC   net.HardwareAddr
 	Paths HostPaths
 }
@@ -76,6 +89,7 @@ type plan struct {
 	runDir  string // of this lab
 	dataDir string
 	subnet  netip.Prefix
+	subnet6 netip.Prefix
 }
 
 func newPlan(name, runBase, dataBase string) (plan, error) {
@@ -98,6 +112,7 @@ func newPlan(name, runBase, dataBase string) (plan, error) {
 		runDir:  filepath.Join(runBase, name),
 		dataDir: filepath.Join(dataBase, name),
 		subnet:  netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 99, third, 0}), 24),
+		subnet6: netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x99, 7: third}), 64),
 	}, nil
 }
 
@@ -107,7 +122,13 @@ func (p plan) addr(last byte) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// gateway is the switch as the hosts see it.
+func (p plan) addr6(last byte) netip.Addr {
+	b := p.subnet6.Addr().As16()
+	b[15] = last
+	return netip.AddrFrom16(b)
+}
+
+// gateway is the switch as the hosts see it over IPv4.
 func (p plan) gateway() netip.Addr { return p.addr(254) }
 
 func (p plan) host(index int) Host {
@@ -117,6 +138,7 @@ func (p plan) host(index int) Host {
 		Index: index,
 		Name:  name,
 		Addr:  p.addr(byte(index)),
+		Addr6: p.addr6(byte(index)),
 		// Locally administered (IEEE 802, bit 1 of the first byte).
 		MAC: net.HardwareAddr{0x02, 'w', 'l', b[2], 0, byte(index)},
 		Paths: HostPaths{
@@ -169,6 +191,8 @@ type Spec struct {
 	// each daemon choose by its own probe.
 	OverlayEngine string
 	ServiceEngine string
+	// Underlay is UnderlayIPv4 or UnderlayIPv6; fixed when the lab is made.
+	Underlay string
 	// EncryptionEngine likewise.
 	EncryptionEngine string
 }
@@ -185,7 +209,8 @@ type record struct {
 	OverlayEngine string             `json:"overlayEngine,omitempty"`
 	ServiceEngine string             `json:"serviceEngine,omitempty"`
 	CryptEngine   string             `json:"encryptionEngine,omitempty"`
-	Nodes         map[string]weft.ID `json:"nodes,omitempty"` // host name to node id, once it is a member
+	Underlay      string             `json:"underlay,omitempty"` // "" = UnderlayIPv4
+	Nodes         map[string]weft.ID `json:"nodes,omitempty"`    // host name to node id, once it is a member
 	HostMTU       map[string]int     `json:"hostMTU,omitempty"`
 }
 
@@ -218,8 +243,24 @@ func (r record) validate() error {
 		return fmt.Errorf("managers %d: the lab has only %d hosts: %w", r.Managers, r.Hosts, weft.ErrInvalid)
 	case r.MTU < minMTU || r.MTU > maxMTU:
 		return fmt.Errorf("mtu %d: want %d to %d bytes: %w", r.MTU, minMTU, maxMTU, weft.ErrInvalid)
+	case !slices.Contains([]string{"", UnderlayIPv4, UnderlayIPv6}, r.Underlay):
+		return fmt.Errorf("underlay %q: want %s or %s: %w", r.Underlay, UnderlayIPv4, UnderlayIPv6, weft.ErrInvalid)
 	}
 	return nil
+}
+
+// only6 reports whether the lab has no IPv4.
+func (r record) only6() bool { return r.Underlay == UnderlayIPv6 }
+
+// hosts are the lab's hosts with the address of its underlay.
+func (r record) hosts(p plan) []Host {
+	hs := p.hosts(r.Hosts)
+	for i := range hs {
+		if r.only6() {
+			hs[i].Addr = hs[i].Addr6
+		}
+	}
+	return hs
 }
 
 // merge applies a Spec to what is there (nil for a new lab). It refuses every
@@ -228,7 +269,7 @@ func merge(old *record, s Spec) (record, error) {
 	if old == nil {
 		r := record{
 			Version: recordVersion, Hosts: or(s.Hosts, DefaultHosts), Managers: or(s.Managers, 1), MTU: or(s.MTU, DefaultMTU),
-			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine, CryptEngine: s.EncryptionEngine,
+			OverlayEngine: s.OverlayEngine, ServiceEngine: s.ServiceEngine, CryptEngine: s.EncryptionEngine, Underlay: s.Underlay,
 		}
 		return r, r.validate()
 	}
@@ -247,6 +288,8 @@ func merge(old *record, s Spec) (record, error) {
 		return record{}, fixed("overlay-engine", s.OverlayEngine, or(r.OverlayEngine, "the daemon's choice"))
 	case s.ServiceEngine != "" && s.ServiceEngine != r.ServiceEngine:
 		return record{}, fixed("service-engine", s.ServiceEngine, or(r.ServiceEngine, "the daemon's choice"))
+	case s.Underlay != "" && s.Underlay != or(r.Underlay, UnderlayIPv4):
+		return record{}, fixed("underlay", s.Underlay, or(r.Underlay, UnderlayIPv4))
 	case s.EncryptionEngine != "" && s.EncryptionEngine != r.CryptEngine:
 		return record{}, fixed("encryption-engine", s.EncryptionEngine, or(r.CryptEngine, "the daemon's choice"))
 	}

@@ -20,10 +20,10 @@ const (
 	portPublished          = 8097
 )
 
-// TestPortElsewhere forms a cluster in which no node has the usual cluster port,
+// TestLabPortElsewhere forms a cluster in which no node has the usual cluster port,
 // with what the commands print, and does what needs a way from the leader to the
 // others.
-func TestPortElsewhere(t *testing.T) {
+func TestLabPortElsewhere(t *testing.T) {
 	r := newRig(t, "t-port")
 	for _, h := range []string{"h3", "h2", "h1"} {
 		r.must(r.on(h, "swarm", "leave", "--force")...)

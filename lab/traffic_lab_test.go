@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -152,38 +153,90 @@ func ask(addr string) func(context.Context) error {
 	}
 }
 
-// lookup asks the resolver of the namespace for the address of a name
-// (RFC 1035 section 4).
+// lookup asks the resolver of the namespace for the address of a name.
 func lookup(name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, askLimit/4)
+		defer cancel()
+		_, err := resolve(ctx, name)
+		return err
+	}
+}
+
+// resolve asks the resolver of the namespace for the IPv4 addresses of a name
+// (RFC 1035 section 4). No address is an error.
+func resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	q := bits.BigEndian.AppendUint16(nil, 0x7766)
 	q = append(q, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0) // recursion desired, one question
 	for label := range strings.SplitSeq(name, ".") {
 		q = append(append(q, byte(len(label))), label...)
 	}
 	q = append(q, 0, 0, 1, 0, 1) // A, IN
-	return func(ctx context.Context) error {
-		var d net.Dialer
-		c, err := d.DialContext(ctx, "udp", "127.0.0.11:53")
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		if err := c.SetDeadline(time.Now().Add(askLimit / 4)); err != nil {
-			return err
-		}
-		if _, err := c.Write(q); err != nil {
-			return err
-		}
-		b := make([]byte, 512)
-		n, err := c.Read(b)
-		if err != nil {
-			return err
-		}
-		if n < 12 || b[3]&0x0f != 0 || bits.BigEndian.Uint16(b[6:]) == 0 {
-			return fmt.Errorf("name %s: rcode %d, %d answers", name, b[3]&0x0f, bits.BigEndian.Uint16(b[6:]))
-		}
-		return nil
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "udp", "127.0.0.11:53")
+	if err != nil {
+		return nil, err
 	}
+	defer c.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := c.SetDeadline(deadline); err != nil {
+			return nil, err
+		}
+	}
+	if _, err := c.Write(q); err != nil {
+		return nil, err
+	}
+	b := make([]byte, 4096)
+	n, err := c.Read(b)
+	if err != nil {
+		return nil, err
+	}
+	if n < len(q) || b[3]&0x0f != 0 {
+		return nil, fmt.Errorf("name %s: rcode %d", name, b[3]&0x0f)
+	}
+	addrs := answersIn(b[len(q):n], int(bits.BigEndian.Uint16(b[6:])))
+	if len(addrs) == 0 {
+		return nil, fmt.Errorf("name %s has no address", name)
+	}
+	return addrs, nil
+}
+
+// answersIn are the addresses of up to n resource records (RFC 1035 section
+// 4.1.3).
+func answersIn(b []byte, n int) (out []netip.Addr) {
+	const fixed = 10 // type, class, TTL, length
+	for ; n > 0; n-- {
+		if b = afterName(b); len(b) < fixed {
+			return out
+		}
+		kind, size := bits.BigEndian.Uint16(b), int(bits.BigEndian.Uint16(b[8:]))
+		if len(b) < fixed+size {
+			return out
+		}
+		if kind == 1 && size == 4 {
+			out = append(out, netip.AddrFrom4([4]byte(b[fixed:])))
+		}
+		b = b[fixed+size:]
+	}
+	return out
+}
+
+// afterName skips a name: labels up to an empty one or a pointer (RFC 1035
+// section 4.1.4).
+func afterName(b []byte) []byte {
+	for len(b) > 0 {
+		switch size := int(b[0]); {
+		case size == 0:
+			return b[1:]
+		case size&0xc0 == 0xc0 && len(b) >= 2:
+			return b[2:]
+		case size+1 > len(b):
+			return nil
+		default:
+			b = b[size+1:]
+		}
+	}
+	return nil
 }
 
 // replica is one running container of a service.

@@ -6,20 +6,18 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ipam"
 	"github.com/weftnet/weft/orchestrator/state"
 )
 
-// rest is how long the subnet and VNI of a removed network are not chosen
-// again: nodes that have not heard yet still hold tunnels under them.
-const rest = 60 * time.Second
-
 // allocator holds the addresses of one term: those in the state and those of
 // commands under way. Subnets, VNIs and ports need no memory, they are chosen
 // from a view, one edit at a time.
+//
+// An address is free, held or resting. It goes to rest when the state says so
+// and is free again when the state has forgotten that; see rest.go.
 type allocator struct {
 	// mu guards: all fields. API calls and the leader's loop allocate at
 	// the same time.
@@ -27,24 +25,19 @@ type allocator struct {
 	spaces map[weft.ID]*space
 	// held is what each owner (task, service or node) has.
 	held map[weft.ID][]weft.Attachment
-	// resting networks, by the time they were seen removed.
-	resting map[weft.ID]restingNetwork
 }
 
 type space struct {
 	net   weft.Network
-	addrs *families
-}
-
-type restingNetwork struct {
-	net   weft.Network
-	since time.Time
+	addrs *families // held and resting ones are taken
+	// resting addresses, with the log index at which they were freed.
+	resting map[netip.Addr]uint64
 }
 
 func host(a netip.Addr, s weft.Subnet) netip.Prefix { return netip.PrefixFrom(a, s.Prefix.Bits()) }
 
 func newAllocator(v *state.Snapshot) *allocator {
-	a := &allocator{spaces: map[weft.ID]*space{}, held: map[weft.ID][]weft.Attachment{}, resting: map[weft.ID]restingNetwork{}}
+	a := &allocator{spaces: map[weft.ID]*space{}, held: map[weft.ID][]weft.Attachment{}}
 	for _, n := range v.Networks() {
 		a.spaceLocked(n)
 	}
@@ -67,13 +60,16 @@ func newAllocator(v *state.Snapshot) *allocator {
 			a.keepLocked(t.ID, at)
 		}
 	}
+	for id := range a.spaces {
+		a.restLocked(v, id)
+	}
 	return a
 }
 
 func (a *allocator) spaceLocked(n weft.Network) *space {
 	s, ok := a.spaces[n.ID]
 	if !ok {
-		s = &space{net: n, addrs: newFamilies(n.Spec)}
+		s = &space{net: n, addrs: newFamilies(n.Spec), resting: map[netip.Addr]uint64{}}
 		a.spaces[n.ID] = s
 	}
 	return s
@@ -93,18 +89,20 @@ func (a *allocator) keepLocked(owner weft.ID, at weft.Attachment) {
 	a.held[owner] = append(a.held[owner], at)
 }
 
-// attach chooses addresses on each network for owner: all or none.
+// attach chooses addresses on each network for owner: all or none. A network
+// without a free address is a *fullError.
 func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attachment, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var got []weft.Attachment
 	for _, n := range networks {
-		at, err := a.spaceLocked(n).addrs.next(n.ID)
+		s := a.spaceLocked(n)
+		at, err := s.addrs.next(n.ID)
 		if err != nil {
 			for _, g := range got {
 				a.spaces[g.Network].addrs.free(g)
 			}
-			return nil, fmt.Errorf("choose address on network %s: %w", n.Spec.Name, err)
+			return nil, &fullError{net: n, usage: s.usage()}
 		}
 		got = append(got, at)
 	}
@@ -114,21 +112,29 @@ func (a *allocator) attach(owner weft.ID, networks []weft.Network) ([]weft.Attac
 	return got, nil
 }
 
-// release frees what owner holds, except the addresses to keep.
-func (a *allocator) release(owner weft.ID, keep ...weft.Attachment) {
+// release takes from owner what it holds, except the addresses to keep. What
+// rests by the view v, which must be newer than the change that took it off its
+// owner, is not free yet; what never came into the state is.
+func (a *allocator) release(v *state.Snapshot, owner weft.ID, keep ...weft.Attachment) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var left []weft.Attachment
-next:
 	for _, h := range a.held[owner] {
-		for _, k := range keep {
-			if h == k {
-				left = append(left, h)
-				continue next
-			}
+		if slices.Contains(keep, h) {
+			left = append(left, h)
+			continue
 		}
-		if s, ok := a.spaces[h.Network]; ok {
-			s.addrs.free(h)
+		s, ok := a.spaces[h.Network]
+		if !ok {
+			continue
+		}
+		for _, p := range h.Addrs() {
+			addr := p.Addr().Unmap()
+			if r, rests := v.RestingAddr(h.Network, addr); rests {
+				s.resting[addr] = r.Index
+			} else {
+				s.addrs.Free(addr)
+			}
 		}
 	}
 	if len(left) == 0 {
@@ -138,10 +144,45 @@ next:
 	a.held[owner] = left
 }
 
-// follow takes in which networks there are: removed ones lose their space and
-// their numbers rest. The loop and edits call it, each with a view of its own:
-// one that is missing in a view older than itself was not removed.
-func (a *allocator) follow(v *state.Snapshot, now time.Time) {
+// restLocked takes in which addresses of a network rest. It reports whether any
+// has become free. What an owner holds is left to release.
+func (a *allocator) restLocked(v *state.Snapshot, network weft.ID) (freed bool) {
+	s, ok := a.spaces[network]
+	if !ok {
+		return false
+	}
+	rests := map[netip.Addr]bool{}
+	for _, r := range v.Resting(network) {
+		rests[r.Addr] = true
+		if _, known := s.resting[r.Addr]; !known && s.addrs.Take(r.Addr) == nil {
+			s.resting[r.Addr] = r.Index
+		}
+	}
+	for addr, index := range s.resting {
+		// An edit may have laid it down after this view.
+		if !rests[addr] && index <= v.Index() {
+			s.addrs.Free(addr)
+			delete(s.resting, addr)
+			freed = true
+		}
+	}
+	return freed
+}
+
+// rest is restLocked for all networks of which something changed.
+func (a *allocator) rest(v *state.Snapshot, networks map[weft.ID]struct{}) (freed bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id := range networks {
+		freed = a.restLocked(v, id) || freed
+	}
+	return freed
+}
+
+// follow takes in which networks there are: removed ones lose their space. The
+// loop and edits call it, each with a view of its own: one that is missing in a
+// view older than itself was not removed.
+func (a *allocator) follow(v *state.Snapshot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	exists := map[weft.ID]bool{}
@@ -151,28 +192,9 @@ func (a *allocator) follow(v *state.Snapshot, now time.Time) {
 	}
 	for id, s := range a.spaces {
 		if !exists[id] && s.net.Meta.Index <= v.Index() {
-			a.resting[id] = restingNetwork{net: s.net, since: now}
 			delete(a.spaces, id)
 		}
 	}
-	for id, r := range a.resting {
-		if now.Sub(r.since) >= rest {
-			delete(a.resting, id)
-		}
-	}
-}
-
-// rested lists the networks that were removed less than rest ago.
-func (a *allocator) rested(now time.Time) []weft.Network {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	var out []weft.Network
-	for _, r := range a.resting {
-		if now.Sub(r.since) < rest {
-			out = append(out, r.net)
-		}
-	}
-	return out
 }
 
 // pickIngress chooses the subnet of the ingress network: 10.255.0.0/16 if it is
@@ -213,10 +235,29 @@ func usedPrefixes(v *state.Snapshot) []ipam.Named {
 	}
 	for _, n := range v.Nodes() {
 		for _, p := range n.Description.UsedPrefixes {
-			used = append(used, ipam.Named{What: "a route or address of node " + nodeName(n), Prefix: p})
+			used = append(used, ipam.Named{What: "a route, address or resolver of node " + nodeName(n), Prefix: p})
+		}
+		for _, a := range nodeAddrs(&n) {
+			used = append(used, ipam.Named{What: "the address of node " + nodeName(n), Prefix: netip.PrefixFrom(a, a.BitLen())})
 		}
 	}
 	return used
+}
+
+// nodeAddrs are the addresses by which other nodes reach n. Behind a NAT the
+// node itself does not know them.
+func nodeAddrs(n *weft.Node) []netip.Addr {
+	all := []netip.Addr{n.Status.Addr, n.DataPath}
+	if n.Manager != nil {
+		all = append(all, n.Manager.Addr.Addr())
+	}
+	var out []netip.Addr
+	for _, a := range all {
+		if a.IsValid() && !slices.Contains(out, a.Unmap()) {
+			out = append(out, a.Unmap())
+		}
+	}
+	return out
 }
 
 func nodeName(n weft.Node) string {

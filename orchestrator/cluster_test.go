@@ -265,23 +265,29 @@ type agent struct {
 	id   weft.ID
 	name string
 	addr netip.Addr
-	port uint16 // told when a session opens; changed only while it is stopped
+	port uint16         // told when a session opens; changed only while it is stopped
+	used []netip.Prefix // on its host
 
 	// mu guards: fields below.
-	mu     sync.Mutex
-	tasks  map[weft.ID]weft.Task
-	states map[weft.ID]weft.TaskState // last to report
-	cancel context.CancelFunc
-	done   chan struct{}
+	mu       sync.Mutex
+	tasks    map[weft.ID]weft.Task
+	networks map[weft.ID]bool
+	states   map[weft.ID]weft.TaskState // last to report
+	index    uint64                     // of the assignments that are carried out
+	newest   uint64                     // and of those that were heard
+	frozen   bool                       // the data plane stands still
+	cancel   context.CancelFunc
+	done     chan struct{}
 }
 
-func (r *rig) worker(i int) *agent {
+// worker joins; used are ranges in use on its host.
+func (r *rig) worker(i int, used ...netip.Prefix) *agent {
 	r.t.Helper()
 	addr := netip.AddrFrom4([4]byte{10, 99, 1, byte(i)})
 	resp, err := r.leader().Admit(r.ctx, wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("csr"),
 		Hostname: fmt.Sprintf("w%d", i)}, addr)
 	r.must(err)
-	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
+	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, used: used, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
 	a.start()
 	return a
 }
@@ -316,7 +322,7 @@ func (a *agent) sessions(ctx context.Context) {
 	for ctx.Err() == nil {
 		a.anyLeader(func(m *member) error {
 			return m.Session(ctx, a.id, wire.SessionRequest{Version: wire.ProtocolVersion, Description: weft.NodeDescription{
-				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30,
+				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30, UsedPrefixes: a.used,
 			}, Addr: a.addr, Port: a.port}, a.take)
 		})
 		select {
@@ -330,7 +336,13 @@ func (a *agent) take(s wire.Assignments) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if s.Full {
-		a.tasks = map[weft.ID]weft.Task{}
+		a.tasks, a.networks = map[weft.ID]weft.Task{}, map[weft.ID]bool{}
+	}
+	for _, n := range s.Networks {
+		a.networks[n.ID] = true
+	}
+	for _, id := range s.GoneNetworks {
+		delete(a.networks, id)
 	}
 	for _, t := range s.Tasks {
 		a.tasks[t.ID] = t
@@ -342,6 +354,9 @@ func (a *agent) take(s wire.Assignments) error {
 		case !t.Status.State.Ended() && a.states[t.ID] < weft.TaskRunning:
 			a.states[t.ID] = weft.TaskRunning
 		}
+	}
+	if a.newest = s.Index; !a.frozen {
+		a.index = s.Index
 	}
 	for _, id := range s.GoneTasks {
 		delete(a.tasks, id)
@@ -359,6 +374,7 @@ func (a *agent) reports(ctx context.Context) {
 		}
 		rep := wire.Report{Listeners: []weft.Listener{{Protocol: weft.TCP, Port: 22}}}
 		a.mu.Lock()
+		rep.Applied = a.index
 		for id, s := range a.states {
 			rep.Tasks = append(rep.Tasks, wire.TaskReport{Task: id, Status: weft.TaskStatus{State: s, At: time.Unix(1, 0), Message: "by the fake"}})
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ipam"
@@ -50,16 +49,14 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	if _, taken := v.NetworkByName(spec.Name); taken {
 		return none, fmt.Errorf("network with name %s already exists: %w", spec.Name, weft.ErrConflict)
 	}
-	now := time.Now()
-	t.alloc.follow(v, now) // the loop may not have seen the newest removal
 	var changes []state.Change
 	if spec.IPv6 {
 		changes = withULA(v)
 	}
-	if spec.Subnets, err = t.chooseSubnets(v, &spec, changes, now); err != nil {
+	if spec.Subnets, err = chooseSubnets(v, &spec, changes); err != nil {
 		return none, err
 	}
-	vni, err := t.chooseVNI(v, now)
+	vni, err := chooseVNI(v)
 	if err != nil {
 		return none, fmt.Errorf("network %s: choose VNI: %w", spec.Name, err)
 	}
@@ -88,7 +85,7 @@ func withULA(v *state.Snapshot) []state.Change {
 // chooseSubnets gives a network a subnet of each family that it is to have, IPv4
 // first. first are changes that go before it and may bring the cluster's IPv6
 // range.
-func (t *term) chooseSubnets(v *state.Snapshot, spec *weft.NetworkSpec, first []state.Change, now time.Time) ([]weft.Subnet, error) {
+func chooseSubnets(v *state.Snapshot, spec *weft.NetworkSpec, first []state.Change) ([]weft.Subnet, error) {
 	c, _ := v.Cluster()
 	for _, f := range first {
 		c = *f.Cluster
@@ -100,7 +97,7 @@ func (t *term) chooseSubnets(v *state.Snapshot, spec *weft.NetworkSpec, first []
 		}
 		s, given, err := givenSubnet(v, spec, is6)
 		if err == nil && !given {
-			s, err = t.chooseSubnet(v, &c, is6, now)
+			s, err = chooseSubnet(v, &c, is6)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("network %s: %w", spec.Name, err)
@@ -127,7 +124,7 @@ func givenSubnet(v *state.Snapshot, spec *weft.NetworkSpec, is6 bool) (s weft.Su
 	return s, true, nil
 }
 
-func (t *term) chooseSubnet(v *state.Snapshot, c *weft.Cluster, is6 bool, now time.Time) (weft.Subnet, error) {
+func chooseSubnet(v *state.Snapshot, c *weft.Cluster, is6 bool) (weft.Subnet, error) {
 	pick := ipam.Pools{Prefixes: c.AddrPools, MaskLength: c.MaskLength}.Pick
 	if is6 {
 		pick = func(used []netip.Prefix) (netip.Prefix, error) { return ipam.Pick6(c.ULA, used) }
@@ -137,27 +134,28 @@ func (t *term) chooseSubnet(v *state.Snapshot, c *weft.Cluster, is6 bool, now ti
 		in = append(in, u.Prefix)
 	}
 	careful := slices.Clone(in)
-	for _, n := range t.alloc.rested(now) {
-		for _, s := range n.Spec.Subnets {
+	for _, n := range v.RestingNetworks() {
+		for _, s := range n.Subnets {
 			careful = append(careful, s.Prefix)
 		}
 	}
 	p, err := pick(careful)
 	if err != nil {
-		p, err = pick(in) // better a subnet that has not rested than none
-	}
-	if err != nil {
+		if p, soon := pick(in); soon == nil {
+			return weft.Subnet{}, fmt.Errorf("choose subnet: %s is free but rests: its network was removed a moment ago and nodes may hold tunnels of it, for %s at most; try again, or give the subnet: %w",
+				p, restBound, weft.ErrUnavailable)
+		}
 		return weft.Subnet{}, fmt.Errorf("choose subnet: %w", err)
 	}
 	return weft.Subnet{Prefix: p, Gateway: p.Addr().Next()}, nil
 }
 
-func (t *term) chooseVNI(v *state.Snapshot, now time.Time) (uint32, error) {
+func chooseVNI(v *state.Snapshot) (uint32, error) {
 	used := map[uint32]bool{weft.IngressVNI: true}
 	for _, n := range v.Networks() {
 		used[n.VNI] = true
 	}
-	for _, n := range t.alloc.rested(now) {
+	for _, n := range v.RestingNetworks() {
 		used[n.VNI] = true
 	}
 	return ipam.PickVNI(used)

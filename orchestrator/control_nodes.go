@@ -3,6 +3,7 @@ package orchestrator
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -20,11 +21,29 @@ const reachableFor = 3 * time.Second
 func (m *Manager) Nodes(ctx context.Context) ([]weft.Node, error) {
 	return read(m, ctx, func(v *state.Snapshot, t *term) ([]weft.Node, error) {
 		nodes := v.Nodes()
+		networks := v.Networks()
 		for i := range nodes {
 			t.decorate(&nodes[i], time.Now())
+			refuseNetworks(&nodes[i], networks)
 		}
 		return nodes, nil
 	})
+}
+
+// refuseNetworks says in a node's message which networks its host leaves no room
+// for.
+func refuseNetworks(n *weft.Node, networks []weft.Network) {
+	if n.Status.State != weft.NodeReady || n.Status.Message != "" {
+		return
+	}
+	var refused []string
+	for i := range networks {
+		if used, ok := n.Conflict(&networks[i]); ok {
+			refused = append(refused, fmt.Sprintf("network %s (%s) is refused here: it overlaps %s in use on the host",
+				networks[i].Spec.Name, networks[i].Spec.Subnets[0].Prefix, used))
+		}
+	}
+	n.Status.Message = strings.Join(refused, "; ")
 }
 
 func (t *term) decorate(n *weft.Node, now time.Time) {

@@ -2,6 +2,7 @@ package orchestrator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -61,11 +62,14 @@ func (t *term) createService(ctx context.Context, spec weft.ServiceSpec) (weft.S
 	if svc.Ports, err = choosePorts(v, c, &spec, nil); err != nil {
 		return none, err
 	}
+	if err := t.checkRoom(v, svc.ID, &spec, nil); err != nil {
+		return none, err
+	}
 	if svc.VIPs, err = t.chooseVIPs(v, &svc, nil); err != nil {
 		return none, err
 	}
 	if err := t.prop.one(ctx, []state.Change{{Service: &svc}}); err != nil {
-		t.alloc.release(svc.ID)
+		t.alloc.release(t.store.View(), svc.ID)
 		return none, fmt.Errorf("create service %s: %w", spec.Name, err)
 	}
 	return t.stored(svc.ID, spec.Name)
@@ -113,14 +117,17 @@ func (t *term) updateService(ctx context.Context, id weft.ID, index uint64, spec
 	if svc.Ports, err = choosePorts(v, c, &spec, &old); err != nil {
 		return none, err
 	}
+	if err := t.checkRoom(v, id, &spec, &old.Spec); err != nil {
+		return none, err
+	}
 	if svc.VIPs, err = t.chooseVIPs(v, &svc, old.VIPs); err != nil {
 		return none, err
 	}
 	if err := t.prop.one(ctx, []state.Change{{Service: &svc}}); err != nil {
-		t.alloc.release(id, attachments(old.VIPs)...)
+		t.alloc.release(t.store.View(), id, attachments(old.VIPs)...)
 		return none, fmt.Errorf("update service %s: %w", spec.Name, err)
 	}
-	t.alloc.release(id, attachments(svc.VIPs)...)
+	t.alloc.release(t.store.View(), id, attachments(svc.VIPs)...)
 	return t.stored(id, spec.Name)
 }
 
@@ -137,7 +144,7 @@ func (t *term) removeService(ctx context.Context, id weft.ID) error {
 	if err := t.prop.one(ctx, []state.Change{{Delete: &state.Ref{Kind: state.KindService, ID: id}}}); err != nil {
 		return fmt.Errorf("remove service %s: %w", s.Spec.Name, err)
 	}
-	t.alloc.release(id)
+	t.alloc.release(t.store.View(), id)
 	return nil
 }
 
@@ -190,6 +197,10 @@ func (t *term) chooseVIPs(v *state.Snapshot, svc *weft.Service, old []weft.VIP) 
 	}
 	fresh, err := t.alloc.attach(svc.ID, missing)
 	if err != nil {
+		var full *fullError
+		if errors.As(err, &full) {
+			err = t.explainFull(v, full.net, "its virtual address")
+		}
 		return nil, fmt.Errorf("choose virtual address of service %s: %w", svc.Spec.Name, err)
 	}
 	for _, f := range fresh {

@@ -303,53 +303,6 @@ func TestNodeAndClusterCalls(t *testing.T) {
 	})
 }
 
-func TestAgentsGetAddressesOfBrokenNetworksLater(t *testing.T) {
-	inBubble(t, func(t *testing.T, r *rig) {
-		r.boot(1)
-		m, ctx := r.managers[0], r.ctx
-		w := r.worker(1)
-		defer w.crash()
-		// A /29 has four addresses for a VIP and tasks besides its own.
-		_, err := m.CreateNetwork(ctx, weft.NetworkSpec{Name: "tiny", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.70.0.0/29")}}})
-		r.must(err)
-		spec := webSpec("web", 8)
-		spec.Networks = []weft.NetworkTarget{{Network: "tiny"}}
-		svc, err := m.CreateService(ctx, spec)
-		r.must(err)
-		time.Sleep(2 * time.Second)
-		list, err := m.Tasks(ctx, weft.TaskFilter{Services: []weft.ID{svc.ID}})
-		r.must(err)
-		run, waiting := 0, 0
-		for _, k := range list.Tasks {
-			switch {
-			case k.Status.State == weft.TaskRunning:
-				run++
-			case k.Status.State == weft.TaskNew && strings.Contains(k.Status.Err, "tiny"):
-				waiting++
-			}
-		}
-		if run != 4 || waiting != 4 {
-			t.Fatalf("%d run and %d wait for an address", run, waiting)
-		}
-		cur, err := m.Service(ctx, "web")
-		r.must(err)
-		cur.Spec.Replicas = 4
-		_, err = m.UpdateService(ctx, svc.ID, cur.Meta.Index, cur.Spec)
-		r.must(err)
-		r.waitRunning(svc.ID, 4)
-		r.must(m.RemoveService(ctx, svc.ID))
-		again, err := m.CreateService(ctx, spec2(spec, "two", 4))
-		r.must(err)
-		r.waitRunning(again.ID, 4) // when the first one's addresses are free
-		r.checkAllocator()
-	})
-}
-
-func spec2(s weft.ServiceSpec, name string, n uint64) weft.ServiceSpec {
-	s.Name, s.Replicas = name, n
-	return s
-}
-
 func TestTaskLogs(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *rig) {
 		r.boot(1)

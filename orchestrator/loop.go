@@ -18,7 +18,7 @@ const retryGap = 50 * time.Millisecond
 func (t *term) runLoop(ctx context.Context) error {
 	sub := t.store.Subscribe()
 	defer sub.Close()
-	k := newTracker()
+	k, r := newTracker(), &rests{}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -26,9 +26,10 @@ func (t *term) runLoop(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-sub.C():
+		case <-t.confirmed:
 		case <-timer.C:
 		}
-		next, err := t.round(ctx, sub, k)
+		next, err := t.round(ctx, sub, k, r)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -54,37 +55,52 @@ func (t *term) runLoop(ctx context.Context) error {
 	}
 }
 
+// lookAgain wakes the loop: nodes may have dropped what rests.
+func (t *term) lookAgain() {
+	select {
+	case t.confirmed <- struct{}{}:
+	default: // a token is there already
+	}
+}
+
 // round is one pass over everything that changed or is due. It returns when to
 // look again without a change.
-func (t *term) round(ctx context.Context, sub *state.Subscription, k *tracker) (time.Time, error) {
+func (t *term) round(ctx context.Context, sub *state.Subscription, k *tracker, r *rests) (time.Time, error) {
 	c := sub.Take()
 	v := t.store.View()
 	now := time.Now()
-	k.update(&c, v, func(task weft.ID) { t.alloc.release(task) })
+	k.update(&c, v, func(task weft.ID) { t.alloc.release(v, task) })
 	for id := range c.Services {
 		// The addresses of one that stays are settled by the call that edits it.
 		if _, ok := v.Service(id); !ok {
-			t.alloc.release(id)
+			t.alloc.release(v, id)
 		}
 	}
 	for id := range c.Nodes {
 		if _, ok := v.Node(id); !ok {
-			t.alloc.release(id)
+			t.alloc.release(v, id)
 		}
 	}
 	if c.All || len(c.Networks) > 0 {
-		t.alloc.follow(v, now)
+		t.alloc.follow(v)
+	}
+	if t.alloc.rest(v, c.Resting) {
+		k.place = true // a task may have waited for an address
 	}
 	again, err := t.checkNodes(ctx, v, now)
 	if err != nil {
 		return again, err
 	}
+	look, err := t.releaseRested(ctx, v, r, now)
+	if err != nil {
+		return earlier(again, look), err
+	}
 	rotate, err := t.rotateKeys(ctx, v, now)
 	if err != nil {
-		return again, err
+		return earlier(again, look), err
 	}
-	again = earlier(again, rotate)
-	p := &pass{term: t, view: v, k: k, now: now, changes: map[weft.ID][]state.Change{}}
+	again = earlier(again, earlier(look, rotate))
+	p := &pass{term: t, view: v, k: k, now: now, changes: map[weft.ID][]state.Change{}, full: map[weft.ID]error{}}
 	k.due(now)
 	p.run()
 	err = p.commit(ctx)

@@ -55,11 +55,11 @@ func (t *term) admit(ctx context.Context, r wire.AdmitRequest, remote netip.Addr
 	}
 	at, err := t.alloc.attach(n.ID, []weft.Network{ingress})
 	if err != nil {
-		return none, fmt.Errorf("join: choose ingress address: %w", err)
+		return none, fmt.Errorf("join: choose ingress address: %w", t.explainFull(v, ingress, "another node"))
 	}
 	n.IngressAddr, n.IngressAddr6 = at[0].Addr, at[0].Addr6
 	if err := t.prop.one(ctx, []state.Change{{Node: &n}}); err != nil {
-		t.alloc.release(n.ID)
+		t.alloc.release(t.store.View(), n.ID)
 		return none, fmt.Errorf("join: store node: %w", err)
 	}
 	t.log.Info("node admitted", weft.KeyNode, n.ID, "role", role, "hostname", r.Hostname, "addr", n.Status.Addr)

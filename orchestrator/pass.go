@@ -24,6 +24,8 @@ type pass struct {
 	// they are stored.
 	created []*weft.Task
 	changes map[weft.ID][]state.Change // by service
+	// full networks: what one task did not get, the next need not ask for.
+	full map[weft.ID]error
 }
 
 func (p *pass) run() {
@@ -99,7 +101,17 @@ func (p *pass) attach(task weft.ID, svc weft.Service) ([]weft.Attachment, error)
 	if err != nil || len(networks) == 0 {
 		return nil, err
 	}
-	return p.alloc.attach(task, networks)
+	for _, n := range networks {
+		if err := p.full[n.ID]; err != nil {
+			return nil, err
+		}
+	}
+	at, err := p.alloc.attach(task, networks)
+	var full *fullError
+	if errors.As(err, &full) {
+		p.full[full.net.ID] = err
+	}
+	return at, err
 }
 
 // place looks for a node for every task that waits for one.
@@ -123,6 +135,7 @@ func (p *pass) place() {
 		g := groups[k]
 		if g == nil {
 			g = &schedule.Group{Spec: &spec.Spec, Service: t.Service}
+			g.Networks, _ = serviceNetworks(p.view, &spec.Spec) //nolint:errcheck // a network that is gone conflicts with nothing
 			groups[k] = g
 			order = append(order, k)
 		}
@@ -213,7 +226,7 @@ func (p *pass) commit(ctx context.Context) error {
 	}
 	for _, t := range p.created {
 		if failed[t.Service] {
-			p.alloc.release(t.ID)
+			p.alloc.release(p.store.View(), t.ID)
 		}
 	}
 	for id := range p.k.dirty {

@@ -39,6 +39,8 @@ type term struct {
 	alloc    *allocator
 	live     *liveness
 	dispatch *dispatch.Dispatcher
+	// confirmed has a token when nodes may have dropped what rests.
+	confirmed chan struct{}
 	// editing holds one token while nobody edits services or networks or is
 	// admitted: each is checked against all others, so they go one at a time.
 	editing chan struct{}
@@ -47,7 +49,7 @@ type term struct {
 // runTerm leads until ctx ends or something fails.
 func (m *Manager) runTerm(ctx context.Context, r *raft.Raft) error {
 	g, ctx := errgroup.WithContext(ctx)
-	t := &term{m: m, ctx: ctx, raft: r, store: m.store, log: m.cfg.Log, editing: make(chan struct{}, 1)}
+	t := &term{m: m, ctx: ctx, raft: r, store: m.store, log: m.cfg.Log, editing: make(chan struct{}, 1), confirmed: make(chan struct{}, 1)}
 	t.editing <- struct{}{}
 	t.prop = newProposer(ctx, r)
 	g.Go(func() error { return t.prop.run(ctx) })
@@ -81,7 +83,7 @@ func (t *term) prepare(ctx context.Context) error {
 	t.alloc = newAllocator(v)
 	t.live = newLiveness(v, c.Spec.NodeDownAfter, time.Now())
 	t.dispatch = dispatch.New(dispatch.Config{
-		Store: t.store, Propose: t.prop.one, Seen: t.live.seen, Log: t.log,
+		Store: t.store, Propose: t.prop.one, Seen: t.live.seen, Confirmed: t.lookAgain, Log: t.log,
 	})
 	return nil
 }

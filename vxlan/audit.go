@@ -169,6 +169,9 @@ const (
 	stray   = "stray" // there, and not by weft
 )
 
+// notWhole is the reason where an engine's Read tells no better.
+const notWhole = "a part of it was missing or wrong"
+
 // view is one network as it was left and as it was found.
 type view struct {
 	had, left     Network
@@ -246,6 +249,8 @@ func (v *view) findNetwork(op Op) (fault, reason string) {
 		return "", ""
 	case !v.inHad:
 		return missing, FaultGone
+	case v.had.ID == "":
+		return wrong, notWhole
 	}
 	return wrong, fmt.Sprintf("it says that it is network %q", v.had.ID)
 }
@@ -270,6 +275,8 @@ func (v *view) findDevice() (fault, reason string) {
 		return missing, FaultGone
 	case v.had.DeviceFault != "":
 		return wrong, v.had.DeviceFault
+	case v.inLeft && !v.had.VTEP.IsValid():
+		return wrong, notWhole
 	case v.inLeft && !sameDevice(v.had, v.left):
 		return wrong, fmt.Sprintf("tunnel of %s, port %d instead of %s, port %d", v.had.VTEP, v.had.Port, v.left.VTEP, v.left.Port)
 	}
@@ -334,6 +341,8 @@ func (v *view) findPort(op Op) (fault, reason string) {
 		return "", ""
 	case !inHad:
 		return missing, FaultGone
+	case !had.Addr.IsValid():
+		return wrong, notWhole
 	}
 	return wrong, fmt.Sprintf("it was %s with %s and %s", had.IfName, had.Addr, had.MAC)
 }
@@ -351,6 +360,8 @@ func (v *view) findLeg(op Op) (fault, reason string) {
 		return "", ""
 	case had == nil:
 		return missing, FaultGone
+	case !had.Addr.IsValid():
+		return wrong, notWhole
 	}
 	return wrong, fmt.Sprintf("it was %s with %s and %s", had.Name, had.Addr, had.MAC)
 }

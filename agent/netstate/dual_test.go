@@ -29,8 +29,10 @@ func dualBase() Input {
 		switch n.ID {
 		case front.ID:
 			in.Networks[i].Spec.Subnets = append(slices.Clone(n.Spec.Subnets), weft.Subnet{Prefix: front6})
+			in.Networks[i].Spec.IPv6 = true
 		case mesh.ID:
 			in.Networks[i].Spec.Subnets = append(slices.Clone(n.Spec.Subnets), weft.Subnet{Prefix: mesh6})
+			in.Networks[i].Spec.IPv6 = true
 		}
 	}
 	in.Self.IngressAddr6 = netip.MustParsePrefix("fd00:0:0:ff::2/64")
@@ -104,5 +106,64 @@ func TestDeriveLeavesOutHalfEndpoints(t *testing.T) {
 	n := Derive(in).Overlay.Networks[front.VNI]
 	if err := n.Validate(); err != nil || len(n.Peers) != 2 {
 		t.Errorf("%v, peers %+v", err, n.Peers)
+	}
+}
+
+// On a host without IPv6 the other family goes on, and nothing asks the kernel
+// for what it lacks.
+func TestDeriveWithoutIPv6(t *testing.T) {
+	in := dualBase()
+	in.NoIPv6 = true
+	before := in.Local[0].Task.Attachments[1].Addr6
+	out := Derive(in)
+	if err := vxlan.Validate(out.Overlay); err != nil {
+		t.Fatal(err)
+	}
+	for vni, n := range out.Overlay.Networks {
+		for _, s := range n.Subnets {
+			if s.Addr().Is6() {
+				t.Errorf("network %d has subnet %s", vni, s)
+			}
+		}
+		for _, p := range n.Peers {
+			if p.Addr.Is6() {
+				t.Errorf("network %d has peer %s", vni, p.Addr)
+			}
+		}
+		for _, p := range n.Ports {
+			if p.Addr6.IsValid() {
+				t.Errorf("network %d has port %s", vni, p.Addr6)
+			}
+		}
+		if n.HostLeg != nil && n.HostLeg.Addr6.IsValid() || len(n.VIPs) != 1 {
+			t.Errorf("network %d has leg %+v, service addresses %v", vni, n.HostLeg, n.VIPs)
+		}
+	}
+	if n := out.Overlay.Networks[front.VNI]; len(n.Ports) != 1 || len(n.Peers) != 1 {
+		t.Errorf("front is %+v", n)
+	}
+	if out.Ingress.Ingress.Addr6.IsValid() {
+		t.Error("ports are published on IPv6")
+	}
+	for _, n := range out.Ingress.Networks {
+		if n.IPv6 {
+			t.Errorf("network %d is balanced on IPv6", n.VNI)
+		}
+	}
+	if out.Publish[1].Addr6 != before.Addr() || in.Local[0].Task.Attachments[1].Addr6 != before {
+		t.Error("the others are not told, or the input was changed")
+	}
+}
+
+// IPv6 needs links of 1280 bytes, whatever the underlay has.
+func TestDeriveMTUOfIPv6(t *testing.T) {
+	in := dualBase()
+	in.Local[0].Task.Attachments = append(in.Local[0].Task.Attachments, weft.Attachment{Network: back.ID, Addr: netip.MustParsePrefix("10.0.32.5/20")})
+	for _, c := range [][3]int{{1450, 1450, 1450}, {1230, 1280, 1230}} {
+		in.MTU = c[0]
+		n := Derive(in).Overlay.Networks
+		if n[front.VNI].MTU != c[1] || n[back.VNI].MTU != c[2] {
+			t.Errorf("underlay leaves %d: front has %d, back %d", c[0], n[front.VNI].MTU, n[back.VNI].MTU)
+		}
 	}
 }

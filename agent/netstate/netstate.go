@@ -25,6 +25,9 @@ type Input struct {
 	Self Node
 	// NetNSDir is where the hidden namespaces of networks are named.
 	NetNSDir string
+	// NoIPv6 says that this host's kernel has none: networks of two families
+	// go on with IPv4 here. One of IPv6 alone fails by name.
+	NoIPv6 bool
 	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
 	DataPathPort uint16
 	MTU          int
@@ -83,10 +86,14 @@ type Output struct {
 // Derive computes the desired state. Order within slices is by identifier, so
 // that equal inputs give equal outputs.
 func Derive(in Input) Output {
+	published := publish(in)
+	if in.NoIPv6 {
+		in = withoutIPv6(in)
+	}
 	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in)}
 	out := Output{
 		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
-		Publish: publish(in),
+		Publish: published,
 	}
 	for _, n := range sorted(in.Networks, func(n weft.Network) string { return string(n.ID) }) {
 		if !d.carried(n) {
@@ -241,7 +248,7 @@ func (d *deriver) carried(n weft.Network) bool {
 
 func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
-		ID: n.ID, VNI: n.VNI, MTU: d.in.MTU, VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
+		ID: n.ID, VNI: n.VNI, MTU: d.mtu(n), VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
 	}
 	if n.Spec.Encrypted() {
 		out.Encrypted, out.MTU = true, vxlan.EncryptedFrom(d.in.MTU, d.in.Self.VTEP)
@@ -286,6 +293,18 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	return out
 }
 
+// minMTUIPv6 is what every link of IPv6 carries (RFC 8200 section 5). On a
+// narrower underlay the tunnel's own packets are cut up, as the RFC asks of such
+// links: slow, but the alternative is none.
+const minMTUIPv6 = 1280
+
+func (d *deriver) mtu(n weft.Network) int {
+	if n.Spec.IPv6 {
+		return max(d.in.MTU, minMTUIPv6)
+	}
+	return d.in.MTU
+}
+
 // ingressLegs are the other nodes' own ports on the ingress network: answers to
 // requests that entered there go back to them.
 func (d *deriver) ingressLegs() []vxlan.Peer {
@@ -321,6 +340,7 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 		VNI:    n.VNI,
 		NetNS:  filepath.Join(d.in.NetNSDir, weft.OverlayNetNS(d.in.Self.ID, n.VNI)),
 		Bridge: weft.BridgeName(n.VNI),
+		IPv6:   n.Spec.IPv6,
 	}
 	for _, t := range d.local[n.ID] {
 		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))

@@ -340,6 +340,11 @@ func setAddrs(l netlink.Link, want []netip.Prefix, family int) error {
 		if p.Addr().Is6() {
 			a.Flags = unix.IFA_F_NODAD
 		}
+		if p.Bits() == 128 {
+			// Without a route of its own in the main table, where setRules
+			// looks for the way out to a service address.
+			a.Flags |= unix.IFA_F_NOPREFIXROUTE
+		}
 		if err := netlink.AddrAdd(l, a); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add address %s to %s: %w", p, l.Attrs().Name, err)
 		}

@@ -30,6 +30,9 @@ func setInside(s Spec) error {
 		// Addresses come from an allocator; waiting for duplicates would
 		// cost the first packets.
 		{"net/ipv6/conf/all/accept_dad", "0"}, {"net/ipv6/conf/default/accept_dad", "0"},
+		// What leaves by a port has that port's address: for a request to our
+		// own service RFC 6724 section 5 rule 1 would choose the service's.
+		{"net/ipv6/conf/default/use_oif_addrs_only", "1"},
 	} {
 		err := os.WriteFile("/proc/sys/"+k.key, []byte(k.value), 0o644)
 		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(k.key, "net/ipv6/") {
@@ -58,8 +61,14 @@ func setInside(s Spec) error {
 			v6 = append(v6, p)
 		}
 	}
-	if err := setRules(v4); err != nil {
+	if err := setRules(v4, netlink.FAMILY_V4); err != nil {
 		return err
+	}
+	// Without IPv6 addresses nothing is asked of a kernel that may lack it.
+	if _, err := os.Stat("/proc/net/if_inet6"); err == nil || len(v6) > 0 {
+		if err := setRules(v6, netlink.FAMILY_V6); err != nil {
+			return err
+		}
 	}
 	if err := setAddrs(lo, v4, netlink.FAMILY_V4); err != nil {
 		return err
@@ -78,8 +87,8 @@ const (
 // overlay, where they are balanced like everyone's, although the addresses are
 // local: the table of connected routes is asked before the local one. What comes
 // in for them is local as ever.
-func setRules(vips []netip.Prefix) error {
-	rules, err := netlink.RuleList(netlink.FAMILY_V4)
+func setRules(vips []netip.Prefix, family int) error {
+	rules, err := netlink.RuleList(family)
 	if err != nil {
 		return fmt.Errorf("list routing rules: %w", err)
 	}
@@ -106,7 +115,7 @@ func setRules(vips []netip.Prefix) error {
 			continue
 		}
 		r := netlink.NewRule()
-		r.Family, r.Priority, r.Table, r.IifName, r.Dst = netlink.FAMILY_V4, ruleVIP, unix.RT_TABLE_MAIN, "lo", ipNet(p)
+		r.Family, r.Priority, r.Table, r.IifName, r.Dst = family, ruleVIP, unix.RT_TABLE_MAIN, "lo", ipNet(p)
 		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add routing rule of %s: %w", p, err)
 		}
@@ -116,14 +125,14 @@ func setRules(vips []netip.Prefix) error {
 	}
 	if !moved {
 		r := netlink.NewRule()
-		r.Family, r.Priority, r.Table = netlink.FAMILY_V4, ruleLocal, unix.RT_TABLE_LOCAL
+		r.Family, r.Priority, r.Table = family, ruleLocal, unix.RT_TABLE_LOCAL
 		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("move routing rule of local addresses: %w", err)
 		}
 	}
 	if local {
 		r := netlink.NewRule()
-		r.Family, r.Priority, r.Table = netlink.FAMILY_V4, 0, unix.RT_TABLE_LOCAL
+		r.Family, r.Priority, r.Table = family, 0, unix.RT_TABLE_LOCAL
 		if err := netlink.RuleDel(r); err != nil && !gone(err) {
 			return fmt.Errorf("move routing rule of local addresses: %w", err)
 		}

@@ -218,6 +218,65 @@ func TestPoolInUseMovesOn(t *testing.T) {
 	}
 }
 
+// What a task asks of its own service leaves by the overlay, from the task's own
+// address, in both families.
+func TestOwnServiceAddressLeaves(t *testing.T) {
+	m, ctx := maker(t), context.Background()
+	sb, err := m.Make(ctx, spec())
+	must(t, err)
+	own := map[string]string{"10.100.0.5": "10.100.0.11", "fd77::5": "fd77::11"}
+	must(t, netns.Do(sb.NetNS, func() error {
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}}); err != nil {
+			return err
+		}
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		err = errors.Join(
+			setAddrs(l, []netip.Prefix{netip.MustParsePrefix("10.100.0.11/24")}, netlink.FAMILY_V4),
+			setAddrs(l, []netip.Prefix{netip.MustParsePrefix("fd77::11/64")}, netlink.FAMILY_V6),
+			netlink.LinkSetUp(l))
+		if err != nil {
+			return err
+		}
+		for vip, from := range own {
+			routes, err := netlink.RouteGet(net.ParseIP(vip))
+			if err != nil || len(routes) != 1 || routes[0].LinkIndex != l.Attrs().Index {
+				t.Errorf("route to %s: %v, %v", vip, routes, err)
+			}
+			c, err := net.Dial("udp", net.JoinHostPort(vip, "9"))
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			if got := c.LocalAddr().(*net.UDPAddr).IP.String(); got != from {
+				t.Errorf("to %s from %s, want %s", vip, got, from)
+			}
+			c.Close()
+		}
+		return nil
+	}))
+	s := spec()
+	s.Task, s.VIPs = sb.Task, nil
+	_, err = m.Make(ctx, s)
+	must(t, err)
+	must(t, netns.Do(sb.NetNS, func() error {
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			rules, err := netlink.RuleList(family)
+			if err != nil {
+				return err
+			}
+			for _, r := range rules {
+				if r.Priority == ruleVIP {
+					t.Errorf("rule %v stays without a service address", r)
+				}
+			}
+		}
+		return nil
+	}))
+}
+
 func inode(t *testing.T, path string) uint64 {
 	t.Helper()
 	var st unix.Stat_t

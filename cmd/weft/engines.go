@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/weftnet/weft"
@@ -131,10 +132,14 @@ func (e *engines) choose(ctx context.Context) error {
 
 // serviceNote says what a service engine can do less well on this host.
 func serviceNote(e ingress.Engine) string {
+	var notes []string
 	if r, ok := e.(interface{ CanRefuse() bool }); ok && !r.CanRefuse() {
-		return "this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent"
+		notes = append(notes, "this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent")
 	}
-	return ""
+	if r, ok := e.(interface{ CanPublish6() bool }); ok && !r.CanPublish6() {
+		notes = append(notes, "this kernel does not translate IPv6, so ports are published on IPv4 only")
+	}
+	return strings.Join(notes, "; ")
 }
 
 // verdicts are the chosen pair and the reason for or against each engine.

@@ -87,6 +87,7 @@ func labUp(f *labFlags, log *slog.Logger) *cobra.Command {
 	c.Flags().IntVar(&s.Hosts, "hosts", 0, fmt.Sprintf("number of hosts (default %d, or as the lab is)", lab.DefaultHosts))
 	c.Flags().IntVar(&s.Managers, "managers", 0, "number of managers: 1, 3, 5 or 7 (default 1, or as the lab is)")
 	c.Flags().IntVar(&s.MTU, "mtu", 0, fmt.Sprintf("MTU of all links in bytes (default %d, or as the lab is)", lab.DefaultMTU))
+	c.Flags().StringVar(&s.Underlay, "underlay", "", "what the hosts speak to each other: ipv4 (default), or ipv6, with no IPv4 address at all")
 	c.Flags().StringVar(&s.OverlayEngine, "overlay-engine", "", "force the overlay engine of all hosts")
 	c.Flags().StringVar(&s.ServiceEngine, "service-engine", "", "force the service engine of all hosts")
 	c.Flags().StringVar(&s.EncryptionEngine, "encryption-engine", "", "force the engine of encrypted networks of all hosts")

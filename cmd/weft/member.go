@@ -79,7 +79,7 @@ func (ms *membership) newMember(ctx context.Context, state memberState, boot *or
 	if err := m.makeServer(boot); err != nil {
 		return nil, err
 	}
-	if m.ln, err = wire.Listen(ctx, state.Listen); err != nil {
+	if m.ln, err = wire.Listen(ctx, state.bind()); err != nil {
 		return nil, err
 	}
 	return m, nil
@@ -138,7 +138,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.gossip, err = gossip.New(gossip.Config{
-		Node: s.Node, Bind: netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort),
+		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
 		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
 	})
@@ -313,8 +313,27 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	if err != nil {
 		return d, err
 	}
-	d.UsedPrefixes, err = linux.HostPrefixes()
+	d.UsedPrefixes, err = m.cfg.usedPrefixes()
 	return d, err
+}
+
+// usedPrefixes are the ranges that no overlay may overlap: of the host's routes
+// and addresses, and the resolvers, which may lie behind a default route.
+func (c daemonConfig) usedPrefixes() ([]netip.Prefix, error) {
+	out, err := linux.HostPrefixes()
+	if err != nil {
+		return nil, err
+	}
+	resolvers, err := dns.Nameservers(c.ResolvConf)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range resolvers {
+		if p := netip.PrefixFrom(a.WithZone(""), a.BitLen()); !a.IsLoopback() && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out, nil
 }
 
 func describeNode(cfg daemonConfig, e *engines) (weft.NodeDescription, error) {

@@ -1,20 +1,16 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -26,49 +22,19 @@ import (
 	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
-// insideEnv marks the process that a test has started in namespaces of its own.
-const insideEnv = "WEFT_TEST_INSIDE"
-
-// inNamespaces runs the calling test again in new user, network and mount
-// namespaces, where the loopback device is up, /run is empty and everything is
-// allowed. It reports whether this is the process inside.
-func inNamespaces(t *testing.T) bool {
-	t.Helper()
-	if os.Getenv(insideEnv) == t.Name() {
-		lo, err := netlink.LinkByName("lo")
-		if err == nil {
-			err = netlink.LinkSetUp(lo)
-		}
-		if err = errors.Join(err, syscall.Mount("tmpfs", "/run", "tmpfs", 0, "")); err != nil {
-			t.Fatal(err)
-		}
-		return true
-	}
-	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), insideEnv+"="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
-		Pdeathsig:   syscall.SIGKILL,
-	}
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		netnstest.Missing(t, "userns", fmt.Errorf("user, network and mount namespaces: %w", err))
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatalf("in namespaces: %v\n%s", err, &out)
-	}
-	return false
-}
-
 // TestMemberRenewsItsCertificate starts a whole member, the only manager of its
 // cluster, which was off until its certificate had expired. Nothing but the
 // member's own run puts another in its place, and with it the node takes part.
 func TestMemberRenewsItsCertificate(t *testing.T) {
-	if !inNamespaces(t) {
+	if !netnstest.Inside(t) {
 		return
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()

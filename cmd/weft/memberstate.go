@@ -85,3 +85,12 @@ func forgetMember(dataRoot string) error {
 	}
 	return errors.Join(errs...)
 }
+
+// bind is where this node's ports listen. "All addresses" is all of IPv4, unless
+// the others know this node by an IPv6 address: then it is all of both.
+func (s memberState) bind() netip.AddrPort {
+	if s.Listen.Addr().IsUnspecified() && s.Advertise.Addr().Is6() && !s.Advertise.Addr().Is4In6() {
+		return netip.AddrPortFrom(netip.IPv6Unspecified(), s.Listen.Port())
+	}
+	return s.Listen
+}

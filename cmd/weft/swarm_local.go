@@ -99,7 +99,7 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if boot.Node.Description, err = describeNode(ms.cfg, ms.engines); err != nil {
 		return "", err
 	}
-	if boot.Node.Description.UsedPrefixes, err = linux.HostPrefixes(); err != nil {
+	if boot.Node.Description.UsedPrefixes, err = ms.cfg.usedPrefixes(); err != nil {
 		return "", err
 	}
 	if err := ms.checkPorts(state); err != nil {
@@ -407,7 +407,7 @@ func (ms *membership) mustBeFree() error {
 // checkPorts finds out before anything is made whether the node's ports are
 // free: cluster port, gossip and VXLAN.
 func (ms *membership) checkPorts(s memberState) error {
-	gossipAddr := netip.AddrPortFrom(s.Listen.Addr(), weft.GossipPort).String()
+	gossipAddr := netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort).String()
 	tcp := func(addr, what string) error {
 		ln, err := net.Listen("tcp", addr)
 		if err != nil {
@@ -426,7 +426,7 @@ func (ms *membership) checkPorts(s memberState) error {
 	if port == 0 {
 		port = weft.VXLANPort
 	}
-	if err := tcp(s.Listen.String(), "the cluster port"); err != nil {
+	if err := tcp(s.bind().String(), "the cluster port"); err != nil {
 		return err
 	}
 	if err := tcp(gossipAddr, "gossip"); err != nil {
@@ -435,7 +435,11 @@ func (ms *membership) checkPorts(s memberState) error {
 	if err := udp(gossipAddr, "gossip"); err != nil {
 		return err
 	}
-	return udp(fmt.Sprintf("0.0.0.0:%d", port), "overlay traffic (VXLAN)")
+	all := netip.IPv4Unspecified()
+	if s.DataPath.Is6() && !s.DataPath.Is4In6() {
+		all = netip.IPv6Unspecified()
+	}
+	return udp(netip.AddrPortFrom(all, port).String(), "overlay traffic (VXLAN)")
 }
 
 func portError(err error, port, what string) error {
@@ -456,8 +460,8 @@ func listenAddr(a netip.AddrPort) netip.AddrPort {
 }
 
 // advertiseAddr is what others dial: the address given, else the one listened on,
-// else the only one the host has; the port is that listened on unless one is
-// given.
+// else the only one the host has, of IPv4 if it has any; the port is that
+// listened on unless one is given.
 func advertiseAddr(told, listen netip.AddrPort) (netip.AddrPort, error) {
 	if a := joinAddr(told, listen); !a.Addr().IsUnspecified() {
 		return a, nil
@@ -465,6 +469,9 @@ func advertiseAddr(told, listen netip.AddrPort) (netip.AddrPort, error) {
 	candidates, err := linux.AddrCandidates()
 	if err != nil {
 		return netip.AddrPort{}, err
+	}
+	if four := slices.DeleteFunc(slices.Clone(candidates), netip.Addr.Is6); len(four) > 0 {
+		candidates = four
 	}
 	switch len(candidates) {
 	case 1:

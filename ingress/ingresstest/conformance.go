@@ -15,7 +15,8 @@ import (
 var ErrRefused = errors.New("refused")
 
 // Bed is a host with an engine, one network with backends, a client on the
-// network and one outside.
+// network and one outside. VIP, Inside and Host are of one family, which is the
+// one that is tested.
 type Bed struct {
 	Engine ingress.Engine
 	// Network exists: its VNI, NetNS and Bridge. Services are the suite's.
@@ -139,10 +140,13 @@ func (b *Bed) count(t *testing.T, outside bool, p weft.Protocol, n int) map[weft
 }
 
 func (b *Bed) client(outside bool) netip.Addr {
-	if outside {
-		return b.Entry.Addr.Addr()
+	switch {
+	case !outside:
+		return b.Inside
+	case b.Host.Is6():
+		return b.Entry.Addr6.Addr()
 	}
-	return b.Inside
+	return b.Entry.Addr.Addr()
 }
 
 func again(t *testing.T, f Flow) {

@@ -154,10 +154,14 @@ func (e *Engine) enterLocked(p Packet) Result {
 		return Result{Refused: !ok}
 	}
 	e.stats[ingress.PortKey{Protocol: p.Protocol, Port: pub.Port}]++
-	r := Result{
-		Backend: b.Task, Dst: netip.AddrPortFrom(b.Addr, pub.Target),
-		Src: netip.AddrPortFrom(e.table.Ingress.Addr.Addr(), p.Src.Port()),
+	addr, leg := b.Addr, e.table.Ingress.Addr.Addr()
+	if p.Dst.Addr().Is6() {
+		leg = e.table.Ingress.Addr6.Addr()
+		if addr.Is4() {
+			addr = b.Addr6
+		}
 	}
+	r := Result{Backend: b.Task, Dst: netip.AddrPortFrom(addr, pub.Target), Src: netip.AddrPortFrom(leg, p.Src.Port())}
 	e.flows[p] = r
 	return r
 }

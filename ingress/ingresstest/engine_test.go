@@ -10,7 +10,8 @@ import (
 )
 
 // Address plan: tasks 10.0.16.N, service address 10.0.16.200, host's leg
-// 10.0.16.250, host 192.0.2.1, outside client 192.0.2.2.
+// 10.0.16.250, host 192.0.2.1, outside client 192.0.2.2; the same last numbers in
+// fd00::/64 and, for the host, 2001:db8::1.
 func memoryBed() *Bed {
 	e := New("/ns/hidden")
 	b := &Bed{
@@ -22,14 +23,14 @@ func memoryBed() *Bed {
 	}
 	for n := 11; n < 14; n++ {
 		id, addr := weft.ID(fmt.Sprintf("task%d", n)), netip.AddrFrom4([4]byte{10, 0, 16, byte(n)})
-		b.Backends = append(b.Backends, ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr)})
+		b.Backends = append(b.Backends, ingress.Backend{Task: id, Addr: addr, Addr6: netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(n)}), MAC: weft.EndpointMAC(id, addr)})
 	}
 	from := uint16(32768)
 	b.Open = func(_ *testing.T, outside bool, p weft.Protocol, port uint16) (Flow, error) {
 		from++
 		pkt := Packet{VNI: 4097, Protocol: p, Src: netip.AddrPortFrom(b.Inside, from), Dst: netip.AddrPortFrom(b.VIP, port)}
 		if outside {
-			pkt.VNI, pkt.Src, pkt.Dst = 0, netip.AddrPortFrom(netip.MustParseAddr("192.0.2.2"), from), netip.AddrPortFrom(b.Host, port)
+			pkt.VNI, pkt.Src, pkt.Dst = 0, netip.AddrPortFrom(b.Host.Next(), from), netip.AddrPortFrom(b.Host, port)
 		}
 		r := e.Trace(pkt)
 		switch {
@@ -63,6 +64,13 @@ func (f memoryFlow) Again() (weft.ID, error) {
 }
 
 func TestConformance(t *testing.T) { Conformance(t, memoryBed()) }
+
+func TestConformanceIPv6(t *testing.T) {
+	b := memoryBed()
+	b.VIP, b.Inside, b.Host = netip.MustParseAddr("fd00::200"), netip.MustParseAddr("fd00::50"), netip.MustParseAddr("2001:db8::1")
+	b.Entry.Addr6, b.Network.IPv6 = netip.MustParsePrefix("fd00::250/64"), true
+	Conformance(t, b)
+}
 
 func TestStatsCountNewFlows(t *testing.T) {
 	b := memoryBed()

@@ -1,9 +1,7 @@
 package nft
 
 import (
-	"fmt"
 	"net"
-	"net/netip"
 	"time"
 
 	"github.com/google/nftables"
@@ -11,28 +9,14 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
 
-// 32-bit registers of nftables (linux/netfilter/nf_tables.h: NFT_REG32_00 is
-// 8). Neighbouring ones hold concatenations. The same layout serves all rules
-// of the bridge table.
+// Offsets of header fields in bytes: TCP and UDP (RFC 9293, RFC 768) share the
+// place of the ports; Ethernet starts with the destination.
 const (
-	regVIP   = 8  // destination address; with regSlot the key of a ring
-	regSlot  = 9  // slot chosen by the hash
-	regTuple = 12 // source, destination, protocol, both ports: 16 bytes, key of "flows"
-	regProto = 14
-	regPorts = 15
-	regMAC   = 16 // 6 bytes, two registers
-)
-
-// Offsets of header fields in bytes: IPv4 (RFC 791), TCP and UDP (RFC 9293, RFC
-// 768) share the place of the ports; Ethernet starts with the destination.
-const (
-	ipSource, ipDestination = 12, 16
-	thPorts, thDestination  = 0, 2
-	etherDestination        = 0
+	thPorts, thDestination = 0, 2
+	etherDestination       = 0
 )
 
 // Our own choices.
@@ -45,51 +29,51 @@ const (
 	flowSize = 262144
 )
 
-var (
-	ringKey  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInteger)
-	tupleKey = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInteger)
-)
-
-// bridgeRules is the balancing table of one network. In order: what is not for
-// the hardware address of a service passes, for another node has balanced it
-// already, or it is none of ours; a known flow
+// bridgeRules is the balancing table of one network. What is not for the hardware
+// address of a service passes: another node has balanced it already, or it is
+// none of ours. Then for each of the network's families, in order: a known flow
 // keeps its backend; a service without a backend that takes connections is
 // refused at once; a new flow is hashed into the ring of its service; what has
 // no ports (ping) is hashed by its addresses.
 func bridgeRules(n ingress.Network, reject bool) ruleset {
 	r := ruleset{family: nftables.TableFamilyBridge, prune: map[string]bool{}}
-	rings := make([]set, len(ingress.RingSizes))
-	for i, size := range ingress.RingSizes {
-		rings[i] = set{name: ringName(size), key: ringKey, data: nftables.TypeEtherAddr, isMap: true, concat: true, elements: map[string]string{}, show: showRing}
-	}
-	idle := addressSet("idle")
-	for _, s := range n.Services {
-		if !s.VIP.Is4() {
-			continue
+	rules := []rule{forServices()}
+	for _, f := range families(n.IPv6) {
+		rings := make([]set, len(ingress.RingSizes))
+		for i, size := range ingress.RingSizes {
+			rings[i] = set{name: f.ring(size), key: f.ringKey, data: nftables.TypeEtherAddr, isMap: true, concat: true, elements: map[string]string{}, show: f.showRing}
 		}
-		fillService(r.prune, rings, idle, s)
+		idle := f.addressSet("idle")
+		for _, s := range n.Services {
+			if f.has(s.VIP) {
+				fillService(r.prune, rings, idle, s)
+			}
+		}
+		flows := set{
+			name: f.flows(), key: f.tupleKey, data: nftables.TypeEtherAddr, isMap: true, concat: true,
+			dynamic: true, timeout: flowTimeout, size: flowSize,
+		}
+		r.sets = append(append(r.sets, flows, idle), rings...)
+		rules = append(rules, f.bridgeChain(reject)...)
 	}
-	flows := set{
-		name: "flows", key: tupleKey, data: nftables.TypeEtherAddr, isMap: true, concat: true,
-		dynamic: true, timeout: flowTimeout, size: flowSize,
-	}
-	r.sets = append(append(r.sets, flows, idle), rings...)
 	r.chains = []chain{{
 		name: "prerouting", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(-300), // NF_BR_PRI_NAT_DST_BRIDGED
-		rules: bridgeChain(reject),
+		rules: rules,
 	}}
 	return r
 }
 
-// addressSet is an empty set of IPv4 addresses.
-func addressSet(name string) set {
-	return set{name: name, key: nftables.TypeIPAddr, elements: map[string]string{}, show: func(k, _ string) string { return address(k) }}
+// addressSet is an empty set of addresses.
+func (f *family) addressSet(name string) set {
+	return set{name: name + f.suffix, key: f.addr, elements: map[string]string{}, show: func(k, _ string) string { return f.show(k) }}
 }
 
-func ringName(size int) string {
-	return map[int]string{64: "ring64", 1024: "ring1024", 16384: "ring16384"}[size]
+func (f *family) ring(size int) string {
+	return map[int]string{64: "ring64", 1024: "ring1024", 16384: "ring16384"}[size] + f.suffix
 }
+
+func (f *family) flows() string { return "flows" + f.suffix }
 
 func fillService(prune map[string]bool, rings []set, idle set, s ingress.Service) {
 	var keys, macs []string
@@ -100,9 +84,8 @@ func fillService(prune map[string]bool, rings []set, idle set, s ingress.Service
 			macs = append(macs, string(b.MAC))
 		}
 	}
-	vip := s.VIP.As4()
 	if len(keys) == 0 {
-		idle.elements[string(vip[:])] = ""
+		idle.elements[raw(s.VIP)] = ""
 		return
 	}
 	size := ingress.RingSize(len(keys))
@@ -111,95 +94,96 @@ func fillService(prune map[string]bool, rings []set, idle set, s ingress.Service
 			continue
 		}
 		for slot, k := range ingress.Ring(keys, size) {
-			rings[i].elements[string(vip[:])+string(binaryutil.NativeEndian.PutUint32(uint32(slot)))] = macs[k]
+			rings[i].elements[raw(s.VIP)+string(binaryutil.NativeEndian.PutUint32(uint32(slot)))] = macs[k]
 		}
 	}
 }
 
-func bridgeChain(reject bool) []rule {
-	// The first byte tells a service's hardware address from all others.
-	vipMAC := weft.VIPMAC("", netip.IPv4Unspecified())[:1]
-	rules := []rule{{fmt.Sprintf("not for a service (%02x:…): pass", vipMAC), []expr.Any{
-		&expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 1},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: regMAC, Data: vipMAC},
+// serviceBit is set in the first byte of the hardware addresses of services, of
+// either family, and of no task, node or router (weft.VIPMAC).
+const serviceBit = 0x04
+
+// forServices lets pass what is not for the hardware address of a service.
+func forServices() rule {
+	return rule{"not for a service: pass", []expr.Any{
+		&expr.Payload{DestRegister: unix.NFT_REG32_00, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 1},
+		&expr.Bitwise{SourceRegister: unix.NFT_REG32_00, DestRegister: unix.NFT_REG32_00, Len: 1, Mask: []byte{serviceBit}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: unix.NFT_REG32_00, Data: []byte{0}},
 		&expr.Verdict{Kind: expr.VerdictAccept},
-	}}}
+	}}
+}
+
+func (f *family) bridgeChain(reject bool) []rule {
+	var rules []rule
+	add := func(words string, parts ...[]expr.Any) { rules = append(rules, rule{f.words + words, join(parts...)}) }
 	writeMAC := []expr.Any{
-		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
+		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: f.mac, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
 		&expr.Counter{},
 		&expr.Verdict{Kind: expr.VerdictAccept},
 	}
-	keep := &expr.Dynset{SrcRegKey: regTuple, SrcRegData: regMAC, SetName: "flows", Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: flowTimeout}
+	keep := &expr.Dynset{SrcRegKey: f.tuple, SrcRegData: f.mac, SetName: f.flows(), Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: flowTimeout}
+	if f.is6 {
+		// Who asks for a service's hardware address is answered by the bridge.
+		rules = append(rules, neighbourDiscovery())
+	}
 	protos := []struct {
 		name   string
 		number byte
 	}{{"tcp", unix.IPPROTO_TCP}, {"udp", unix.IPPROTO_UDP}}
 	for _, p := range protos {
-		rules = append(rules, rule{p.name + " of a known flow: keep its backend", join(
-			tuple(p.number),
-			[]expr.Any{lookup("flows", regTuple, regMAC), keep}, writeMAC)})
+		add(p.name+" of a known flow: keep its backend", f.tupleOf(p.number), []expr.Any{lookup(f.flows(), f.tuple, f.mac), keep}, writeMAC)
 	}
-	rules = append(rules, idleRules(reject)...)
+	rules = append(rules, f.idleRules(reject)...)
 	for _, p := range protos {
 		for _, size := range ingress.RingSizes {
-			rules = append(rules, rule{"new " + p.name + " flow: pick from " + ringName(size), join(
-				tuple(p.number),
-				[]expr.Any{
-					&expr.Hash{SourceRegister: regTuple, DestRegister: regSlot, Length: 16, Modulus: uint32(size), Seed: hashSeed, Type: expr.HashTypeJenkins},
-					lookup(ringName(size), regVIP, regMAC), keep,
-				}, writeMAC)})
+			add("new "+p.name+" flow: pick from "+f.ring(size), f.tupleOf(p.number), []expr.Any{
+				&expr.Hash{SourceRegister: f.tuple, DestRegister: f.slot, Length: f.tupleBytes, Modulus: uint32(size), Seed: hashSeed, Type: expr.HashTypeJenkins},
+				lookup(f.ring(size), f.vip, f.mac), keep,
+			}, writeMAC)
 		}
 	}
 	for _, size := range ingress.RingSizes {
-		rules = append(rules, rule{"no ports: pick by addresses from " + ringName(size), join(
-			ipv4(),
-			[]expr.Any{
-				&expr.Hash{SourceRegister: regTuple, DestRegister: regSlot, Length: 8, Modulus: uint32(size), Seed: hashSeed, Type: expr.HashTypeJenkins},
-				lookup(ringName(size), regVIP, regMAC),
-			}, writeMAC)})
+		add("no ports: pick by addresses from "+f.ring(size), f.noPorts(), []expr.Any{
+			&expr.Hash{SourceRegister: f.tuple, DestRegister: f.slot, Length: f.tupleBytes, Modulus: uint32(size), Seed: hashSeed, Type: expr.HashTypeJenkins},
+			lookup(f.ring(size), f.vip, f.mac),
+		}, writeMAC)
 	}
 	return rules
+}
+
+// neighbourDiscovery lets the messages of RFC 4861 section 4 (types 133 to 137)
+// pass unbalanced.
+func neighbourDiscovery() rule {
+	f := &ipv6
+	return rule{f.words + "neighbour discovery: leave to the bridge", join(f.addresses(), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: f.proto},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: f.proto, Data: []byte{unix.IPPROTO_ICMPV6}},
+		&expr.Payload{DestRegister: f.ports, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+		&expr.Range{Op: expr.CmpOpEq, Register: f.ports, FromData: []byte{133}, ToData: []byte{137}},
+		&expr.Verdict{Kind: expr.VerdictAccept},
+	})}
 }
 
 // idleRules refuse what asks for a service that has no backend. Where the kernel
 // cannot refuse on a bridge the frame is dropped there: with no device behind the
 // service's hardware address it would be dropped all the same.
-func idleRules(reject bool) []rule {
+func (f *family) idleRules(reject bool) []rule {
+	idle := has("idle"+f.suffix, f.vip)
 	if !reject {
-		return []rule{{"to a service without backends: drop (this kernel cannot refuse on a bridge)", join(ipv4(), []expr.Any{
-			has("idle", regVIP), &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}})}}
+		return []rule{{f.words + "to a service without backends: drop (this kernel cannot refuse on a bridge)", join(f.addresses(), []expr.Any{
+			idle, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}})}}
 	}
 	return []rule{
-		{"tcp to a service without backends: reset", join(tuple(unix.IPPROTO_TCP), []expr.Any{
-			has("idle", regVIP), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}})},
-		{"other protocols to a service without backends: port unreachable", join(ipv4(), []expr.Any{
-			has("idle", regVIP), &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}})}, // ICMP code 3, RFC 792
+		{f.words + "tcp to a service without backends: reset", join(f.tupleOf(unix.IPPROTO_TCP), []expr.Any{
+			idle, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}})},
+		{f.words + "other protocols to a service without backends: port unreachable", join(f.addresses(), []expr.Any{
+			idle, &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}})},
 	}
 }
 
 // hashSeed is fixed, so that all nodes and all generations of the table send a
 // flow the same way.
 const hashSeed = 0x77656674
-
-// ipv4 matches IPv4 frames and loads their addresses.
-func ipv4() []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: regPorts},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: regPorts, Data: binaryutil.BigEndian.PutUint16(unix.ETH_P_IP)},
-		&expr.Payload{DestRegister: regVIP, Base: expr.PayloadBaseNetworkHeader, Offset: ipDestination, Len: 4},
-		&expr.Payload{DestRegister: regTuple, Base: expr.PayloadBaseNetworkHeader, Offset: ipSource, Len: 4},
-		&expr.Payload{DestRegister: regTuple + 1, Base: expr.PayloadBaseNetworkHeader, Offset: ipDestination, Len: 4},
-	}
-}
-
-// tuple matches one protocol over IPv4 and loads the flow's tuple.
-func tuple(proto byte) []expr.Any {
-	return append(ipv4(),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: regProto},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: regProto, Data: []byte{proto}},
-		&expr.Payload{DestRegister: regPorts, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 4},
-	)
-}
 
 func lookup(set string, key, data uint32) expr.Any {
 	return &expr.Lookup{SourceRegister: key, DestRegister: data, IsDestRegSet: true, SetName: set}
@@ -217,20 +201,6 @@ func join(parts ...[]expr.Any) []expr.Any {
 	return out
 }
 
-// bytes4 is an IPv4 address as the kernel keeps it.
-func bytes4(a netip.Addr) string {
-	b := a.As4()
-	return string(b[:])
-}
-
-// address is the inverse of bytes4.
-func address(b string) string {
-	if len(b) < 4 {
-		return fmt.Sprintf("%x", b)
-	}
-	return netip.AddrFrom4([4]byte([]byte(b[:4]))).String()
-}
-
-func showRing(key, data string) string {
-	return address(key) + " -> " + net.HardwareAddr(data).String()
+func (f *family) showRing(key, data string) string {
+	return f.show(key) + " -> " + net.HardwareAddr(data).String()
 }

@@ -14,14 +14,23 @@ import (
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestConformance runs the suite of all engines on a bridge with real tasks.
-func TestConformance(t *testing.T) {
+func TestConformance(t *testing.T) { testConformance(t, false) }
+
+func TestConformanceIPv6(t *testing.T) { testConformance(t, true) }
+
+func testConformance(t *testing.T, is6 bool) {
 	f := newFabric(t)
 	e := New(f.dir)
 	must(t, e.Probe(t.Context()))
 	s := service()
+	if is6 {
+		s.VIP = netip.MustParseAddr(vip6Text)
+		s.MAC = weft.VIPMAC(s.ID, s.VIP)
+	}
 	outside, inside := f.outside(), f.client(50, s)
 	bed := &ingresstest.Bed{
 		Engine: e, Network: ingress.Network{VNI: 4097, NetNS: f.br, Bridge: "br"}, Missing: f.dir + "/none",
@@ -29,6 +38,13 @@ func TestConformance(t *testing.T) {
 		Entry:  ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24")},
 		Inside: netip.MustParseAddr("10.0.16.50"), Host: netip.MustParseAddr(hostText),
 		Target: map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7}, Drops: !e.CanRefuse(),
+	}
+	if is6 {
+		if !e.CanPublish6() {
+			netnstest.Missing(t, "userns", fmt.Errorf("this kernel does not translate IPv6: %w", weft.ErrUnsupported))
+		}
+		bed.Network.IPv6, bed.Entry.Addr6 = true, netip.MustParsePrefix(leg6Text+"/64")
+		bed.Inside, bed.Host = twin("10.0.16.50"), netip.MustParseAddr(host6Text)
 	}
 	bed.Network.Ports = f.ports // of the client and the backends, made just now
 	clientPort := 20000         // below what the kernel chooses from
@@ -74,7 +90,7 @@ func openFlow(t *testing.T, ns, network string, from int, to netip.AddrPort) (*s
 		d.LocalAddr = &net.UDPAddr{Port: from}
 	}
 	err := netns.Do(ns, func() (err error) {
-		f.c, err = d.DialContext(t.Context(), network+"4", to.String())
+		f.c, err = d.DialContext(t.Context(), network, to.String())
 		return err
 	})
 	if err == nil {

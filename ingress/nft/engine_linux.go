@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -26,6 +27,11 @@ type Engine struct {
 	// atPorts that it cannot, but on a device (nft_reject_netdev). Both are
 	// found out by Probe, before any Apply.
 	reject, atPorts bool
+	// ip6 says that the kernel translates IPv6, so that published ports can
+	// be answered on it. Found out by Probe.
+	ip6 bool
+	// without6: the last Apply has left no IPv6 table. Owned by Apply.
+	without6 bool
 	// kept, by namespace, are the backends that the last Apply let flows lead
 	// to. While none of them goes, the flow table need not be read, which is
 	// the one part that grows with traffic. Owned by Apply.
@@ -41,7 +47,7 @@ type Engine struct {
 	places map[string]*place
 	// set are the sysctls of the ingress leg that were right after the last
 	// Apply, and of which link. Owned by Apply.
-	set leg
+	set legLink
 
 	// Repaired, when not nil, gets every repair before the Apply returns that
 	// made it. It is set before the first Apply and must not block.
@@ -57,6 +63,10 @@ func New(scratchDir string) *Engine { return &Engine{scratch: scratchDir} }
 // for its own limit.
 func (e *Engine) CanRefuse() bool { return e.reject || e.atPorts }
 
+// CanPublish6 reports whether published ports are answered on the host's IPv6
+// addresses, too, where the ingress network has IPv6.
+func (e *Engine) CanPublish6() bool { return e.ip6 }
+
 // Name implements ingress.Engine.
 func (e *Engine) Name() string { return "nft" }
 
@@ -68,14 +78,15 @@ func (e *Engine) Probe(ctx context.Context) error {
 		return fmt.Errorf("make probe namespace: %w", err)
 	}
 	err = withConn(path, func(conn *nftables.Conn) error {
-		e.reject = loads(conn, bridgeRules(ingress.Network{}, true)) == nil
-		if err := loads(conn, bridgeRules(ingress.Network{}, false)); err != nil {
+		e.reject = loads(conn, bridgeRules(ingress.Network{IPv6: true}, true)) == nil
+		if err := loads(conn, bridgeRules(ingress.Network{IPv6: true}, false)); err != nil {
 			return fmt.Errorf("%w: nftables bridge table: %w", weft.ErrUnsupported, err)
 		}
-		e.atPorts = !e.reject && loads(conn, portProbe()) == nil
+		e.atPorts = !e.reject && loads(conn, portProbe(true)) == nil
 		if err := loads(conn, hostRules(ingress.Table{})); err != nil {
 			return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
 		}
+		e.ip6 = loads(conn, hostRules6(ingress.Table{})) == nil
 		return nil
 	})
 	if err == nil {
@@ -166,7 +177,7 @@ func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
 	places[""] = p
 	var legErr error
 	if t.Ingress.Link != "" {
-		if err := e.prepareLeg(t.Ingress.Link); err != nil {
+		if err := e.prepareLeg(t.Ingress, len(t.Published) > 0 && e.ip6); err != nil {
 			// The rules name the leg and can stand without it: only who is
 			// on the ingress network has to wait for it.
 			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
@@ -179,6 +190,9 @@ func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
 	if err := e.converge(p, conn, hostRules(t)); err != nil {
 		return errors.Join(legErr, err)
 	}
+	if err := e.applyHost6(p, conn, t); err != nil {
+		return errors.Join(legErr, err)
+	}
 	now := trackableOf(t)
 	if !now.follows(e.tracked) {
 		if err := now.release(); err != nil {
@@ -189,27 +203,62 @@ func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
 	return legErr
 }
 
+// applyHost6 makes the IPv6 table where the host can be asked over IPv6, or where
+// the overlay's packets come over it, and removes it where not.
+func (e *Engine) applyHost6(p *place, conn *nftables.Conn, t ingress.Table) error {
+	under6 := slices.ContainsFunc(t.Underlay.Members, func(a netip.Addr) bool { return a.Unmap().Is6() })
+	if (t.Ingress.Addr6.IsValid() || under6) && e.ip6 {
+		e.without6 = false
+		return e.converge(p, conn, hostRules6(t))
+	}
+	if e.without6 {
+		return nil
+	}
+	if err := removeTable(conn, nftables.TableFamilyIPv6); err != nil && e.ip6 {
+		return err
+	}
+	e.without6 = true
+	delete(p.left, nftables.TableFamilyIPv6)
+	return nil
+}
+
+// removeTable deletes weft's table of a family; one that is not there does no
+// harm.
+func removeTable(conn *nftables.Conn, f nftables.TableFamily) error {
+	table := &nftables.Table{Name: weft.TableName, Family: f}
+	conn.AddTable(table)
+	conn.DelTable(table)
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("remove nftables table %s: %w", weft.TableName, err)
+	}
+	return nil
+}
+
 // prepareLeg lets requests cross from the host's other links to the ingress
 // leg: forwarding on, and packets of the host itself from 127.0.0.0/8 may leave
 // by it once they are translated. Forwarding is the host's own setting; weft
-// turns it on and leaves it on, for other programs may need it by then.
-func (e *Engine) prepareLeg(link string) error {
-	l, err := netlink.LinkByName(link)
+// turns it on and leaves it on, for other programs may need it by then. That of
+// IPv6 waits until there is something to forward (with6).
+func (e *Engine) prepareLeg(leg ingress.Entry, with6 bool) error {
+	l, err := netlink.LinkByName(leg.Link)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, link)
+		return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, leg.Link)
 	}
 	if err != nil {
-		return fmt.Errorf("look up link %s: %w", link, err)
+		return fmt.Errorf("look up link %s: %w", leg.Link, err)
 	}
 	// A link made anew has the kernel's settings, and that is not theirs.
-	known := e.set == leg{link, l.Attrs().Index}
-	for _, kv := range [][2]string{
+	now := legLink{leg.Link, l.Attrs().Index, leg.Addr6.IsValid()}
+	wanted := [][2]string{
 		{"net/ipv4/ip_forward", "1"},
-		{"net/ipv4/conf/" + link + "/route_localnet", "1"},
-		// The leg speaks IPv4 only: a link-local address would let tasks
-		// reach the host's listeners on [::] past every rule of this table.
-		{"net/ipv6/conf/" + link + "/disable_ipv6", "1"},
-	} {
+		{"net/ipv4/conf/" + leg.Link + "/route_localnet", "1"},
+	}
+	if !leg.Addr6.IsValid() {
+		// A leg without an IPv6 address speaks none: a link-local one would let
+		// tasks reach the host's listeners on [::] past every rule of this table.
+		wanted = append(wanted, [2]string{"net/ipv6/conf/" + leg.Link + "/disable_ipv6", "1"})
+	}
+	for _, kv := range wanted {
 		was, err := readSysctl(kv[0])
 		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(kv[0], "net/ipv6/") {
 			continue // no IPv6 in this kernel
@@ -223,18 +272,24 @@ func (e *Engine) prepareLeg(link string) error {
 		if err := writeSysctl(kv[0], kv[1]); err != nil {
 			return err
 		}
-		if known {
+		if e.set == now {
 			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0], Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
 		}
 	}
-	e.set = leg{link, l.Attrs().Index}
+	if leg.Addr6.IsValid() && with6 {
+		if err := forward6(); err != nil {
+			return err
+		}
+	}
+	e.set = now
 	return nil
 }
 
-// leg is a link by name and index.
-type leg struct {
-	name  string
-	index int
+// legLink is the ingress leg as its sysctls were set.
+type legLink struct {
+	name    string
+	index   int
+	hasIPv6 bool
 }
 
 func readSysctl(key string) (string, error) {
@@ -243,6 +298,37 @@ func readSysctl(key string) (string, error) {
 		return "", fmt.Errorf("read sysctl %s: %w", key, err)
 	}
 	return strings.TrimSpace(string(b)), nil
+}
+
+// forward6 turns IPv6 forwarding on. A host that forwards stops listening to
+// routers, and would lose the addresses and the default route that it has from
+// them, unless its links are told to go on (accept_ra 2, ip-sysctl.rst).
+func forward6() error {
+	const conf, forwarding = "net/ipv6/conf/", "net/ipv6/conf/all/forwarding"
+	if on, err := os.ReadFile("/proc/sys/" + forwarding); err != nil || string(on) == "1\n" {
+		return err
+	}
+	links, err := os.ReadDir("/proc/sys/" + conf)
+	if err != nil {
+		return fmt.Errorf("list links of IPv6: %w", err)
+	}
+	for _, l := range links {
+		key := conf + l.Name() + "/accept_ra"
+		listens, err := os.ReadFile("/proc/sys/" + key)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the link has just gone
+		}
+		if err != nil {
+			return fmt.Errorf("read sysctl %s: %w", key, err)
+		}
+		if string(listens) != "1\n" {
+			continue
+		}
+		if err := writeSysctl(key, "2"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return writeSysctl(forwarding, "1")
 }
 
 func writeSysctl(key, value string) error {
@@ -261,18 +347,16 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // Close implements ingress.Engine: it removes the host's table. The tables of
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
-	e.tracked = nil
+	e.tracked, e.without6, e.places, e.set = nil, false, nil, legLink{}
 	conn, err := open()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	table := &nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyIPv4}
-	conn.AddTable(table)
-	conn.DelTable(table)
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("remove nftables table %s: %w", weft.TableName, err)
+	err = removeTable(conn, nftables.TableFamilyIPv4)
+	if e.ip6 {
+		err = errors.Join(err, removeTable(conn, nftables.TableFamilyIPv6))
 	}
-	return nil
+	return err
 }
 
 // Socket buffers in bytes. A transaction is one message to the kernel and one

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
@@ -220,118 +222,6 @@ func TestApplyRepairsAndRepeats(t *testing.T) {
 	}
 }
 
-// What another node has balanced goes to the task it was given to, even while
-// this node's ring, which may be older or newer, would choose another one.
-func TestBalancedOnceOnly(t *testing.T) {
-	f := newFabric(t)
-	e := New(f.dir)
-	a, b := f.task(11), f.task(12)
-	s := service(a, b)
-	given := s
-	given.MAC = b.MAC // as a frame that comes out of the tunnel
-	ns := f.client(50, given)
-	f.apply(e, s)
-	for i := range 50 {
-		name, _, c, err := f.get(ns, vipText+":80")
-		if err != nil {
-			t.Fatalf("connection %d: %v", i, err)
-		}
-		c.Close()
-		if name != string(b.Task) {
-			t.Fatalf("connection %d: given to %s, answered by %s", i, b.Task, name)
-		}
-	}
-}
-
-// A change of the wish, another engine's start and a namespace made anew are no
-// repairs; what is broken while the wish changes is one.
-func TestChangesAreNoRepairs(t *testing.T) {
-	f := newFabric(t)
-	a, b := f.task(11), f.task(12)
-	var got []weft.Repair
-	start := func() *Engine {
-		e := New(f.dir)
-		e.Repaired = func(r weft.Repair) { got = append(got, r) }
-		return e
-	}
-	table := func(s ...ingress.Service) ingress.Table {
-		return ingress.Table{Networks: []ingress.Network{{VNI: 4097, NetNS: f.br, Bridge: "br", Services: s}}}
-	}
-	apply := func(e *Engine, t2 ingress.Table) { t.Helper(); must(t, e.Apply(context.Background(), t2)) }
-	e := start()
-	apply(e, table(service(a)))
-	apply(e, table(service(a, b)))
-	apply(e, table(service(b)))
-	flush := func() {
-		t.Helper()
-		must(t, withConn(f.br, func(c *nftables.Conn) error {
-			c.FlushTable(&nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge})
-			return c.Flush()
-		}))
-	}
-	flush()
-	e = start()
-	apply(e, table(service(a))) // it does not know what was left
-	if len(got) != 0 {
-		t.Errorf("repairs of what nobody broke: %+v", got)
-	}
-	flush()
-	apply(e, table(service(a, b)))
-	if len(got) != 1 || got[0].Kind != kindTable {
-		t.Errorf("broken while the wish changes: %+v", got)
-	}
-	got = nil
-	must(t, netns.Remove(f.br))
-	if _, err := netns.Create(f.dir, "hidden"); err != nil {
-		t.Fatal(err)
-	}
-	apply(e, table(service(a, b)))
-	if len(got) != 0 {
-		t.Errorf("the table of a new namespace: %+v", got)
-	}
-}
-
-func TestElementFault(t *testing.T) {
-	type m = map[string]string
-	for _, c := range []struct {
-		name             string
-		have, left, want m
-		fault            string
-	}{
-		{"as left, wish changed", m{"a": "1", "b": "2"}, m{"a": "1", "b": "2"}, m{"a": "3", "c": "4"}, ""},
-		{"missing", m{"b": "2"}, m{"a": "1", "b": "2"}, m{"a": "1", "b": "2"}, "1 elements were missing, 0 wrong, 0 stray"},
-		{"missing and not wanted any more", m{"b": "2"}, m{"a": "1", "b": "2"}, m{"b": "2"}, ""},
-		{"wrong", m{"a": "9"}, m{"a": "1"}, m{"a": "1"}, "0 elements were missing, 1 wrong, 0 stray"},
-		{"wrong, and what is wanted now", m{"a": "9"}, m{"a": "1"}, m{"a": "9"}, ""},
-		{"stray", m{"a": "1", "x": "9"}, m{"a": "1"}, m{"a": "1"}, "0 elements were missing, 0 wrong, 1 stray"},
-		{"stray, and what is wanted now", m{"x": "9"}, m{}, m{"x": "9"}, ""},
-	} {
-		if got := elementFault(c.have, c.left, c.want); got != c.fault {
-			t.Errorf("%s: %q, want %q", c.name, got, c.fault)
-		}
-	}
-}
-
-func TestSysctlsOfTheLegAreRepaired(t *testing.T) {
-	f := newFabric(t)
-	f.outside()
-	e := New(f.dir)
-	var got []weft.Repair
-	e.Repaired = func(r weft.Repair) { got = append(got, r) }
-	key := "net/ipv4/conf/" + weft.IngressLeg + "/route_localnet"
-	for range 2 {
-		must(t, e.prepareLeg(weft.IngressLeg))
-	}
-	must(t, writeSysctl(key, "0"))
-	for range 2 {
-		must(t, e.prepareLeg(weft.IngressLeg))
-	}
-	want := weft.Repair{Kind: kindSysctl, Object: key, Reason: "it was 0 instead of 1"}
-	if len(got) != 1 || got[0] != want {
-		t.Errorf("repairs %+v, want %+v once", got, want)
-	}
-}
-
 // outside gives the host its ingress leg and a link to a client's namespace.
 func (f *fabric) outside() string {
 	t := f.t
@@ -343,8 +233,10 @@ func (f *fabric) outside() string {
 	must(t, netlink.LinkAdd(&netlink.Veth{
 		LinkAttrs: netlink.LinkAttrs{Name: "up0", Flags: net.FlagUp}, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.FD()),
 	}))
-	must(t, addAddr("up0", hostText+"/24"))
-	f.in(path, func() error { return errors.Join(setUp("eth0"), addAddr("eth0", clientText+"/24")) })
+	must(t, errors.Join(addAddr("up0", hostText+"/24"), addAddr("up0", host6Text+"/64")))
+	f.in(path, func() error {
+		return errors.Join(setUp("eth0"), addAddr("eth0", clientText+"/24"), addAddr("eth0", client6Text+"/64"))
+	})
 	t.Cleanup(func() { // at once: the kernel takes its time to end a namespace
 		for _, name := range []string{weft.IngressLeg, "up0"} {
 			l, err := netlink.LinkByName(name)
@@ -562,6 +454,9 @@ func addAddr(link, addr string) error {
 	if err != nil {
 		return err
 	}
+	if a.IP.To4() == nil {
+		a.Flags = unix.IFA_F_NODAD
+	}
 	return netlink.AddrAdd(l, a)
 }
 
@@ -570,4 +465,100 @@ func must(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A host that can be asked over IPv6 answers there, on its loopback address,
+// too, and stays no router for what is not published.
+func TestPublishedPortIPv6(t *testing.T) {
+	f := newFabric(t)
+	e := New(f.dir)
+	must(t, e.Probe(t.Context()))
+	if !e.CanPublish6() {
+		netnstest.Missing(t, "userns", fmt.Errorf("this kernel does not translate IPv6: %w", weft.ErrUnsupported))
+	}
+	must(t, addAddr("lo", "2001:db8:1::1/128"))
+	a := f.task(11)
+	outside := f.outside()
+	table := ingress.Table{
+		Ingress: ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24"), Addr6: netip.MustParsePrefix(leg6Text + "/64")},
+		Published: []ingress.Published{
+			{Service: "web", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: []ingress.Backend{a}},
+			{Service: "idle", Protocol: weft.TCP, Port: 30001, Target: 80},
+		},
+	}
+	must(t, e.Apply(t.Context(), table))
+	t.Cleanup(func() { must(t, e.Close(context.Background())) })
+	for _, addr := range []string{"[" + host6Text + "]:30000", hostText + ":30000"} {
+		name, seen, _, err := f.get(outside, addr)
+		if err != nil || name != string(a.Task) || !strings.Contains(seen, "250") {
+			t.Errorf("%s: %s saw %s, %v", addr, name, seen, err)
+		}
+	}
+	for _, addr := range []string{"[" + host6Text + "]:30000", "[2001:db8:1::1]:30000", "localhost:30000"} {
+		if _, _, _, err := f.get("", addr); err != nil {
+			t.Errorf("from the host itself to %s: %v", addr, err)
+		}
+	}
+	// A connection from ::1 cannot leave the host; it must not hang either.
+	if _, _, _, err := f.get("", "[::1]:30000"); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("[::1]: %v, want refused", err)
+	}
+	if _, _, _, err := f.get(outside, "["+host6Text+"]:30001"); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("a published port without backends: %v, want refused", err)
+	}
+	// Nothing reaches the overlay from outside but by a published port, and
+	// the overlay reaches nothing of the host's.
+	ln, err := net.Listen("tcp6", ":4000")
+	must(t, err)
+	defer ln.Close()
+	must(t, netns.Do(outside, func() error {
+		_, dst, _ := net.ParseCIDR("fd00:16::/64")
+		return netlink.RouteAdd(&netlink.Route{Dst: dst, Gw: net.ParseIP(host6Text)})
+	}))
+	if name, _, _, err := f.get(outside, "["+a.Addr6.String()+"]:80"); err == nil {
+		t.Errorf("an outside client reached %s directly through the host", name)
+	}
+	if _, _, _, err := f.get(filepath.Join(f.dir, string(a.Task)), "["+leg6Text+"]:4000"); err == nil || strings.Contains(err.Error(), "refused") {
+		t.Errorf("a task asked the host's listener by way of the ingress leg: %v", err)
+	}
+	// Without an address the host's leg speaks no IPv6 and the table goes.
+	table.Ingress.Addr6 = netip.Prefix{}
+	must(t, e.Apply(t.Context(), table))
+	if v6, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + weft.IngressLeg + "/disable_ipv6"); err != nil || string(v6) != "1\n" {
+		t.Errorf("disable_ipv6 of the leg is %q, %v", v6, err)
+	}
+	conn, err := nftables.New()
+	must(t, err)
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyIPv6)
+	must(t, err)
+	if len(tables) != 0 {
+		t.Errorf("%d IPv6 tables are left", len(tables))
+	}
+}
+
+// Turning forwarding on must not cost the host what routers tell it.
+func TestForwardingKeepsRouterAdvertisements(t *testing.T) {
+	f := newFabric(t)
+	f.in(f.namespace("host"), func() error {
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "up0"}}); err != nil {
+			return err
+		}
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "up1"}}); err != nil {
+			return err
+		}
+		if err := writeSysctl("net/ipv6/conf/up1/accept_ra", "0"); err != nil {
+			return err
+		}
+		for range 2 {
+			if err := forward6(); err != nil {
+				return err
+			}
+		}
+		for key, want := range map[string]string{"all/forwarding": "1", "up0/accept_ra": "2", "up1/accept_ra": "0", "default/accept_ra": "2"} {
+			if got, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + key); err != nil || string(got) != want+"\n" {
+				t.Errorf("%s is %q, %v, want %s", key, got, err, want)
+			}
+		}
+		return nil
+	})
 }

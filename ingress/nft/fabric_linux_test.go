@@ -3,6 +3,7 @@ package nft
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,8 +23,14 @@ import (
 
 // Address plan: tasks 10.0.16.N on bridge "br"; service address 10.0.16.200;
 // the host's leg on the same bridge is 10.0.16.250 ("weft-ingress"); an outside
-// client is 192.0.2.2 behind the host's 192.0.2.1.
+// client is 192.0.2.2 behind the host's 192.0.2.1. The IPv6 twin of a last byte N
+// is fd00:16::N on the bridge and 2001:db8::N outside.
 const (
+	vip6Text    = "fd00:16::200"
+	leg6Text    = "fd00:16::250"
+	host6Text   = "2001:db8::1"
+	client6Text = "2001:db8::2"
+
 	vipText    = "10.0.16.200"
 	legText    = "10.0.16.250"
 	hostText   = "192.0.2.1"
@@ -79,6 +86,8 @@ func (f *fabric) port(ns, name, addr string, mac net.HardwareAddr) {
 		target, err = netns.Open(ns)
 		must(f.t, err)
 		defer target.Close()
+		// As in a sandbox: no waiting for duplicates of link-local addresses.
+		f.in(ns, func() error { return writeSysctl("net/ipv6/conf/default/accept_dad", "0") })
 	}
 	f.in(f.br, func() error {
 		br, err := netlink.LinkByName("br")
@@ -98,8 +107,14 @@ func (f *fabric) port(ns, name, addr string, mac net.HardwareAddr) {
 				return err
 			}
 		}
-		return addAddr(name, addr+"/24")
+		return errors.Join(addAddr(name, addr+"/24"), addAddr(name, twin(addr).String()+"/64"))
 	}))
+}
+
+// twin is the IPv6 address beside an IPv4 one.
+func twin(addr string) netip.Addr {
+	last := addr[strings.LastIndexByte(addr, '.')+1:]
+	return netip.MustParseAddr("fd00:16::" + last)
 }
 
 // task is a port with a server that answers with its name; backends also hold
@@ -107,7 +122,7 @@ func (f *fabric) port(ns, name, addr string, mac net.HardwareAddr) {
 func (f *fabric) task(n int) ingress.Backend {
 	id := weft.ID(fmt.Sprintf("task%d", n))
 	addr := netip.MustParseAddr(fmt.Sprintf("10.0.16.%d", n))
-	b := ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr)}
+	b := ingress.Backend{Task: id, Addr: addr, Addr6: twin(addr.String()), MAC: weft.EndpointMAC(id, addr)}
 	ns := f.namespace(string(id))
 	f.port(ns, "eth0", addr.String(), b.MAC)
 	f.in(ns, func() error {
@@ -116,7 +131,7 @@ func (f *fabric) task(n int) ingress.Backend {
 				return err
 			}
 		}
-		return addAddr("lo", vipText+"/32")
+		return errors.Join(addAddr("lo", vipText+"/32"), addAddr("lo", vip6Text+"/128"))
 	})
 	f.serve(ns, string(id))
 	return b
@@ -126,10 +141,10 @@ func (f *fabric) serve(ns, name string) {
 	var ln net.Listener
 	var pc net.PacketConn
 	f.in(ns, func() (err error) {
-		if ln, err = net.Listen("tcp4", ":80"); err != nil {
+		if ln, err = net.Listen("tcp", ":80"); err != nil {
 			return err
 		}
-		pc, err = net.ListenPacket("udp4", ":7")
+		pc, err = net.ListenPacket("udp", ":7")
 		return err
 	})
 	var wg sync.WaitGroup
@@ -189,7 +204,7 @@ func (f *fabric) client(n int, s ingress.Service) string {
 func (f *fabric) get(ns, addr string) (name, seen string, c net.Conn, err error) {
 	dial := func() error {
 		var derr error
-		c, derr = net.DialTimeout("tcp4", addr, 3*time.Second)
+		c, derr = net.DialTimeout("tcp", addr, 3*time.Second)
 		return derr
 	}
 	if ns == "" {
@@ -210,7 +225,7 @@ func (f *fabric) get(ns, addr string) (name, seen string, c net.Conn, err error)
 func (f *fabric) apply(e *Engine, s ingress.Service) {
 	f.t.Helper()
 	must(f.t, e.Apply(context.Background(), ingress.Table{Networks: []ingress.Network{{
-		VNI: 4097, NetNS: f.br, Bridge: "br", Ports: f.ports, Services: []ingress.Service{s},
+		VNI: 4097, NetNS: f.br, Bridge: "br", IPv6: s.VIP.Is6(), Ports: f.ports, Services: []ingress.Service{s},
 	}}}))
 }
 

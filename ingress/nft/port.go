@@ -16,24 +16,31 @@ import (
 // backends drain is refused new TCP connections only: what is open goes on.
 func portRules(n ingress.Network) ruleset {
 	r := ruleset{family: nftables.TableFamilyNetdev}
-	idle, dead := addressSet("idle"), addressSet("dead")
-	for _, s := range n.Services {
-		if !s.VIP.Is4() {
-			continue
+	fams := families(n.IPv6)
+	for _, f := range fams {
+		idle, dead := f.addressSet("idle"), f.addressSet("dead")
+		for _, s := range n.Services {
+			if !f.has(s.VIP) {
+				continue
+			}
+			if len(s.Backends) == 0 {
+				dead.elements[raw(s.VIP)] = ""
+			}
+			if !takesConnections(s) {
+				idle.elements[raw(s.VIP)] = ""
+			}
 		}
-		if len(s.Backends) == 0 {
-			dead.elements[bytes4(s.VIP)] = ""
-		}
-		if !takesConnections(s) {
-			idle.elements[bytes4(s.VIP)] = ""
-		}
+		r.sets = append(r.sets, idle, dead)
 	}
-	r.sets = []set{idle, dead}
 	for _, port := range n.Ports {
-		r.chains = append(r.chains, chain{
+		c := chain{
 			name: "in-" + port, kind: nftables.ChainTypeFilter, device: port,
-			hook: nftables.ChainHookIngress, priority: nftables.ChainPriorityFilter, rules: portChain(port),
-		})
+			hook: nftables.ChainHookIngress, priority: nftables.ChainPriorityFilter,
+		}
+		for _, f := range fams {
+			c.rules = append(c.rules, f.portChain(port)...)
+		}
+		r.chains = append(r.chains, c)
 	}
 	return r
 }
@@ -55,27 +62,33 @@ const (
 	flagACK  = 0x10
 )
 
-func portChain(port string) []rule {
+func (f *family) portChain(port string) []rule {
 	reset := &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}
-	return []rule{
-		{port + ": new tcp to a service that takes no connections: reset", join(tuple(unix.IPPROTO_TCP), []expr.Any{
-			has("idle", regVIP),
-			&expr.Payload{DestRegister: regPorts, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
-			&expr.Bitwise{SourceRegister: regPorts, DestRegister: regPorts, Len: 1, Mask: []byte{flagSYN | flagACK}, Xor: []byte{0}},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: regPorts, Data: []byte{flagSYN}},
-			&expr.Counter{}, reset})},
-		{port + ": other tcp to a service without backends: reset", join(tuple(unix.IPPROTO_TCP), []expr.Any{
-			has("dead", regVIP), &expr.Counter{}, reset})},
-		{port + ": other protocols to a service without backends: port unreachable", join(ipv4(), []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: regProto},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: regProto, Data: []byte{unix.IPPROTO_TCP}},
-			has("dead", regVIP), &expr.Counter{},
-			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 3}})}, // ICMP code 3, RFC 792
+	words := f.words + port + ": "
+	idle, dead := has("idle"+f.suffix, f.vip), has("dead"+f.suffix, f.vip)
+	var rules []rule
+	if f.is6 {
+		rules = append(rules, neighbourDiscovery())
 	}
+	return append(rules,
+		rule{words + "new tcp to a service that takes no connections: reset", join(f.tupleOf(unix.IPPROTO_TCP), []expr.Any{
+			idle,
+			&expr.Payload{DestRegister: f.ports, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
+			&expr.Bitwise{SourceRegister: f.ports, DestRegister: f.ports, Len: 1, Mask: []byte{flagSYN | flagACK}, Xor: []byte{0}},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: f.ports, Data: []byte{flagSYN}},
+			&expr.Counter{}, reset})},
+		rule{words + "other tcp to a service without backends: reset", join(f.tupleOf(unix.IPPROTO_TCP), []expr.Any{
+			dead, &expr.Counter{}, reset})},
+		rule{words + "other protocols to a service without backends: port unreachable", join(f.addresses(), []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: f.proto},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: f.proto, Data: []byte{unix.IPPROTO_TCP}},
+			dead, &expr.Counter{},
+			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}})},
+	)
 }
 
 // portProbe is a table of the same expressions on the loopback device, which
 // every namespace has.
-func portProbe() ruleset {
-	return portRules(ingress.Network{Ports: []string{"lo"}})
+func portProbe(with6 bool) ruleset {
+	return portRules(ingress.Network{IPv6: with6, Ports: []string{"lo"}})
 }

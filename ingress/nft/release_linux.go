@@ -19,7 +19,8 @@ const dumpTries = 4
 // connection ends with its backend, a stream of datagrams does not: connection
 // tracking would send it to where the backend was for as long as it flows.
 type trackable struct {
-	leg netip.Addr // requests are sent on from this address
+	// leg and leg6 are the addresses that requests are sent on from.
+	leg, leg6 netip.Addr
 	// backends by address and port; those that drain are among them.
 	backends map[netip.AddrPort]bool
 	// open are the published ports that have a backend for new flows.
@@ -27,13 +28,16 @@ type trackable struct {
 }
 
 func trackableOf(t ingress.Table) trackable {
-	k := trackable{leg: t.Ingress.Addr.Addr(), backends: map[netip.AddrPort]bool{}, open: map[uint16]bool{}}
+	k := trackable{leg: t.Ingress.Addr.Addr(), leg6: t.Ingress.Addr6.Addr(), backends: map[netip.AddrPort]bool{}, open: map[uint16]bool{}}
 	for _, p := range t.Published {
 		if p.Protocol != weft.UDP {
 			continue
 		}
 		for _, b := range p.Backends {
 			k.backends[netip.AddrPortFrom(b.Addr, p.Target)] = true
+			if b.Addr6.IsValid() {
+				k.backends[netip.AddrPortFrom(b.Addr6, p.Target)] = true
+			}
 			if !b.Draining {
 				k.open[p.Port] = true
 			}
@@ -46,7 +50,7 @@ func trackableOf(t ingress.Table) trackable {
 // under k: then nobody need read the table of connections, which grows with
 // traffic. A nil was is not known.
 func (k trackable) follows(was *trackable) bool {
-	if was == nil || k.leg != was.leg {
+	if was == nil || k.leg != was.leg || k.leg6 != was.leg6 {
 		return false
 	}
 	for b := range was.backends {
@@ -76,15 +80,15 @@ func (k trackable) misled(f tracked, local map[netip.Addr]bool) bool {
 	if f.asked == f.answers {
 		return local[f.asked.Addr()] && k.open[f.asked.Port()]
 	}
-	return f.back == k.leg && !k.backends[f.answers]
+	return f.back.IsValid() && (f.back == k.leg || f.back == k.leg6) && !k.backends[f.answers]
 }
 
 // release forgets the misled flows of the calling namespace; their next
 // datagram is balanced anew.
 func (k trackable) release() error {
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	for i := 1; errors.Is(err, netlink.ErrDumpInterrupted) && i < dumpTries; i++ {
-		addrs, err = netlink.AddrList(nil, netlink.FAMILY_V4)
+		addrs, err = netlink.AddrList(nil, netlink.FAMILY_ALL)
 	}
 	if err != nil {
 		return fmt.Errorf("list the host's addresses: %w", err)
@@ -108,14 +112,30 @@ func (k trackable) release() error {
 			back:    back.Unmap(),
 		}, local)
 	})
-	for range dumpTries {
-		_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, match)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	if err != nil {
+	if err := forget(match, k.leg6.IsValid()); err != nil {
 		return fmt.Errorf("forget datagrams tracked to backends that are gone: %w", err)
+	}
+	return nil
+}
+
+// forget deletes the tracked flows of the calling namespace that match, of IPv4
+// and with6 of IPv6.
+func forget(match netlink.CustomConntrackFilter, with6 bool) error {
+	all := []netlink.InetFamily{unix.AF_INET}
+	if with6 {
+		all = append(all, unix.AF_INET6)
+	}
+	for _, f := range all {
+		var err error
+		for range dumpTries {
+			_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, match)
+			if !errors.Is(err, netlink.ErrDumpInterrupted) {
+				break
+			}
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }

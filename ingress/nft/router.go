@@ -17,26 +17,27 @@ import (
 // into a packet to a service address; by it the packet gets the backend's
 // own address, and connection tracking gives the answer the service's. Packets to
 // an endpoint's own address come with the router's hardware address and pass.
-func routerRules(r ingress.Router) ruleset {
+// There is one of each family.
+func (f *family) routerRules(r ingress.Router) ruleset {
 	backends := set{
-		name: "backends", key: nftables.TypeEtherAddr, data: nftables.TypeIPAddr, isMap: true,
-		elements: map[string]string{}, show: showBackend,
+		name: "backends", key: nftables.TypeEtherAddr, data: f.addr, isMap: true,
+		elements: map[string]string{}, show: f.showBackend,
 	}
 	for _, b := range r.Backends {
-		if b.Addr.Is4() {
-			backends.elements[string(b.MAC)] = bytes4(b.Addr)
+		if a := f.addressOf(b); a.IsValid() {
+			backends.elements[string(b.MAC)] = raw(a)
 		}
 	}
 	return ruleset{
-		family: nftables.TableFamilyIPv4, sets: []set{backends},
+		family: f.host, sets: []set{backends},
 		chains: []chain{{
 			name: "prerouting", kind: nftables.ChainTypeNAT,
 			hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityNATDest,
 			rules: []rule{{"to a service by its backend's hardware address: to the backend", []expr.Any{
-				&expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
-				lookup("backends", regMAC, regVIP),
+				&expr.Payload{DestRegister: f.mac, Base: expr.PayloadBaseLLHeader, Offset: etherDestination, Len: 6},
+				lookup("backends", f.mac, f.hostAddr),
 				&expr.Counter{},
-				&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: regVIP},
+				&expr.NAT{Type: expr.NATTypeDestNAT, Family: f.nat, RegAddrMin: f.hostAddr},
 			}}},
 		}},
 	}
@@ -62,6 +63,6 @@ func acceptRules(r ingress.Router) ruleset {
 	return out
 }
 
-func showBackend(key, data string) string {
-	return net.HardwareAddr(key).String() + " -> " + address(data)
+func (f *family) showBackend(key, data string) string {
+	return net.HardwareAddr(key).String() + " -> " + f.show(data)
 }

@@ -1,13 +1,11 @@
 package nft
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/vxlan/netns"
@@ -26,8 +24,10 @@ func (e *Engine) applyRouter(r ingress.Router, places map[string]*place) error {
 	}
 	places[r.NetNS] = p
 	err = withConn(r.NetNS, func(conn *nftables.Conn) error {
-		if err := e.converge(p, conn, routerRules(r)); err != nil {
-			return err
+		for _, f := range families(e.ip6) {
+			if err := e.converge(p, conn, f.routerRules(r)); err != nil {
+				return err
+			}
 		}
 		return e.converge(p, conn, acceptRules(r))
 	})
@@ -37,9 +37,12 @@ func (e *Engine) applyRouter(r ingress.Router, places map[string]*place) error {
 	now := map[netip.Addr]bool{}
 	for _, b := range r.Backends {
 		now[b.Addr] = true
+		if b.Addr6.IsValid() {
+			now[b.Addr6] = true
+		}
 	}
 	if e.routed == nil || lacks(now, e.routed) {
-		if err := netns.Do(r.NetNS, func() error { return forgetTranslated(now) }); err != nil {
+		if err := netns.Do(r.NetNS, func() error { return forgetTranslated(now, e.ip6) }); err != nil {
 			return err
 		}
 	}
@@ -60,20 +63,13 @@ func lacks(now, earlier map[netip.Addr]bool) bool {
 // forgetTranslated drops the calling namespace's tracked flows that lead a
 // service address to a backend that is not there any more: the bridge has
 // chosen another by now.
-func forgetTranslated(backends map[netip.Addr]bool) error {
+func forgetTranslated(backends map[netip.Addr]bool, with6 bool) error {
 	match := matchFunc(func(c *netlink.ConntrackFlow) bool {
 		asked, _ := netip.AddrFromSlice(c.Forward.DstIP)
 		answers, _ := netip.AddrFromSlice(c.Reverse.SrcIP)
 		return asked.Unmap() != answers.Unmap() && !backends[answers.Unmap()]
 	})
-	var err error
-	for range dumpTries {
-		_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, match)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	if err != nil {
+	if err := forget(match, with6); err != nil {
 		return fmt.Errorf("forget flows to backends that are gone: %w", err)
 	}
 	return nil

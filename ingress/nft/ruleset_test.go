@@ -18,7 +18,7 @@ var update = flag.Bool("update", false, "write golden files")
 
 func testBackend(n byte, isDraining bool) ingress.Backend {
 	id, addr := weft.ID([]byte{'t', '0' + n}), netip.AddrFrom4([4]byte{10, 0, 16, n})
-	return ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr), Draining: isDraining}
+	return ingress.Backend{Task: id, Addr: addr, Addr6: netip.AddrFrom16([16]byte{0: 0xfd, 15: n}), MAC: weft.EndpointMAC(id, addr), Draining: isDraining}
 }
 
 // TestGoldenRulesets shows what stands in the kernel for a few tables.
@@ -35,7 +35,16 @@ func TestGoldenRulesets(t *testing.T) {
 		Bridge: weft.GatewayBridge, Subnet: netip.MustParsePrefix("172.31.0.0/16"),
 		Protect: []netip.Prefix{netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("10.0.32.0/20"), netip.MustParsePrefix("10.255.0.0/16")},
 	}
-	entry := ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix("10.255.0.2/16")}
+	entry := ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix("10.255.0.2/16"), Addr6: netip.MustParsePrefix("fd00:ff::2/64")}
+	vip6 := func(n byte, b ...ingress.Backend) ingress.Service {
+		s := vip(n, b...)
+		s.VIP = netip.AddrFrom16([16]byte{0: 0xfd, 15: n})
+		s.MAC = weft.VIPMAC("s", s.VIP)
+		return s
+	}
+	both := ingress.Network{IPv6: true, Ports: []string{"wp1"}, Services: []ingress.Service{
+		vip(200, testBackend(1, false)), vip6(200, testBackend(1, false)), vip6(201, testBackend(4, true)), vip6(202),
+	}}
 	for _, tc := range []struct {
 		name  string
 		rules ruleset
@@ -51,8 +60,16 @@ func TestGoldenRulesets(t *testing.T) {
 		{"ports", portRules(ingress.Network{Ports: []string{"wp1", "wp2"}, Services: []ingress.Service{
 			vip(200, testBackend(1, false)), vip(201, testBackend(4, true)), vip(202),
 		}})},
+		{"bridge_ipv6", bridgeRules(both, true)},
+		{"bridge_ipv6_no_reject", bridgeRules(both, false)},
+		{"ports_ipv6", portRules(both)},
+		{"host_ipv6", hostRules6(ingress.Table{Ingress: entry, Gateway: gateway, Published: []ingress.Published{
+			{Service: "s", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: many[:2]},
+			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
+		}})},
 		{"host_empty", hostRules(ingress.Table{})},
-		{"router", routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
+		{"router_ipv6", ipv6.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
+		{"router", ipv4.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
 		{"router_links", acceptRules(ingress.Router{VNIs: []uint32{4097, 4098}})},
 		{"host_full", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Underlay: ingress.Underlay{
 			Port: 4789, Members: []netip.Addr{netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00::1")},

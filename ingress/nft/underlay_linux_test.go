@@ -2,33 +2,60 @@ package nft
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestStrangersAreKeptOut: what comes to the overlay's port from an address that
 // is no member's is not received, and what comes from a member's is.
 func TestStrangersAreKeptOut(t *testing.T) {
 	must(t, setUp("lo"))
-	heard, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	for _, base := range []netip.Addr{netip.MustParseAddr("127.0.0.0"), netip.MustParseAddr("fd00:99::")} {
+		t.Run(base.String(), func(t *testing.T) { testStrangers(t, base) })
+	}
+}
+
+// testStrangers uses the addresses 1 to 3 behind base.
+func testStrangers(t *testing.T, base netip.Addr) {
+	number := func(n byte) netip.Addr {
+		b := base.AsSlice()
+		b[len(b)-1] = n
+		a, _ := netip.AddrFromSlice(b)
+		if a.Is6() {
+			if err := addAddr("lo", a.String()+"/128"); err != nil && !errors.Is(err, unix.EEXIST) {
+				t.Fatal(err)
+			}
+		}
+		return a
+	}
+	heard, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(number(1), 0)))
 	must(t, err)
 	defer heard.Close()
-	to := heard.LocalAddr().(*net.UDPAddr)
-	other, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	port := heard.LocalAddr().(*net.UDPAddr).Port
+	other, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(number(1), 0)))
 	must(t, err)
 	defer other.Close()
 	e := New(t.TempDir())
 	must(t, e.Probe(t.Context()))
+	if base.Is6() && !e.CanPublish6() {
+		netnstest.Missing(t, "userns", fmt.Errorf("this kernel has no IPv6 tables: %w", weft.ErrUnsupported))
+	}
 	must(t, e.Apply(t.Context(), ingress.Table{Underlay: ingress.Underlay{
-		Port: uint16(to.Port), Members: []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("fd00::2")},
+		Port: uint16(port), Members: []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("fd00:99::2")},
 	}}))
 	t.Cleanup(func() { must(t, e.Close(context.Background())) })
 	send := func(from byte, to net.Addr) {
-		c, err := net.DialUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, from)}, to.(*net.UDPAddr))
+		c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(number(from), 0)), to.(*net.UDPAddr))
 		must(t, err)
 		defer c.Close()
 		_, err = c.Write([]byte{from})

@@ -23,6 +23,9 @@ type Config struct {
 	Propose func(ctx context.Context, changes []state.Change) error
 	// Seen is told of every sign of life of a node. It must not block.
 	Seen func(node weft.ID)
+	// Confirmed is called when Progress may say more than before of a state
+	// in which something rests; nil: nobody asks. It must not block.
+	Confirmed func()
 	// MinGap is the shortest time between two increments of one session:
 	// longer makes fewer, larger messages. Default 2 ms.
 	MinGap time.Duration
@@ -34,9 +37,10 @@ type Config struct {
 type Dispatcher struct {
 	cfg Config
 
-	// mu guards: sessions, cache, ended.
+	// mu guards: sessions, the progress of each, reported, cache, ended.
 	mu       sync.Mutex
 	sessions map[*session]struct{}
+	reported map[weft.ID]reported
 	cache    *shared // the newest that anyone computed
 	ended    bool
 }
@@ -51,6 +55,8 @@ type session struct {
 	// written before the close).
 	end    chan struct{}
 	reason error
+	// progress is guarded by the dispatcher's mu.
+	progress progress
 }
 
 // New makes a dispatcher; Run must be running for sessions to get increments.
@@ -58,7 +64,10 @@ func New(cfg Config) *Dispatcher {
 	if cfg.MinGap <= 0 {
 		cfg.MinGap = 2 * time.Millisecond
 	}
-	return &Dispatcher{cfg: cfg, sessions: map[*session]struct{}{}}
+	if cfg.Confirmed == nil {
+		cfg.Confirmed = func() {}
+	}
+	return &Dispatcher{cfg: cfg, sessions: map[*session]struct{}{}, reported: map[weft.ID]reported{}}
 }
 
 // Run wakes the sessions whose data changed, until ctx ends; then it ends them
@@ -98,7 +107,7 @@ func (d *Dispatcher) wake(c *state.Changed, told *shared) *shared {
 	for s := range d.sessions {
 		_, tasks := c.TaskNodes[s.node]
 		_, self := c.Nodes[s.node] // it may have been removed
-		if everyone || tasks || self {
+		if everyone || tasks || self || s.progress.concerns(c) {
 			select {
 			case s.wake <- struct{}{}:
 			default: // a token is there already
@@ -149,7 +158,7 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	if err != nil {
 		return fmt.Errorf("open session of node %s: %w", node, err)
 	}
-	s := &session{node: node, wake: make(chan struct{}, 1), end: make(chan struct{})}
+	s := &session{node: node, wake: make(chan struct{}, 1), end: make(chan struct{}), progress: nothingSent()}
 	if err := d.open(s); err != nil {
 		return err
 	}
@@ -184,9 +193,10 @@ func (d *Dispatcher) close(s *session) {
 // serve sends the full set and then increments. It is the only sender of its
 // stream, so Seq needs no lock.
 func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assignments) error) error {
-	sent := d.current(s.node)
+	sent, at := d.current(s.node)
 	full := sent.Full()
-	full.Seq = 1
+	full.Seq, full.Index, full.Confirm = 1, at.index, at.rests
+	d.advance(s, progress{sent: at.index, upTo: at.index, networks: sent.Networks})
 	if err := send(full); err != nil {
 		return fmt.Errorf("send assignments to node %s: %w", s.node, err)
 	}
@@ -204,13 +214,15 @@ func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assig
 		if _, ok := d.cfg.Store.View().Node(s.node); !ok {
 			return fmt.Errorf("session of node %s: node was removed: %w", s.node, weft.ErrNotFound)
 		}
-		next := d.current(s.node)
+		next, at := d.current(s.node)
 		a := Diff(sent, next)
 		if Empty(a) {
+			d.upToDate(s, at)
 			continue
 		}
 		seq++
-		a.Seq = seq
+		a.Seq, a.Index, a.Confirm = seq, at.index, at.rests
+		d.advance(s, progress{sent: at.index, upTo: at.index, networks: next.Networks})
 		if err := send(a); err != nil {
 			return fmt.Errorf("send assignments to node %s: %w", s.node, err)
 		}
@@ -228,7 +240,7 @@ func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assig
 
 // current computes the newest set of a node, with the shared part from the
 // cache when it is of the same index.
-func (d *Dispatcher) current(node weft.ID) Set {
+func (d *Dispatcher) current(node weft.ID) (Set, *shared) {
 	v := d.cfg.Store.View()
 	d.mu.Lock()
 	sh := d.cache
@@ -241,7 +253,7 @@ func (d *Dispatcher) current(node weft.ID) Set {
 		}
 		d.mu.Unlock()
 	}
-	return compute(v, sh, node)
+	return compute(v, sh, node), sh
 }
 
 // Report implements wire.Dispatcher. It returns when the states are committed;
@@ -253,6 +265,7 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 	if !ok {
 		return fmt.Errorf("take report: node %s %w in this cluster", node, weft.ErrNotFound)
 	}
+	d.carriedOut(node, r.Applied, r.Behind)
 	var changes []state.Change
 	var errs []error
 	for i := range r.Tasks {
@@ -277,6 +290,11 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 		// It was silent for too long and is heard again on its old stream.
 		ready := weft.NodeReady
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, State: &ready}})
+	}
+	if r.Prefixes != nil && !slices.Equal(n.Description.UsedPrefixes, r.Prefixes) {
+		about := n.Description
+		about.UsedPrefixes = r.Prefixes
+		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Description: &about}})
 	}
 	if r.Listeners != nil && !slices.Equal(n.Status.Listeners, r.Listeners) {
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Listeners: &r.Listeners}})

@@ -101,7 +101,16 @@ func take(s Set, a wire.Assignments) Set {
 		Networks: put(s.Networks, a.Networks, a.GoneNetworks, func(n weft.Network) weft.ID { return n.ID }),
 		Services: put(s.Services, a.Services, a.GoneServices, func(v wire.ServiceView) weft.ID { return v.ID }),
 		Nodes:    put(s.Nodes, a.Nodes, a.GoneNodes, func(v wire.NodeView) weft.ID { return v.ID }),
-		Specs:    maps.Clone(s.Specs), Cluster: s.Cluster}
+		Specs:    maps.Clone(s.Specs), Cluster: s.Cluster, Ended: maps.Clone(s.Ended)}
+	if n.Ended == nil {
+		n.Ended = map[weft.ID]struct{}{}
+	}
+	for _, i := range a.Ended {
+		n.Ended[i] = struct{}{}
+	}
+	for _, i := range a.GoneEnded {
+		delete(n.Ended, i)
+	}
 	if n.Specs == nil {
 		n.Specs = map[SpecKey]weft.SpecVersion{}
 	}
@@ -141,7 +150,7 @@ func drawChange(t *rapid.T, w *world) state.Change {
 	n := rapid.IntRange(1, 3)
 	nets := rapid.SliceOfNDistinct(rapid.SampledFrom([]weft.ID{"w1", "w2"}), 0, 2, rapid.ID[weft.ID])
 	v := w.store.View()
-	switch rapid.IntRange(0, 9).Draw(t, "kind") {
+	switch rapid.IntRange(0, 10).Draw(t, "kind") {
 	case 0, 1:
 		s := service(n.Draw(t, "service"), rapid.Bool().Draw(t, "published"), nets.Draw(t, "nets")...)
 		if old, ok := v.Service(s.ID); ok {
@@ -172,6 +181,10 @@ func drawChange(t *rapid.T, w *world) state.Change {
 	case 8:
 		return state.Change{NodeStatus: &state.NodeStatus{Node: id("n", n.Draw(t, "node")), Session: &state.NodeSession{
 			Addr: netip.AddrFrom4([4]byte{10, 99, 0, byte(n.Draw(t, "addr"))})}}}
+	case 9:
+		return state.Change{Release: &state.Release{Addrs: []state.Rested{{
+			Network: rapid.SampledFrom([]weft.ID{"i", "w1", "w2"}).Draw(t, "net"), Index: rapid.Uint64Range(0, w.index).Draw(t, "index"),
+			Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 6).Draw(t, "addr"))})}}}}}
 	default:
 		name := rapid.SampledFrom([]string{"w1", "w2"}).Draw(t, "net")
 		if _, ok := v.Network(weft.ID(name)); ok {
@@ -197,7 +210,9 @@ func TestIncrementsEqualFullSet(t *testing.T) {
 			}
 			next := Compute(w.store.View(), me)
 			inc := Diff(sent, next)
-			if Empty(inc) != reflect.DeepEqual(inc, wire.Assignments{}) {
+			now := inc
+			now.GoneEnded = nil // can wait
+			if Empty(inc) != reflect.DeepEqual(now, wire.Assignments{}) {
 				t.Fatalf("Empty is wrong about %+v", inc)
 			}
 			known = take(known, inc)
@@ -242,19 +257,45 @@ func slowCheck(t *rapid.T, v *state.Snapshot, me weft.ID, s Set) {
 			t.Fatalf("service %s: in the set is %v", svc.ID, has)
 		}
 	}
+	ended := 0
+	for _, r := range v.AllResting() {
+		_, has := s.Ended[r.Owner]
+		if has != (r.Task && on[r.Network]) && !elsewhere(v, r, on) {
+			t.Fatalf("%s, of %s, rests on %s: told is %v", r.Addr, r.Owner, r.Network, has)
+		}
+		if has {
+			ended++
+		}
+	}
+	if len(s.Ended) > ended {
+		t.Fatalf("ended tasks %v, of which not all have an address that rests", s.Ended)
+	}
 	if len(s.Nodes) != len(v.Nodes()) {
 		t.Fatalf("%d of %d nodes", len(s.Nodes), len(v.Nodes()))
 	}
 }
 
+// elsewhere reports whether the owner of r has another address that rests, on a
+// network of on.
+func elsewhere(v *state.Snapshot, r state.RestingAddr, on map[weft.ID]bool) bool {
+	for _, o := range v.AllResting() {
+		if o.Owner == r.Owner && o.Task && on[o.Network] {
+			return true
+		}
+	}
+	return false
+}
+
 func start(t *testing.T, w *world) (*Dispatcher, context.Context, func()) {
 	ctx, cancel := context.WithCancel(t.Context())
-	d := New(Config{Store: w.store, Seen: func(weft.ID) {}, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	d := New(Config{Store: w.store, Seen: func(weft.ID) {}, Log: discard(),
 		Propose: func(_ context.Context, c []state.Change) error { return w.do(c...) }})
 	done := make(chan struct{})
 	go func() { defer close(done); d.Run(ctx) }()
 	return d, ctx, func() { cancel(); <-done }
 }
+
+func discard() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
 
 var hello = wire.SessionRequest{Version: wire.ProtocolVersion}
 
@@ -391,7 +432,7 @@ func TestReport(t *testing.T) {
 	w.must(state.Change{Service: service(1, false, "w1")}, state.Change{Task: task(1, 1, 1, "w1")}, state.Change{Task: task(2, 1, 2, "w1")})
 	var proposed [][]state.Change
 	var seen []weft.ID
-	d := New(Config{Store: w.store, Seen: func(n weft.ID) { seen = append(seen, n) }, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	d := New(Config{Store: w.store, Seen: func(n weft.ID) { seen = append(seen, n) }, Log: discard(),
 		Propose: func(_ context.Context, c []state.Change) error { proposed = append(proposed, c); return w.do(c...) }})
 	running := wire.TaskReport{Task: "t1", Status: weft.TaskStatus{State: weft.TaskRunning, At: time.Now()}}
 	report := func(r wire.Report) error { return d.Report(t.Context(), "n1", r) }
@@ -430,7 +471,7 @@ func TestDepartedNodeStaysDown(t *testing.T) {
 	w := newWorld(t)
 	w.base()
 	w.must(state.Change{Service: service(1, false, "w1")}, state.Change{Task: task(1, 1, 1, "w1")})
-	d := New(Config{Store: w.store, Seen: func(weft.ID) {}, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	d := New(Config{Store: w.store, Seen: func(weft.ID) {}, Log: discard(),
 		Propose: func(_ context.Context, c []state.Change) error { return w.do(c...) }})
 	down := weft.NodeDown
 	w.must(state.Change{NodeStatus: &state.NodeStatus{Node: "n1", State: &down, Message: state.Departed, DropManager: true}})

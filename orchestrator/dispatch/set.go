@@ -17,6 +17,8 @@ type Set struct {
 	Services map[weft.ID]wire.ServiceView
 	Nodes    map[weft.ID]wire.NodeView
 	Cluster  wire.ClusterView
+	// Ended tasks have addresses that rest on one of Networks.
+	Ended map[weft.ID]struct{}
 }
 
 // SpecKey identifies a spec version.
@@ -36,14 +38,24 @@ type shared struct {
 	on        map[weft.ID][]weft.ID
 	ingress   *weft.Network
 	cluster   wire.ClusterView
+	// ended: tasks whose addresses rest, by network; rests: anything does.
+	ended map[weft.ID][]weft.ID
+	rests bool
 }
 
 func share(v *state.Snapshot) *shared {
 	s := &shared{
 		index: v.Index(),
 		nodes: map[weft.ID]wire.NodeView{}, services: map[weft.ID]wire.ServiceView{},
-		on: map[weft.ID][]weft.ID{},
+		on: map[weft.ID][]weft.ID{}, ended: map[weft.ID][]weft.ID{},
 	}
+	for _, r := range v.AllResting() {
+		s.rests = true
+		if r.Task {
+			s.ended[r.Network] = append(s.ended[r.Network], r.Owner)
+		}
+	}
+	s.rests = s.rests || len(v.RestingNetworks()) > 0
 	for _, n := range v.Nodes() {
 		s.nodes[n.ID] = NodeView(n)
 	}
@@ -92,10 +104,13 @@ func compute(v *state.Snapshot, sh *shared, node weft.ID) Set {
 	s := Set{
 		Tasks: map[weft.ID]weft.Task{}, Specs: map[SpecKey]weft.SpecVersion{},
 		Networks: map[weft.ID]weft.Network{}, Services: map[weft.ID]wire.ServiceView{},
-		Nodes: sh.nodes, Cluster: sh.cluster,
+		Nodes: sh.nodes, Cluster: sh.cluster, Ended: map[weft.ID]struct{}{},
 	}
 	if sh.ingress != nil {
-		s.Networks[sh.ingress.ID] = *sh.ingress
+		n, ok := v.Node(node)
+		if _, refused := n.Conflict(sh.ingress); ok && !refused {
+			s.Networks[sh.ingress.ID] = *sh.ingress
+		}
 	}
 	for _, t := range v.TasksOfNode(node) {
 		if t.Status.State < weft.TaskAssigned {
@@ -120,6 +135,9 @@ func compute(v *state.Snapshot, sh *shared, node weft.ID) Set {
 	for id := range s.Networks {
 		for _, svc := range sh.on[id] {
 			s.Services[svc] = sh.services[svc]
+		}
+		for _, task := range sh.ended[id] {
+			s.Ended[task] = struct{}{}
 		}
 	}
 	for _, svc := range sh.published {
@@ -168,16 +186,18 @@ func Diff(from, to Set) wire.Assignments {
 		}
 		return compare(x.Version, y.Version)
 	})
+	a.Ended, a.GoneEnded = missing(to.Ended, from.Ended), missing(from.Ended, to.Ended)
 	if !reflect.DeepEqual(from.Cluster, to.Cluster) {
 		a.Cluster = &to.Cluster
 	}
 	return a
 }
 
-// Empty reports whether a tells nothing.
+// Empty reports whether a tells nothing that a node must hear now. That tasks
+// ended long enough ago is told with the next increment.
 func Empty(a wire.Assignments) bool {
 	return !a.Full && a.Cluster == nil &&
-		len(a.Tasks)+len(a.Specs)+len(a.Networks)+len(a.Services)+len(a.Nodes)+
+		len(a.Tasks)+len(a.Specs)+len(a.Networks)+len(a.Services)+len(a.Nodes)+len(a.Ended)+
 			len(a.GoneTasks)+len(a.GoneNetworks)+len(a.GoneServices)+len(a.GoneNodes) == 0
 }
 
@@ -194,6 +214,18 @@ func diff[T any](from, to map[weft.ID]T, same func(a, b T) bool) (put []T, gone 
 		}
 	}
 	return put, gone
+}
+
+// missing are the ids of a that b has not, in their order.
+func missing(a, b map[weft.ID]struct{}) []weft.ID {
+	var out []weft.ID
+	for id := range a {
+		if _, ok := b[id]; !ok {
+			out = append(out, id)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 func sorted[T any](m map[weft.ID]T) []weft.ID {

@@ -7,6 +7,7 @@
 package schedule
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -36,6 +37,9 @@ type Group struct {
 	Spec    *weft.ServiceSpec
 	Service weft.ID
 	Tasks   []weft.Task // of a global service with Node set: only checked
+	// Networks of the service: a node that uses part of one's range for
+	// something else cannot run its tasks.
+	Networks []weft.Network
 }
 
 // Decision places a task, or says why it stays pending.
@@ -150,7 +154,7 @@ func (s *scheduler) check(g *Group, constraints weft.Constraints) {
 		switch {
 		case !ok:
 			no.unavailable = 1
-		case !s.leaves[at].fits(g.Spec, constraints, &no):
+		case !s.leaves[at].fits(g, constraints, &no):
 		default:
 			s.place(g, at, 1)
 			s.out = append(s.out, Decision{Task: t.ID, Node: t.Node})
@@ -172,16 +176,32 @@ func (s *scheduler) place(g *Group, at, n int) {
 }
 
 // fits says whether one task may go on the leaf now, and counts why not.
-func (l *leaf) fits(spec *weft.ServiceSpec, constraints weft.Constraints, no *refusals) bool {
+func (l *leaf) fits(g *Group, constraints weft.Constraints, no *refusals) bool {
 	switch {
 	case !l.usable:
 		no.unavailable++
 	case !constraints.Match(l.node):
 		no.constraints++
-	case l.room(spec.Reservations) == 0:
+	case l.room(g.Spec.Reservations) == 0:
 		no.resources++
+	case l.conflicts(g.Networks, no):
 	default:
 		return true
+	}
+	return false
+}
+
+// conflicts reports whether the host uses part of a network's range, and notes it.
+func (l *leaf) conflicts(networks []weft.Network, no *refusals) bool {
+	for i := range networks {
+		n := &networks[i]
+		if used, ok := l.node.Conflict(n); ok {
+			no.conflicts++
+			if no.conflict == "" {
+				no.conflict = fmt.Sprintf("network %s (%s) overlaps %s in use on node %s", n.Spec.Name, n.Spec.Subnets[0].Prefix, used, cmp.Or(l.node.Description.Hostname, string(l.node.ID)))
+			}
+			return true
+		}
 	}
 	return false
 }
@@ -202,7 +222,11 @@ func (l *leaf) room(r weft.Resources) int {
 }
 
 // refusals counts nodes by the first reason that rules them out.
-type refusals struct{ unavailable, constraints, resources int }
+type refusals struct {
+	unavailable, constraints, resources, conflicts int
+
+	conflict string // the first of them
+}
 
 // String is Docker's sentence: the commonest reason first.
 func (r refusals) String() string {
@@ -219,6 +243,7 @@ func (r refusals) String() string {
 	list := []reason{
 		{r.constraints, "scheduling constraints not satisfied on " + nodes(r.constraints)},
 		{r.resources, "insufficient resources on " + nodes(r.resources)},
+		{r.conflicts, r.conflictText()},
 		{r.unavailable, nodes(r.unavailable) + " not available for new tasks"},
 	}
 	slices.SortStableFunc(list, func(a, b reason) int { return b.n - a.n })
@@ -232,4 +257,11 @@ func (r refusals) String() string {
 		return "no suitable node"
 	}
 	return "no suitable node (" + strings.Join(parts, "; ") + ")"
+}
+
+func (r refusals) conflictText() string {
+	if r.conflicts > 1 {
+		return fmt.Sprintf("%s, and likewise on %d more", r.conflict, r.conflicts-1)
+	}
+	return r.conflict
 }

@@ -2,6 +2,7 @@ package schedule
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -54,6 +55,11 @@ func naive(in Input) map[weft.ID]map[weft.ID]int {
 				if g.Spec.Mode == weft.ModeGlobal && s.n.Node.ID != t.Node {
 					continue
 				}
+				if slices.ContainsFunc(s.n.Node.Description.UsedPrefixes, func(p netip.Prefix) bool {
+					return slices.ContainsFunc(g.Networks, func(n weft.Network) bool { return n.Spec.Subnets[0].Prefix.Overlaps(p) })
+				}) {
+					continue
+				}
 				if best == nil || s.by[g.Service] < best.by[g.Service] ||
 					s.by[g.Service] == best.by[g.Service] && s.tasks < best.tasks {
 					best = s
@@ -73,6 +79,12 @@ func naive(in Input) map[weft.ID]map[weft.ID]int {
 	return out
 }
 
+func pfx(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+func network(subnet string) weft.Network {
+	return weft.Network{Spec: weft.NetworkSpec{Name: "net", Subnets: []weft.Subnet{{Prefix: pfx(subnet)}}}}
+}
+
 func drawInput(t *rapid.T) Input {
 	in := Input{Now: time.Unix(1000, 0)}
 	for i := range rapid.IntRange(0, 6).Draw(t, "nodes") {
@@ -83,6 +95,7 @@ func drawInput(t *rapid.T) Input {
 		n.Node.Spec.Labels = map[string]string{"zone": rapid.SampledFrom([]string{"a", "b"}).Draw(t, "zone")}
 		n.Node.Description.NanoCPUs = rapid.Int64Range(0, 20).Draw(t, "cpu")
 		n.Node.Description.MemoryBytes = rapid.Int64Range(0, 20).Draw(t, "mem")
+		n.Node.Description.UsedPrefixes = rapid.SampledFrom([][]netip.Prefix{nil, nil, {pfx("192.168.0.0/24")}, {pfx("10.0.3.0/24")}, {pfx("10.0.0.0/8")}}).Draw(t, "used")
 		n.Reserved.NanoCPUs = rapid.Int64Range(0, 5).Draw(t, "reserved")
 		for s := range 2 {
 			c := rapid.IntRange(0, 4).Draw(t, "count")
@@ -97,6 +110,9 @@ func drawInput(t *rapid.T) Input {
 		g.Spec.Reservations.NanoCPUs = rapid.Int64Range(0, 4).Draw(t, "rcpu")
 		g.Spec.Reservations.MemoryBytes = rapid.Int64Range(0, 4).Draw(t, "rmem")
 		g.Spec.Constraints = rapid.SampledFrom([][]string{nil, {"node.labels.zone==a"}, {"node.labels.zone!=a"}, {"node.id!=n0"}}).Draw(t, "constraint")
+		for _, p := range rapid.SampledFrom([][]string{nil, {"10.0.0.0/20"}, {"10.9.0.0/20", "10.0.0.0/20"}}).Draw(t, "networks") {
+			g.Networks = append(g.Networks, network(p))
+		}
 		if rapid.IntRange(0, 3).Draw(t, "mode") == 0 {
 			g.Spec.Mode = weft.ModeGlobal
 		}
@@ -191,6 +207,24 @@ func TestReasons(t *testing.T) {
 				t.Errorf("got %+v, want reason %q", got, c.want)
 			}
 		})
+	}
+}
+
+// A host that uses part of a network's range for something else cannot run its
+// tasks, and the reason says which.
+func TestConflictsAreNamed(t *testing.T) {
+	a, b, c := ready("a"), ready("b"), ready("c")
+	a.Node.Description.UsedPrefixes = []netip.Prefix{pfx("192.168.0.0/24"), pfx("10.0.3.7/24")}
+	a.Node.Description.Hostname = "h1"
+	b.Node.Description.UsedPrefixes = []netip.Prefix{pfx("10.0.0.0/8")}
+	in := Input{Nodes: []NodeInfo{a, b}, Groups: []Group{{Spec: &weft.ServiceSpec{}, Service: "s", Tasks: []weft.Task{{ID: "t"}}, Networks: []weft.Network{network("10.0.0.0/20")}}}}
+	want := "no suitable node (network net (10.0.0.0/20) overlaps 10.0.3.0/24 in use on node h1, and likewise on 1 more)"
+	if got := Schedule(in); got[0].Reason != want {
+		t.Errorf("got %+v, want reason %q", got, want)
+	}
+	in.Nodes = append(in.Nodes, c)
+	if got := Schedule(in); got[0].Node != "c" {
+		t.Errorf("got %+v, want node c", got)
 	}
 }
 

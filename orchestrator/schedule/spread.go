@@ -44,7 +44,7 @@ func (s *scheduler) candidates(g *Group, constraints weft.Constraints) refusals 
 	added := s.added[g.Service]
 	for i := range s.leaves {
 		l := &s.leaves[i]
-		if !l.fits(g.Spec, constraints, &no) {
+		if !l.fits(g, constraints, &no) {
 			continue
 		}
 		c := candidate{at: i, count: l.byService[g.Service], tasks: l.tasks, room: l.room(g.Spec.Reservations)}

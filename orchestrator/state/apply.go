@@ -55,6 +55,8 @@ func (t *tx) apply(c *Change) error {
 		return t.taskAttach(c.TaskAttach)
 	case c.Delete != nil:
 		return t.delete(c.Delete)
+	case c.Release != nil:
+		return t.release(c.Release)
 	}
 	return fmt.Errorf("apply change: it is of a kind that this build does not know: %w", weft.ErrUnsupported)
 }
@@ -112,6 +114,13 @@ func (t *tx) putNode(n *weft.Node) error {
 		return err
 	}
 	t.changed.Nodes[n.ID] = struct{}{}
+	at, err := t.ingressOf(n)
+	if err != nil {
+		return err
+	}
+	if err := t.use(at); err != nil {
+		return err
+	}
 	return t.Insert(tNodes, &c)
 }
 
@@ -198,6 +207,16 @@ func (t *tx) putService(n *weft.Service) error {
 	if err := t.Insert(tServices, &c); err != nil {
 		return err
 	}
+	if old != nil {
+		if err := t.restVIPs(n.ID, old.VIPs, n.VIPs); err != nil {
+			return err
+		}
+	}
+	for _, v := range n.VIPs {
+		if err := t.use(weft.Attachment(v)); err != nil {
+			return err
+		}
+	}
 	if old != nil && old.SpecVersion != n.SpecVersion {
 		return t.dropSpec(n.ID, old.SpecVersion)
 	}
@@ -243,6 +262,9 @@ func (t *tx) createTask(n *weft.Task) error {
 	}
 	c := *n
 	c.Meta = weft.Meta{Index: t.index, CreatedAt: t.at, UpdatedAt: t.at}
+	if err := t.use(c.Attachments...); err != nil {
+		return err
+	}
 	return t.storeTask(nil, &c)
 }
 
@@ -254,6 +276,11 @@ func (t *tx) storeTask(old, n *weft.Task) error {
 	}
 	if old != nil && old.Node != "" {
 		t.changed.TaskNodes[old.Node] = struct{}{}
+	}
+	if old != nil && n.Status.State.Ended() && !old.Status.State.Ended() {
+		if err := t.restTask(n); err != nil {
+			return err
+		}
 	}
 	return t.Insert(tTasks, n)
 }
@@ -319,14 +346,20 @@ func (t *tx) taskAssign(a *TaskAssign) error {
 }
 
 func (t *tx) taskAttach(a *TaskAttach) error {
-	return t.editTask(a.Task, func(n *weft.Task) bool {
+	attached := false
+	err := t.editTask(a.Task, func(n *weft.Task) bool {
 		if n.Status.State != weft.TaskNew {
 			return false
 		}
 		n.Attachments = a.Attachments
 		n.Status = weft.TaskStatus{State: weft.TaskPending, At: t.at, Message: "pending task scheduling"}
+		attached = true
 		return true
 	})
+	if err != nil || !attached {
+		return err
+	}
+	return t.use(a.Attachments...)
 }
 
 func (t *tx) nodeStatus(s *NodeStatus) error {

@@ -20,25 +20,28 @@ type Changed struct {
 	Tasks map[weft.ID]struct{}
 	// TaskNodes are the nodes that changed tasks are or were assigned to.
 	TaskNodes map[weft.ID]struct{}
+	// Resting are the networks of which an address, or whose numbers, began
+	// or ended to rest.
+	Resting map[weft.ID]struct{}
 }
 
 func newChanged() Changed {
 	return Changed{
 		Services: map[weft.ID]struct{}{}, Networks: map[weft.ID]struct{}{}, Nodes: map[weft.ID]struct{}{},
-		Tasks: map[weft.ID]struct{}{}, TaskNodes: map[weft.ID]struct{}{},
+		Tasks: map[weft.ID]struct{}{}, TaskNodes: map[weft.ID]struct{}{}, Resting: map[weft.ID]struct{}{},
 	}
 }
 
 // Empty reports whether nothing changed.
 func (c *Changed) Empty() bool {
-	return !c.All && !c.Cluster && len(c.Services)+len(c.Networks)+len(c.Nodes)+len(c.Tasks)+len(c.TaskNodes) == 0
+	return !c.All && !c.Cluster && len(c.Services)+len(c.Networks)+len(c.Nodes)+len(c.Tasks)+len(c.TaskNodes)+len(c.Resting) == 0
 }
 
 func (c *Changed) merge(o *Changed) {
 	c.All = c.All || o.All
 	c.Cluster = c.Cluster || o.Cluster
 	for _, p := range []struct{ to, from map[weft.ID]struct{} }{
-		{c.Services, o.Services}, {c.Networks, o.Networks}, {c.Nodes, o.Nodes}, {c.Tasks, o.Tasks}, {c.TaskNodes, o.TaskNodes},
+		{c.Services, o.Services}, {c.Networks, o.Networks}, {c.Nodes, o.Nodes}, {c.Tasks, o.Tasks}, {c.TaskNodes, o.TaskNodes}, {c.Resting, o.Resting},
 	} {
 		for id := range p.from {
 			p.to[id] = struct{}{}

@@ -47,6 +47,10 @@ type Change struct {
 	TaskAttach    *TaskAttach    `cbor:",omitempty"`
 
 	Delete *Ref `cbor:",omitempty"`
+
+	// Release gives what has rested back to the allocator. Freed addresses
+	// begin to rest by themselves, with the change that frees them.
+	Release *Release `cbor:",omitempty"`
 }
 
 // Departed is the message of a node that is down because it left by itself. It

@@ -57,6 +57,13 @@ func (t *tx) deleteNode(r *Ref) error {
 	}
 	t.changed.Nodes[r.ID] = struct{}{}
 	t.changed.TaskNodes[r.ID] = struct{}{}
+	at, err := t.ingressOf(old)
+	if err != nil {
+		return err
+	}
+	if err := t.rest(old.ID, false, at); err != nil {
+		return err
+	}
 	return t.Delete(tNodes, old)
 }
 
@@ -71,6 +78,9 @@ func (t *tx) deleteService(r *Ref) error {
 		return err
 	}
 	t.changed.Services[r.ID] = struct{}{}
+	if err := t.restVIPs(old.ID, old.VIPs, nil); err != nil {
+		return err
+	}
 	if err := t.Delete(tServices, old); err != nil {
 		return err
 	}
@@ -95,6 +105,9 @@ func (t *tx) deleteNetwork(r *Ref) error {
 		return InUse(old.Spec.Name, users)
 	}
 	t.changed.Networks[r.ID] = struct{}{}
+	if err := t.restNetwork(old); err != nil {
+		return err
+	}
 	return t.Delete(tNetworks, old)
 }
 
@@ -103,6 +116,11 @@ func (t *tx) deleteTask(old *weft.Task) error {
 	t.changed.Services[old.Service] = struct{}{}
 	if old.Node != "" {
 		t.changed.TaskNodes[old.Node] = struct{}{}
+	}
+	if !old.Status.State.Ended() {
+		if err := t.restTask(old); err != nil {
+			return err
+		}
 	}
 	if err := t.Delete(tTasks, old); err != nil {
 		return err

@@ -12,8 +12,12 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// SnapshotVersion follows the magic of a stored snapshot.
-const SnapshotVersion byte = 1
+// SnapshotVersion follows the magic of a stored snapshot. Version 2 added what
+// rests; a snapshot of version 1 is one in which nothing does.
+const SnapshotVersion byte = 2
+
+// oldestSnapshot is the oldest version that Restore reads.
+const oldestSnapshot byte = 1
 
 // magic begins a snapshot file, so that a foreign file is not taken for one.
 const magic = "weft state "
@@ -27,6 +31,8 @@ type record struct {
 	Service *weft.Service     `cbor:",omitempty"`
 	Spec    *weft.SpecVersion `cbor:",omitempty"`
 	Task    *weft.Task        `cbor:",omitempty"`
+	Resting *RestingAddr      `cbor:",omitempty"`
+	RestNet *RestingNetwork   `cbor:",omitempty"`
 	End     *trailer          `cbor:",omitempty"`
 }
 
@@ -60,6 +66,8 @@ func (s *Snapshot) Persist(w io.Writer) error {
 		{tServices, func(r any) record { return record{Service: r.(*weft.Service)} }},
 		{tSpecs, func(r any) record { return record{Spec: r.(*weft.SpecVersion)} }},
 		{tTasks, func(r any) record { return record{Task: r.(*weft.Task)} }},
+		{tResting, func(r any) record { return record{Resting: r.(*RestingAddr)} }},
+		{tRestingNets, func(r any) record { return record{RestNet: r.(*RestingNetwork)} }},
 	} {
 		it, err := s.txn.Get(t.table, byID)
 		if err != nil {
@@ -105,8 +113,8 @@ func load(r io.Reader) (*memdb.MemDB, uint64, error) {
 	if string(head[:len(magic)]) != magic {
 		return nil, 0, fmt.Errorf("it does not begin with %q: not a snapshot of weft", magic)
 	}
-	if v := head[len(magic)]; v != SnapshotVersion {
-		return nil, 0, fmt.Errorf("version %d is not known to this build (it knows %d): run the weft that wrote it, or a newer one", v, SnapshotVersion)
+	if v := head[len(magic)]; v < oldestSnapshot || v > SnapshotVersion {
+		return nil, 0, fmt.Errorf("version %d is not known to this build (it knows %d to %d): run the weft that wrote it, or a newer one", v, oldestSnapshot, SnapshotVersion)
 	}
 	db := newDB()
 	txn := db.Txn(true)
@@ -158,6 +166,10 @@ func insert(txn *memdb.Txn, r *record) error {
 		return txn.Insert(tSpecs, r.Spec)
 	case r.Task != nil:
 		return txn.Insert(tTasks, r.Task)
+	case r.Resting != nil:
+		return txn.Insert(tResting, r.Resting)
+	case r.RestNet != nil:
+		return txn.Insert(tRestingNets, r.RestNet)
 	}
 	return errors.New("it is of a kind that this build does not know")
 }

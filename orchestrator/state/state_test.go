@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -138,13 +139,17 @@ func TestGolden(t *testing.T) {
 	if err != nil || errors.Join(errs...) != nil {
 		t.Fatal(err, errs)
 	}
-	snap := golden(t, "snapshot-v1.cbor", persist(t, s))
-	r := New()
-	if err := r.Restore(bytes.NewReader(snap)); err != nil {
+	// A snapshot of the first version is read as one in which nothing rests.
+	first, err := os.ReadFile(filepath.Join("testdata", "snapshot-v1.cbor"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	if r.Index() != 7 || !bytes.Equal(persist(t, r), snap) {
-		t.Error("a restored snapshot is another state")
+	r := New()
+	if err := r.Restore(bytes.NewReader(first)); err != nil {
+		t.Fatal(err)
+	}
+	if r.Index() != 7 || !bytes.Equal(persist(t, r), persist(t, s)) {
+		t.Error("a restored snapshot of version 1 is another state")
 	}
 	k, ok := r.View().Task(id(5))
 	if !ok || k.Status.State != weft.TaskRunning || k.Desired != weft.TaskShutdown || k.Status.PID != 7 {
@@ -153,6 +158,64 @@ func TestGolden(t *testing.T) {
 	n, ok := r.View().Node(id(3))
 	if !ok || n.Status.State != weft.NodeDown || n.Manager.Addr.String() != "10.99.0.2:2377" || n.DataPath.String() != "2001:db8::1" || n.Meta.Index != 7 || !n.Meta.CreatedAt.Equal(t0) {
 		t.Errorf("node is %+v", n)
+	}
+}
+
+// goldenRest lays down an address of each kind of holder and a network, and
+// releases what was freed at the first entry.
+func goldenRest() []Command {
+	return []Command{{At: t0, Changes: []Change{
+		{Network: ingressNetwork(8)},
+		{Network: testNetwork(9, 5000)},
+		{Node: testNode(10)},
+		{Delete: &Ref{Kind: KindNode, ID: id(10)}},
+		{Delete: &Ref{Kind: KindService, ID: id(4)}},
+		{TaskStatus: &TaskStatus{Task: id(5), Node: id(3), Status: weft.TaskStatus{State: weft.TaskShutdown, At: t0}}},
+		{Delete: &Ref{Kind: KindNetwork, ID: id(9)}},
+	}}, {At: t0, Changes: []Change{
+		{Release: &Release{Addrs: []Rested{{Network: id(2), Index: 7, Addrs: []netip.Addr{netip.MustParseAddr("10.0.16.2")}}}, Networks: []weft.ID{id(99)}}},
+	}}}
+}
+
+func ingressNetwork(n int) *weft.Network {
+	x := testNetwork(n, weft.IngressVNI)
+	x.Spec.Name, x.Spec.Ingress = weft.IngressName, true
+	return x
+}
+
+func TestGoldenRest(t *testing.T) {
+	b, err := EncodeEntry(goldenRest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	entry := golden(t, "entry-v1-rest.cbor", b)
+	s := New()
+	apply(t, s, 7, goldenCommands()...)
+	if errs, err := s.Apply(8, entry); err != nil || errors.Join(errs...) != nil {
+		t.Fatal(err, errs)
+	}
+	snap := golden(t, "snapshot-v2.cbor", persist(t, s))
+	r := New()
+	if err := r.Restore(bytes.NewReader(snap)); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(persist(t, r), snap) {
+		t.Error("a restored snapshot is another state")
+	}
+	var got []string
+	for _, a := range r.View().AllResting() {
+		got = append(got, fmt.Sprintf("%s on %s of %s, task %v, at %d", a.Addr, a.Network[23:], a.Owner[23:], a.Task, a.Index))
+	}
+	want := []string{"10.0.16.2 on 02 of 04, task false, at 8", "10.0.16.3 on 02 of 05, task true, at 8", "10.255.0.2 on 08 of 10, task false, at 8"}
+	if strings.Join(got, "; ") != strings.Join(want, "; ") {
+		t.Errorf("resting: %q, want %q", got, want)
+	}
+	if n := r.View().RestingNetworks(); len(n) != 1 || n[0].VNI != 5000 || n[0].Subnets[0].Prefix.String() != "10.0.16.0/20" {
+		t.Errorf("resting networks: %+v", n)
+	}
+	apply(t, s, 9, Command{Changes: []Change{{Release: &Release{Addrs: []Rested{{Network: id(2), Index: 8, Addrs: []netip.Addr{netip.MustParseAddr("10.0.16.2"), netip.MustParseAddr("10.0.16.3")}}}, Networks: []weft.ID{id(9)}}}}})
+	if a, n := s.View().AllResting(), s.View().RestingNetworks(); len(a) != 1 || a[0].Network != id(8) || len(n) != 0 {
+		t.Errorf("after the release: %+v, %+v", a, n)
 	}
 }
 
@@ -173,10 +236,16 @@ func TestGoldenClusterPort(t *testing.T) {
 	if err != nil || errors.Join(errs...) != nil {
 		t.Fatal(err, errs)
 	}
-	snap := golden(t, "snapshot-v1.1.cbor", persist(t, s))
+	snap, err := os.ReadFile(filepath.Join("testdata", "snapshot-v1.1.cbor"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	r := New()
 	if err := r.Restore(bytes.NewReader(snap)); err != nil {
 		t.Fatal(err)
+	}
+	if !bytes.Equal(persist(t, r), persist(t, s)) {
+		t.Error("a restored snapshot of version 1 is another state")
 	}
 	for n, want := range map[int]string{3: "10.99.0.1:4377", 4: "10.99.0.4:5377"} {
 		k, ok := r.View().Node(id(n))
@@ -201,6 +270,32 @@ func TestGoldenClusterPort(t *testing.T) {
 	apply(t, s, 8, Command{Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), Session: &NodeSession{}}}}})
 	if n, _ := s.View().Node(id(3)); n.Status.ClusterPort != 4377 {
 		t.Errorf("a session without a port left %d", n.Status.ClusterPort)
+	}
+}
+
+// TestGoldenKeys: what came with encrypted networks.
+func TestGoldenKeys(t *testing.T) {
+	s := New()
+	apply(t, s, 1, goldenCommands()...)
+	keys := []weft.NodeKey{{Epoch: 1, Public: weft.PublicKey{1}, Port: 51821}, {Epoch: 2, Public: weft.PublicKey{2}, Port: 51820}}
+	c, _ := s.View().Cluster()
+	c.KeyEpoch, c.KeyEpochAt = 2, t0
+	b, err := EncodeEntry([]Command{{At: t0, Changes: []Change{{NodeStatus: &NodeStatus{Node: id(3), Keys: &keys}}, {Cluster: &c}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	errs, err := s.Apply(7, golden(t, "entry-v1-keys.cbor", b))
+	if err != nil || errors.Join(errs...) != nil {
+		t.Fatal(err, errs)
+	}
+	r := New()
+	if err := r.Restore(bytes.NewReader(golden(t, "snapshot-v1-keys.cbor", persist(t, s)))); err != nil {
+		t.Fatal(err)
+	}
+	n, _ := r.View().Node(id(3))
+	c, _ = r.View().Cluster()
+	if !slices.Equal(n.Status.Keys, keys) || c.KeyEpoch != 2 || !c.KeyEpochAt.Equal(t0) {
+		t.Errorf("keys %v, epoch %d since %s", n.Status.Keys, c.KeyEpoch, c.KeyEpochAt)
 	}
 }
 

@@ -17,6 +17,9 @@ const (
 	tSpecs    = "specversions"
 	tTasks    = "tasks"
 	tNetworks = "networks"
+	// Addresses, and the numbers of removed networks, that nobody may have yet.
+	tResting     = "resting"
+	tRestingNets = "restingnetworks"
 
 	byID      = "id"
 	byName    = "name"
@@ -113,6 +116,11 @@ func schema() *memdb.DBSchema {
 			unique(byID, func(r any) (bool, []string) { return true, []string{string(r.(*weft.Network).ID)} }),
 			unique(byName, func(r any) (bool, []string) { return true, []string{r.(*weft.Network).Spec.Name} }),
 			unique(byVNI, func(r any) (bool, []string) { return true, []string{num(uint64(r.(*weft.Network).VNI))} })),
+		table(tResting, unique(byID, func(r any) (bool, []string) {
+			a := r.(*RestingAddr)
+			return true, []string{string(a.Network), addrKey(a.Addr)}
+		})),
+		table(tRestingNets, unique(byID, func(r any) (bool, []string) { return true, []string{string(r.(*RestingNetwork).ID)} })),
 	} {
 		s.Tables[t.Name] = t
 	}

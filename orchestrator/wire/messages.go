@@ -109,6 +109,11 @@ type SessionRequest struct {
 type Assignments struct {
 	Seq  uint64
 	Full bool
+	// Index is the log index of the state that the set is made of; Report
+	// names it when it is carried out. Confirm asks to report that at once:
+	// an address waits for it.
+	Index   uint64 `cbor:",omitempty"`
+	Confirm bool   `cbor:",omitempty"`
 
 	// Upserts.
 	Tasks    []weft.Task        // assigned to this node, until Desired=remove is carried out
@@ -120,6 +125,11 @@ type Assignments struct {
 	// Removed ids by kind; spec versions go with the last task that uses
 	// them, without a notice.
 	GoneTasks, GoneNetworks, GoneServices, GoneNodes []weft.ID
+
+	// Ended are tasks, anywhere, whose addresses on Networks are about to be
+	// given to others: whatever else is still said of them does not count.
+	Ended     []weft.ID `cbor:",omitempty"`
+	GoneEnded []weft.ID `cbor:",omitempty"`
 
 	// Cluster is set when Full or when it changed.
 	Cluster *ClusterView
@@ -159,12 +169,20 @@ type ClusterView struct {
 	KeyEpoch uint64 `cbor:",omitempty" json:",omitempty"`
 }
 
-// Report is a batch of task states.
+// Report is a batch of task states and what the node has carried out.
 type Report struct {
 	Tasks     []TaskReport
-	Listeners []weft.Listener
+	Listeners []weft.Listener // nil: as last reported
 	// Keys of this node for encrypted networks; nil: as reported before.
 	Keys []weft.NodeKey `cbor:",omitempty"`
+	// Prefixes are the ranges in use on the host; nil: as last reported.
+	Prefixes []netip.Prefix `cbor:",omitzero"`
+	// Applied is the Index of the newest assignments that the node's data
+	// plane is equal to, but for the networks in Behind: their last pass
+	// failed, or they were removed and local tasks are on them yet. A peer
+	// that does not report it never confirms.
+	Applied uint64    `cbor:",omitempty"`
+	Behind  []weft.ID `cbor:",omitempty"`
 }
 
 // TaskReport is the newest status of one task. Reporting TaskRemove means the

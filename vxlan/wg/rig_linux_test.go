@@ -113,6 +113,9 @@ func (h *host) restart(engine string) {
 	h.e, err = New(Config{Node: h.node, NetNSDir: nsDir, RunDir: filepath.Join(h.dir, "wg"), KeyFile: filepath.Join(h.dir, "keys.json"), Port: uint16(testPort + 10*h.i), Engine: engine, Bridge: bridge, Log: log})
 	must(h.t, err)
 	must(h.t, h.ns.Do(func() error { return h.e.Probe(context.Background()) }))
+	if _, isKernel := h.e.driver.(*kernelDriver); engine == "" && !isKernel && os.Getenv("WEFT_TEST_WIREGUARD") == EngineKernel {
+		h.t.Fatalf("the kernel's WireGuard was expected: %v", h.e.Choices())
+	}
 }
 
 func (h *host) addTasks() {

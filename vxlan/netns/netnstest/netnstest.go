@@ -6,6 +6,7 @@
 package netnstest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -50,16 +51,14 @@ func Missing(t testing.TB, word string, why error) {
 // WEFT_TEST_REQUIRE holds "userns".
 func Main(m *testing.M) {
 	if os.Getenv(inside) != "" {
-		if err := syscall.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
-			fmt.Fprintln(os.Stderr, "mount tmpfs on /run:", err)
+		if err := freshRun(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(m.Run())
 	}
-	cmd := again()
-	cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
-	cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
-	cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+	cmd := again("1", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
 		fmt.Fprintln(os.Stderr, "SKIP: user, network and mount namespaces are refused here:", err)
 		if Required("userns") {
@@ -75,9 +74,8 @@ func Main(m *testing.M) {
 // where they are, and NeedRoot ends those of the kernel.
 func MainRoot(m *testing.M) {
 	if os.Getenv(inside) != "" {
-		private := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, "")
-		if err := errors.Join(private, syscall.Mount("tmpfs", "/run", "tmpfs", 0, "")); err != nil {
-			fmt.Fprintln(os.Stderr, "mount tmpfs on /run:", err)
+		if err := errors.Join(syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""), freshRun()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(m.Run())
@@ -85,7 +83,9 @@ func MainRoot(m *testing.M) {
 	if os.Geteuid() != 0 {
 		os.Exit(m.Run())
 	}
-	cmd := again()
+	cmd := again("1", os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -101,15 +101,6 @@ func NeedRoot(t testing.TB) {
 	}
 }
 
-// again is the same test binary in new network and mount namespaces.
-func again() *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	return cmd
-}
-
 // end ends this process with the code of the other.
 func end(cmd *exec.Cmd) {
 	err := cmd.Wait()
@@ -122,4 +113,47 @@ func end(cmd *exec.Cmd) {
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// Inside is Main for one top-level test of a package whose others stay outside. It
+// reports true in the process inside, whose test goes on; the one outside has
+// waited for it, shares its fate and returns.
+func Inside(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(inside) == t.Name() {
+		if err := freshRun(); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	}
+	var out bytes.Buffer
+	cmd := again(t.Name(), "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		Missing(t, "userns", fmt.Errorf("user, network and mount namespaces are refused here: %w", err))
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("in namespaces of its own: %v\n%s", err, &out)
+	}
+	return false
+}
+
+// again is this binary in new namespaces, where the variable inside has a value.
+func again(value string, args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), inside+"="+value)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		Pdeathsig:   syscall.SIGKILL,
+	}
+	return cmd
+}
+
+func freshRun() error {
+	if err := syscall.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
+		return fmt.Errorf("mount tmpfs on /run: %w", err)
+	}
+	return nil
 }

@@ -3,6 +3,8 @@ package netnstest
 import (
 	"errors"
 	"fmt"
+	"net"
+	"os"
 	"strings"
 	"testing"
 )
@@ -33,5 +35,19 @@ func TestMissing(t *testing.T) {
 		if len(r.ended) == 0 || !strings.HasPrefix(r.ended[0], want) {
 			t.Errorf("%s=%s: %q, want %q", require, required, r.ended, want)
 		}
+	}
+}
+
+// The test goes on in a network of its own, with nothing in /run.
+func TestInside(t *testing.T) {
+	if !Inside(t) {
+		return
+	}
+	links, err := net.Interfaces()
+	if err != nil || len(links) != 1 || links[0].Name != "lo" || links[0].Flags&net.FlagUp != 0 {
+		t.Errorf("links %v, %v", links, err)
+	}
+	if files, err := os.ReadDir("/run"); err != nil || len(files) > 0 {
+		t.Errorf("/run holds %v, %v", files, err)
 	}
 }
