@@ -38,6 +38,7 @@ var packages = map[string]rule{
 	"vxlan/netns":               {}, // free to all, see freeToAll; of the root it uses the sentinel errors
 	"vxlan/netns/netnstest":     {},
 	"vxlan/linux":               {may: []string{"vxlan"}},
+	"vxlan/pmtu":                {},                                      // of the root it uses the sentinel errors and log keys
 	"vxlan/bpf":                 {may: []string{"vxlan", "vxlan/linux"}}, // linux: veths and facts of the host, made one way by all engines
 	"vxlan/wg":                  {may: []string{"vxlan"}},
 	"vxlan/vxlantest":           {may: []string{"vxlan"}},

@@ -36,8 +36,8 @@ type Config struct {
 	// an invalid Addr leaves what the leader has.
 	VTEP netip.Addr
 	Addr netip.AddrPort
-	// MTU of the tasks' ports, read anew at each pass of the data plane.
-	MTU func() (int, error)
+	// Underlay says how large packets may be.
+	Underlay Underlay
 
 	Runtime  runtime.Runtime
 	Execer   runtime.Execer
@@ -64,6 +64,22 @@ type Config struct {
 	Learned func(managers []netip.AddrPort, c wire.ClusterView)
 
 	Log *slog.Logger
+}
+
+// Underlay is the network between the nodes, as far as the size of its packets
+// goes. All sizes are of whole IP packets in bytes. The methods may be called
+// from any goroutine.
+type Underlay interface {
+	// MTU is that of this node's own link, read anew at each pass of the data
+	// plane.
+	MTU() (int, error)
+	// Watch replaces the tunnel addresses of other nodes that matter. What is
+	// known of others is forgotten. It does not block.
+	Watch(vteps []netip.Addr)
+	// MTUs are the largest packets that reach them, by tunnel address; one
+	// that is missing is not known yet. The map is not to be written. The
+	// channel is closed at the next change.
+	MTUs() (mtus map[netip.Addr]int, changed <-chan struct{})
 }
 
 // Leader is the agent's way to the leader; wire.Client is one.
@@ -110,7 +126,7 @@ func (c Config) validate() error {
 		name    string
 		missing bool
 	}{
-		{"StateDir", c.StateDir == ""}, {"NetNSDir", c.NetNSDir == ""}, {"MTU", c.MTU == nil},
+		{"StateDir", c.StateDir == ""}, {"NetNSDir", c.NetNSDir == ""}, {"Underlay", c.Underlay == nil},
 		{"Runtime", c.Runtime == nil}, {"Execer", c.Execer == nil}, {"Logs", c.Logs == nil},
 		{"Images", c.Images == nil}, {"Sandbox", c.Sandbox == nil}, {"Overlay", c.Overlay == nil},
 		{"Balancer", c.Balancer == nil}, {"Names", c.Names == nil}, {"Gossip", c.Gossip == nil},

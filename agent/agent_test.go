@@ -355,7 +355,7 @@ func TestDrainIsToldWhateverFails(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		one := testTask(1, front)
 		_, s := r.running(one)
-		r.mtu.Store(0)
+		r.paths.link.Store(0)
 		s.send <- wire.Assignments{Seq: 2, Tasks: []weft.Task{desired(one, weft.TaskShutdown)}}
 		settle(time.Second)
 		r.wantState(one.ID, weft.TaskShutdown)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -505,3 +506,48 @@ func (s streamSide) Accept() (net.Conn, error) {
 	return nil, net.ErrClosed
 }
 func (s streamSide) Addr() net.Addr { return &net.TCPAddr{} }
+
+// fakePaths is told what it knows.
+type fakePaths struct {
+	link atomic.Int32 // 0 = cannot be read
+
+	mu      sync.Mutex // guards: all below
+	watched []netip.Addr
+	mtus    map[netip.Addr]int
+	changed chan struct{} // closed by set
+}
+
+func newFakePaths() *fakePaths { return &fakePaths{changed: make(chan struct{})} }
+
+func (p *fakePaths) MTU() (int, error) {
+	if mtu := p.link.Load(); mtu > 0 {
+		return int(mtu), nil
+	}
+	return 0, errors.New("the link of the underlay is gone")
+}
+
+func (p *fakePaths) Watch(vteps []netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.watched = vteps
+}
+
+func (p *fakePaths) MTUs() (map[netip.Addr]int, <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mtus, p.changed
+}
+
+func (p *fakePaths) set(mtus map[netip.Addr]int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mtus = mtus
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
+func (p *fakePaths) asked() []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.watched
+}

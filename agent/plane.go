@@ -48,7 +48,7 @@ type plane struct {
 	gateways sandbox.Maker
 	names    *dns.Server
 	gossip   gossip.Table
-	mtu      func() (int, error)
+	underlay Underlay
 	log      *slog.Logger
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
@@ -95,7 +95,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, mtu: cfg.MTU, log: cfg.Log,
+		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
@@ -226,7 +226,7 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var last string // error that was logged
 	for {
-		changed, err := p.pass(ctx)
+		table, paths, err := p.pass(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -246,7 +246,8 @@ func (p *plane) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-p.wake:
-		case <-changed:
+		case <-table:
+		case <-paths:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -306,15 +307,18 @@ func (p *plane) prime() {
 	p.publish(out.Publish)
 }
 
-// pass derives and applies once. The channel it returns is closed when gossip
-// has news that the pass did not see. What this node tells others does not
-// depend on its kernel: a task that drains is said to drain, whatever fails.
-func (p *plane) pass(ctx context.Context) (<-chan struct{}, error) {
-	endpoints, changed := p.gossip.Snapshot()
+// pass derives and applies once. The channels it returns are closed when gossip,
+// or the underlay, has news that the pass did not see. What this node
+// tells others does not depend on its kernel: a task that drains is said to
+// drain, whatever fails.
+func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err error) {
+	endpoints, table := p.gossip.Snapshot()
 	in, goal := p.wanted(endpoints)
-	err := p.readHost(ctx, &in)
+	in.Paths, paths = p.underlay.MTUs()
+	err = p.readHost(ctx, &in)
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
+	p.underlay.Watch(vteps(out.Overlay))
 	if err == nil {
 		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
 			err = p.apply(ctx, netstate.Derive(mid))
@@ -322,7 +326,19 @@ func (p *plane) pass(ctx context.Context) (<-chan struct{}, error) {
 		err = errors.Join(err, p.apply(ctx, out))
 	}
 	p.settle(goal, err)
-	return changed, err
+	return table, paths, err
+}
+
+// vteps are the nodes that share a network with this one, in order.
+func vteps(s vxlan.State) []netip.Addr {
+	var out []netip.Addr
+	for _, n := range s.Networks {
+		for _, p := range n.Peers {
+			out = append(out, p.VTEP)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }
 
 // holds is what the last pass left in the kernel, in the first pass of a daemon
@@ -373,7 +389,7 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	var err error
 	in.NoIPv6 = !hasIPv6()
-	if in.MTU, err = p.mtu(); err != nil {
+	if in.MTU, err = p.underlay.MTU(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
 	}
 	bridge, subnet, err := p.gateways.Gateway(ctx)

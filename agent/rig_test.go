@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +18,8 @@ import (
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/orchestrator/wire"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/vxlantest"
 )
 
 // Address plan: hosts 10.99.0.N; network "front" (VNI 4097) 10.0.16.0/20,
@@ -88,7 +89,8 @@ type rig struct {
 	sockets  *fakeSockets
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	journal  *journal
-	mtu      atomic.Int32                   // 0 = cannot be read
+	routes   vxlantest.Router
+	paths    *fakePaths
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
 	keys     func(epoch uint64) ([]weft.NodeKey, error)
@@ -105,9 +107,10 @@ func newRig(t *testing.T) *rig {
 		boxes: &fakeBoxes{all: map[weft.ID]sandbox.Sandbox{}, journal: j}, kernel: &fakeKernel{journal: j, fail: map[uint32]error{}},
 		balancer: &fakeBalancer{journal: j}, table: newFakeTable(j),
 		leader: &fakeLeader{sessions: make(chan *fakeSession, 16), state: map[weft.ID]weft.TaskStatus{}}, sockets: &fakeSockets{},
-		dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no route to host") },
+		dial:  func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no route to host") },
+		paths: newFakePaths(),
 	}
-	r.mtu.Store(1450)
+	r.paths.link.Store(1500)
 	return r
 }
 
@@ -118,14 +121,9 @@ func (r *rig) config() Config {
 	}
 	return Config{
 		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
-		MTU: func() (int, error) {
-			if mtu := r.mtu.Load(); mtu > 0 {
-				return int(mtu), nil
-			}
-			return 0, errors.New("the link of the underlay is gone")
-		},
-		Runtime: &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
-		Sandbox: r.boxes, Overlay: r.kernel, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
+		Underlay: r.paths,
+		Runtime:  &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
+		Sandbox: r.boxes, Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
 			d := weft.NodeDescription{Hostname: "a"}
 			var err error

@@ -97,10 +97,25 @@ type Config struct {
 	// from the former life, and raised; it only costs a round trip.
 	Epoch uint64
 	Log   *slog.Logger
+	// Guest shares the UDP port; the zero value is none.
+	Guest Guest
 	// Transport replaces the sockets; Run shuts it down. nil means sockets
 	// at Bind.
 	Transport Transport
 }
+
+// Guest is somebody else who receives datagrams on the UDP port.
+type Guest struct {
+	// Magic is the first byte of its datagrams: none that gossip uses.
+	Magic byte
+	// Receive takes one and returns what to send back, nil for nothing. It
+	// must not block, and keeps none of b.
+	Receive func(from netip.AddrPort, b []byte) (answer []byte)
+}
+
+// firstGuest is the least Magic of a guest: below are memberlist's message types
+// and a TLS handshake (see frameMagic).
+const firstGuest byte = 0x20
 
 // Validate reports the first field that is wrong, wrapping weft.ErrInvalid.
 func (c Config) Validate() error {
@@ -117,6 +132,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("gossip config: VTEP address %v is none that others can reach: %w", c.VTEP, weft.ErrInvalid)
 	case c.Epoch >= 1<<(64-lifeBits):
 		return fmt.Errorf("gossip config: epoch %d is not below 1<<48: %w", c.Epoch, weft.ErrInvalid)
+	case c.Guest.Receive != nil && (c.Guest.Magic < firstGuest || c.Guest.Magic == frameMagic || c.Guest.Magic == memberlistHasLabel):
+		return fmt.Errorf("gossip config: guest's first byte %#x is one of gossip's: %w", c.Guest.Magic, weft.ErrInvalid)
 	case c.Log == nil:
 		return fmt.Errorf("gossip config: Log is nil: %w", weft.ErrInvalid)
 	}

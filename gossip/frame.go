@@ -31,6 +31,9 @@ const (
 	// and from a TLS handshake (0x16).
 	frameMagic   byte = 0xF7
 	frameVersion byte = 1
+	// memberlistHasLabel is the greatest of its message types (memberlist,
+	// net.go, hasLabelMsg).
+	memberlistHasLabel byte = 244
 
 	senderBytes   = 25 // of weft.ID
 	saltBytes     = 16

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,12 +18,14 @@ import (
 
 // mux is a Transport for memberlist on top of another one, which it shares with
 // the endpoint table: packets and streams that begin with frameMagic are
-// frames and go to frames, all others to memberlist.
+// frames and go to frames, the guest's packets go to it, all others to
+// memberlist.
 //
 // On a stream every frame has frameMagic (again) and its length in 4 bytes, big
 // endian, before it; the sender closes after the last.
 type mux struct {
 	Transport // the inner one: all that sends is its own
+	guest     Guest
 	ctx       context.Context
 	closing   context.CancelFunc
 	packets   chan *memberlist.Packet
@@ -47,9 +50,10 @@ var _ Transport = (*mux)(nil)
 
 // newMux starts two goroutines, which Shutdown waits for. ctx is the life of
 // the node; its end does not stop the mux, as leaving needs it.
-func newMux(ctx context.Context, inner Transport) *mux {
+func newMux(ctx context.Context, inner Transport, guest Guest) *mux {
 	x := &mux{
 		Transport: inner,
+		guest:     guest,
 		packets:   make(chan *memberlist.Packet),
 		streams:   make(chan net.Conn),
 		frames:    make(chan inFrame, 1024),
@@ -84,6 +88,10 @@ func (x *mux) splitPackets() {
 	for {
 		select {
 		case p := <-x.Transport.PacketCh():
+			if len(p.Buf) > 0 && x.guest.Receive != nil && p.Buf[0] == x.guest.Magic {
+				x.receiveGuest(p)
+				continue
+			}
 			if len(p.Buf) > 0 && p.Buf[0] == frameMagic {
 				select {
 				case x.frames <- inFrame{p.From.String(), p.Buf}:
@@ -99,6 +107,22 @@ func (x *mux) splitPackets() {
 		case <-x.done:
 			return
 		}
+	}
+}
+
+// receiveGuest gives a datagram to whom it is for and sends the answer; one that
+// is lost is the guest's to miss.
+func (x *mux) receiveGuest(p *memberlist.Packet) {
+	from, err := netip.ParseAddrPort(p.From.String())
+	if err != nil {
+		return
+	}
+	answer := x.guest.Receive(netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), p.Buf)
+	if answer == nil {
+		return
+	}
+	if _, err := x.Transport.WriteToAddress(answer, memberlist.Address{Addr: p.From.String()}); err != nil {
+		x.dropped.Add(1)
 	}
 }
 

@@ -198,7 +198,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	x := newMux(ctx, inner)
+	x := newMux(ctx, inner, g.cfg.Guest)
 	seal, err := newSealer(g.cfg.Key, g.cfg.Node)
 	if err != nil {
 		return errors.Join(err, x.Shutdown())

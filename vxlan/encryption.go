@@ -44,16 +44,6 @@ func EncryptedMTU(underlay int, vtep netip.Addr) (int, error) {
 	return mtu, nil
 }
 
-// EncryptedFrom is EncryptedMTU of the underlay on which plain networks have
-// an MTU of plain bytes.
-func EncryptedFrom(plain int, vtep netip.Addr) int {
-	overhead := overheadIPv4
-	if vtep.Unmap().Is6() {
-		overhead = overheadIPv6
-	}
-	return plain + overhead - cryptOverhead(vtep)
-}
-
 func cryptOverhead(vtep netip.Addr) int {
 	if vtep.Unmap().Is6() {
 		return cryptOverheadIPv6

@@ -185,6 +185,7 @@ func (c *checker) check() {
 	for _, p := range n.Peers {
 		what := fmt.Sprintf("peer %s", p.Addr)
 		c.address(what, p.Addr)
+		c.way(what, p.MTU)
 		// The two addresses of an endpoint share its hardware address.
 		first, again := macs[MACOf(p.MAC)]
 		if again && first.VTEP.Unmap() == p.VTEP.Unmap() && first.Addr.Unmap().Is4() != p.Addr.Unmap().Is4() {
@@ -203,12 +204,21 @@ func (c *checker) check() {
 		what := fmt.Sprintf("service address %s", v.Addr)
 		c.address(what, v.Addr)
 		c.mac(what, v.MAC)
+		c.way(what, v.MTU)
 	}
 	if l := n.HostLeg; l != nil {
 		what := "host leg " + l.Name
 		c.ifName(what, l.Name)
 		c.prefixes(what, l.Addrs())
 		c.mac(what, l.MAC)
+	}
+}
+
+// way checks the MTU of a way. One above the network's is no fault: it may come
+// from the time before a change.
+func (c *checker) way(what string, mtu int) {
+	if mtu != 0 && (mtu < minMTU || mtu > maxMTU) {
+		c.fail("%s: MTU %d of the way there is not in %d-%d", what, mtu, minMTU, maxMTU)
 	}
 }
 

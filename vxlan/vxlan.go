@@ -8,6 +8,7 @@ package vxlan
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 
@@ -74,12 +75,17 @@ type Peer struct {
 	Addr netip.Addr
 	MAC  net.HardwareAddr
 	VTEP netip.Addr
+	// MTU of the way there in bytes (inner IP packet) where it is narrower
+	// than the network's; 0 = the network's. It is not part of the tables
+	// (see Router), and an engine may also answer "too big" by it.
+	MTU int
 }
 
 // VIP is a service address on the network.
 type VIP struct {
 	Addr netip.Addr
 	MAC  net.HardwareAddr
+	MTU  int // as a Peer's: of the narrowest way to a backend
 }
 
 // HostLeg is a veth whose one end is in the host's namespace.
@@ -114,4 +120,29 @@ type Kernel interface {
 	// additions before removals, safe to repeat after a crash at any point.
 	// It goes on past a failing object and returns all errors joined.
 	Apply(ctx context.Context, want State) error
+}
+
+// Router is the seam to the routing tables at the far ends of ports: in the
+// tasks' namespaces and, for a host leg, in the host's own. It serves every
+// engine. Implementations are linux.Router and vxlantest.Router.
+type Router interface {
+	// ApplyRoutes makes the far end of each port have Routes(network), and
+	// none that it made before for another state. It is called after
+	// Kernel.Apply of the same state, never twice at the same time, and is
+	// safe to repeat. It blocks on the kernel, goes on past a failing port and
+	// returns all errors joined, each a NetworkError.
+	ApplyRoutes(ctx context.Context, want State) error
+}
+
+// Routed is a Kernel that sets routes, too.
+type Routed struct {
+	Kernel
+	Router Router
+}
+
+// Apply makes ports and tables, then what the senders behind the ports know of
+// narrow ways.
+func (r Routed) Apply(ctx context.Context, want State) error {
+	err := r.Kernel.Apply(ctx, want)
+	return errors.Join(err, r.Router.ApplyRoutes(ctx, want))
 }

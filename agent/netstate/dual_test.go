@@ -159,11 +159,11 @@ func TestDeriveWithoutIPv6(t *testing.T) {
 func TestDeriveMTUOfIPv6(t *testing.T) {
 	in := dualBase()
 	in.Local[0].Task.Attachments = append(in.Local[0].Task.Attachments, weft.Attachment{Network: back.ID, Addr: netip.MustParsePrefix("10.0.32.5/20")})
-	for _, c := range [][3]int{{1450, 1450, 1450}, {1230, 1280, 1230}} {
+	for _, c := range [][3]int{{1500, 1450, 1450}, {1280, 1280, 1230}} {
 		in.MTU = c[0]
 		n := Derive(in).Overlay.Networks
 		if n[front.VNI].MTU != c[1] || n[back.VNI].MTU != c[2] {
-			t.Errorf("underlay leaves %d: front has %d, back %d", c[0], n[front.VNI].MTU, n[back.VNI].MTU)
+			t.Errorf("underlay of %d: front has %d, back %d", c[0], n[front.VNI].MTU, n[back.VNI].MTU)
 		}
 	}
 }

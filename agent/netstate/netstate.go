@@ -28,9 +28,13 @@ type Input struct {
 	// NoIPv6 says that this host's kernel has none: networks of two families
 	// go on with IPv4 here. One of IPv6 alone fails by name.
 	NoIPv6 bool
-	// DataPathPort is the UDP port of VXLAN, MTU that of the tasks' ports.
+	// DataPathPort is the UDP port of VXLAN.
 	DataPathPort uint16
-	MTU          int
+	// MTU is that of this node's link into the underlay, in bytes. Paths are
+	// what the underlay carries to other nodes, by VTEP; a node that is not
+	// in it takes what the link does.
+	MTU   int
+	Paths map[netip.Addr]int
 	// KeyEpoch is the cluster's generation of keys for encrypted networks.
 	KeyEpoch uint64
 	Networks []weft.Network
@@ -248,10 +252,7 @@ func (d *deriver) carried(n weft.Network) bool {
 
 func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	out := vxlan.Network{
-		ID: n.ID, VNI: n.VNI, MTU: d.mtu(n), VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort,
-	}
-	if n.Spec.Encrypted() {
-		out.Encrypted, out.MTU = true, vxlan.EncryptedFrom(d.in.MTU, d.in.Self.VTEP)
+		ID: n.ID, VNI: n.VNI, MTU: d.mtu(n), VTEP: d.in.Self.VTEP, Port: d.in.DataPathPort, Encrypted: n.Spec.Encrypted(),
 	}
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)
@@ -283,11 +284,12 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
 				for _, a := range bare(v.Addrs()) {
-					out.VIPs = append(out.VIPs, vxlan.VIP{Addr: a, MAC: weft.VIPMAC(s.ID, a)})
+					out.VIPs = append(out.VIPs, vxlan.VIP{Addr: a, MAC: weft.VIPMAC(s.ID, a), MTU: d.narrowest(n, s.ID, out.MTU)})
 				}
 			}
 		}
 	}
+	d.setWays(n, &out)
 	slices.SortFunc(out.Peers, func(a, b vxlan.Peer) int { return a.Addr.Compare(b.Addr) })
 	slices.SortFunc(out.VIPs, func(a, b vxlan.VIP) int { return a.Addr.Compare(b.Addr) })
 	return out
@@ -297,13 +299,6 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 // narrower underlay the tunnel's own packets are cut up, as the RFC asks of such
 // links: slow, but the alternative is none.
 const minMTUIPv6 = 1280
-
-func (d *deriver) mtu(n weft.Network) int {
-	if n.Spec.IPv6 {
-		return max(d.in.MTU, minMTUIPv6)
-	}
-	return d.in.MTU
-}
 
 // ingressLegs are the other nodes' own ports on the ingress network: answers to
 // requests that entered there go back to them.

@@ -59,7 +59,7 @@ func remoteWeb(slot uint64, addr string, s weft.EndpointState) weft.OwnedEndpoin
 
 func base() Input {
 	return Input{
-		Self: self, NetNSDir: "/ns", DataPathPort: 4789, MTU: 1450,
+		Self: self, NetNSDir: "/ns", DataPathPort: 4789, MTU: 1500,
 		Networks: []weft.Network{back, front, mesh}, Services: []Service{web}, Nodes: []Node{self, other},
 	}
 }

@@ -44,6 +44,7 @@ type member struct {
 	raft    *wire.Raft
 	server  *wire.Server
 	ln      net.Listener
+	under   *underlay
 	gossip  *gossip.Gossip
 	agent   *agent.Agent
 	renewal *ca.Renewal
@@ -137,19 +138,22 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err != nil {
 		return err
 	}
+	if m.under, err = newUnderlay(s, m.log); err != nil {
+		return err
+	}
 	m.gossip, err = gossip.New(gossip.Config{
 		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
-		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Log: m.log,
+		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Guest: m.under.guest(), Log: m.log,
 	})
 	if err != nil {
 		return err
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
-		VTEP: s.DataPath, Addr: s.Advertise, MTU: m.taskMTU,
+		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: m.crypt, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: m.crypt, Router: &linux.Router{}}, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
@@ -187,6 +191,7 @@ func (m *member) run(ctx context.Context) error {
 		g.Go(func() error { return m.manager.Run(ctx) })
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
+	g.Go(func() error { return m.under.run(ctx) })
 	g.Go(func() error { return m.runAgent(ctx) })
 	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
@@ -341,15 +346,6 @@ func describeNode(cfg daemonConfig, e *engines) (weft.NodeDescription, error) {
 	chosen, _ := e.verdicts()
 	d.OverlayEngine, d.ServiceEngine = chosen.Overlay, chosen.Service
 	return d, err
-}
-
-// taskMTU is what fits into one packet of the underlay behind VXLAN's headers.
-func (m *member) taskMTU() (int, error) {
-	mtu, err := linux.UnderlayMTU(m.state.DataPath)
-	if err != nil {
-		return 0, err
-	}
-	return vxlan.MTU(mtu, m.state.DataPath)
 }
 
 // sign has the cluster sign a request of this node.

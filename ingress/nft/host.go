@@ -182,7 +182,7 @@ func postroutingChain(t ingress.Table) []rule {
 // leads out only: neither another task nor a neighbour of the host that routes
 // the bridge's range here opens a connection to a task's leg.
 func forwardChain(t ingress.Table) []rule {
-	rules := entryForward(t)
+	rules := append(clampRules(t), entryForward(t)...)
 	if t.Gateway.Bridge != "" {
 		rules = append(rules, rule{"from " + t.Gateway.Bridge + " to an overlay range, untranslated: drop", join(
 			inLink(t.Gateway.Bridge), []expr.Any{
@@ -197,7 +197,7 @@ func forwardChain(t ingress.Table) []rule {
 // forwardChain6 is forwardChain for IPv6, which tasks do not get out by: the host
 // routes nothing of the gateway bridge but published ports that a task asks for.
 func forwardChain6(t ingress.Table) []rule {
-	rules := entryForward(t)
+	rules := append(clampRules(t), entryForward(t)...)
 	if b := t.Gateway.Bridge; b != "" {
 		rules = append(rules,
 			rule{"from " + b + " untranslated: drop", join(inLink(b), translated(expr.CmpOpEq), dropped())},

@@ -289,7 +289,7 @@ func TestGoldenKeys(t *testing.T) {
 		t.Fatal(err, errs)
 	}
 	r := New()
-	if err := r.Restore(bytes.NewReader(golden(t, "snapshot-v1-keys.cbor", persist(t, s)))); err != nil {
+	if err := r.Restore(bytes.NewReader(golden(t, "snapshot-v2-keys.cbor", persist(t, s)))); err != nil {
 		t.Fatal(err)
 	}
 	n, _ := r.View().Node(id(3))

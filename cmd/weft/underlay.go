@@ -1,0 +1,53 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/gossip"
+	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/pmtu"
+)
+
+// underlay is the network between the nodes as this one sees it. It implements
+// agent.Underlay.
+type underlay struct {
+	*pmtu.Prober
+	vtep    netip.Addr
+	changed chan struct{} // capacity 1: a link or route of this host; sent to by run, never closed
+}
+
+// newUnderlay composes; nothing runs yet. Probes share gossip's port, which
+// nodes must let through anyway. Gossip receives them where it listens on the
+// tunnel address; elsewhere the prober does.
+func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
+	u := &underlay{vtep: s.DataPath, changed: make(chan struct{}, 1)}
+	var err error
+	u.Prober, err = pmtu.New(pmtu.Config{
+		VTEP: s.DataPath, Port: weft.GossipPort, Key: s.Cluster.GossipKey, Changed: u.changed, Log: log,
+		Listen: !s.Listen.Addr().IsUnspecified() && s.Listen.Addr().Unmap() != s.DataPath.Unmap(),
+		Proven: func(peer netip.Addr, bytes int) error { return linux.PathProven(s.DataPath, peer, bytes) },
+		Limit:  func(peer netip.Addr) (int, error) { return linux.PathLimit(s.DataPath, peer) },
+	})
+	return u, err
+}
+
+// guest is the prober at gossip's port.
+func (u *underlay) guest() gossip.Guest {
+	return gossip.Guest{Magic: pmtu.Magic, Receive: u.Receive}
+}
+
+// MTU implements agent.Underlay.
+func (u *underlay) MTU() (int, error) { return linux.UnderlayMTU(u.vtep) }
+
+// run probes until ctx ends.
+func (u *underlay) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return linux.WatchUnderlay(ctx, u.changed) })
+	g.Go(func() error { return u.Run(ctx) })
+	return g.Wait()
+}

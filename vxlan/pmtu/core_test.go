@@ -1,0 +1,151 @@
+package pmtu
+
+import (
+	"bytes"
+	"encoding/hex"
+	"net/netip"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+var (
+	peerA = netip.MustParseAddr("10.99.0.2")
+	peerB = netip.MustParseAddr("fd99::3")
+)
+
+func testCore() *core {
+	id := uint64(0)
+	return newCore(func() uint64 { id++; return id })
+}
+
+// TestCoreMatchesAnswers: only the answer to what was sent, and to the search that
+// is under way, is believed.
+func TestCoreMatchesAnswers(t *testing.T) {
+	now := time.Unix(1000, 0)
+	probe := func(c *core) frame {
+		out := c.step(now)
+		if len(out) != 1 || out[0].to != peerA || out[0].kind != kindProbe || out[0].size != 9000 {
+			t.Fatalf("sent %v, want one probe of 9000 bytes", out)
+		}
+		return out[0].frame
+	}
+	for name, spoil := range map[string]func(c *core, f *frame){
+		"right":         func(*core, *frame) {},
+		"another id":    func(_ *core, f *frame) { f.id++ },
+		"another size":  func(_ *core, f *frame) { f.size-- },
+		"a past search": func(c *core, _ *frame) { c.limit(now, peerA, 8000); c.step(now) },
+		"after patience": func(c *core, _ *frame) {
+			c.paths[peerA].due = now.Add(time.Hour)
+			c.step(now.Add(patience + 1))
+		},
+		"refused by the kernel": func(c *core, f *frame) { c.refused(f.id) },
+	} {
+		c := testCore()
+		c.watch(now, []netip.Addr{peerA, peerB})
+		c.limit(now, peerA, 9000)
+		f := probe(c)
+		spoil(c, &f)
+		c.answered(now, f)
+		want := assumed
+		if name == "right" {
+			want = 9000
+		}
+		if got := c.mtus()[peerA]; got != want {
+			t.Errorf("%s: MTU %d, want %d", name, got, want)
+		}
+	}
+}
+
+// TestCoreTellsPeers: when our own link changes the peer is told to look, too,
+// and what is told of a path is told once.
+func TestCoreTellsPeers(t *testing.T) {
+	now := time.Unix(1000, 0)
+	c := testCore()
+	c.watch(now, []netip.Addr{peerA})
+	if len(c.step(now)) != 0 || len(c.mtus()) != 0 {
+		t.Fatal("something is known of a path whose route was not read")
+	}
+	c.limit(now, peerA, 1500)
+	if n := c.news(); len(n) != 1 || n[0] != (change{peer: peerA, mtu: 1500, cap: 1500}) || len(c.news()) != 0 {
+		t.Errorf("news = %v", n)
+	}
+	if out := c.step(now); len(out) != 1 {
+		t.Fatalf("sent %v at first, want one probe", out)
+	}
+	c.limit(now, peerA, 1280)
+	told := 0
+	for range 20 {
+		for _, k := range c.step(c.next()) {
+			if k.kind == kindAgain {
+				told++
+			}
+		}
+	}
+	if told != hints {
+		t.Errorf("the peer was told %d times, want %d", told, hints)
+	}
+	if n := c.news(); len(n) != 1 || n[0].mtu != 1280 {
+		t.Errorf("news = %v, want 1280", n)
+	}
+	c.watch(now, nil)
+	if len(c.mtus()) != 0 || !c.next().IsZero() {
+		t.Error("a peer that is not watched is not forgotten")
+	}
+}
+
+// TestFrameIsStable: the format of version 1 does not change.
+func TestFrameIsStable(t *testing.T) {
+	s, err := newSigner([]byte("0123456789abcdef0123456789abcdef"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const golden = "f801010005dc00000102030405060708"
+	f := frame{kind: kindProbe, size: 1500, id: 0x0102030405060708}
+	b := s.marshal(f, 40)
+	if len(b) != 40 || hex.EncodeToString(b[:signedBytes]) != golden {
+		t.Errorf("frame is %x, want %s and the MAC, 40 bytes", b, golden)
+	}
+	const mac = "e4ae3bc8c48f19c175f2ac7aa7bec349"
+	if got := hex.EncodeToString(b[signedBytes:headerBytes]); got != mac {
+		t.Errorf("MAC is %s, want %s", got, mac)
+	}
+	if got, ok := s.parse(b); !ok || got != f {
+		t.Errorf("parse: %v %v, want %v", got, ok, f)
+	}
+	if got := s.marshal(frame{kind: kindAnswer}, 0); len(got) != headerBytes {
+		t.Errorf("an answer has %d bytes, want %d", len(got), headerBytes)
+	}
+}
+
+// TestFrameIsAuthentic: no change of a header passes, nor another key; padding is
+// free.
+func TestFrameIsAuthentic(t *testing.T) {
+	s, err := newSigner([]byte("key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := newSigner([]byte("kez"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		f := frame{kind(rapid.IntRange(1, 3).Draw(t, "kind")), rapid.IntRange(0, 65535).Draw(t, "size"), rapid.Uint64().Draw(t, "id")}
+		b := s.marshal(f, rapid.IntRange(0, 100).Draw(t, "length"))
+		if got, ok := s.parse(b); !ok || got != f {
+			t.Fatalf("parse: %v %v, want %v", got, ok, f)
+		}
+		if _, ok := other.parse(b); ok {
+			t.Fatal("another key is accepted")
+		}
+		if _, ok := s.parse(b[:rapid.IntRange(0, headerBytes-1).Draw(t, "cut")]); ok {
+			t.Fatal("half a header is accepted")
+		}
+		c := bytes.Clone(b)
+		c[rapid.IntRange(0, headerBytes-1).Draw(t, "at")] ^= byte(rapid.IntRange(1, 255).Draw(t, "flip"))
+		if _, ok := s.parse(c); ok {
+			t.Fatalf("%x is accepted for %x", c, b)
+		}
+	})
+}
