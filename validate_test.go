@@ -156,7 +156,8 @@ func TestNetworkValidate(t *testing.T) {
 			n.IPv6, n.Options = true, map[string]string{OptionMTU: "1279"}
 		}, ErrInvalid, `Options["com.docker.network.driver.mtu"]: invalid argument: 1279: IPv6 needs 1280`},
 		{"host bits", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.1/24", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.1.0.1/24 has host bits set: use 10.1.0.0/24"},
-		{"too small", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/30", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
+		{"too small", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/30", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.1.0.0/30 is too small: use /29 or larger"},
+		{"too large", func(n *NetworkSpec) { n.Subnets = subnet("10.0.0.0/7", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: 10.0.0.0/7 is too large: use /8 or smaller"},
 		{"IPv6", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/64", "fd00::ffff") }, nil, ""},
 		{"both families", func(n *NetworkSpec) {
 			n.IPv6, n.Subnets = true, append(subnet("fd00::/64", ""), subnet("10.1.0.0/24", "")...)
@@ -172,7 +173,7 @@ func TestNetworkValidate(t *testing.T) {
 		{"IPv6 too small", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/126", "") }, ErrInvalid, "IPAM.Config[0].Subnet: invalid argument: fd00::/126 is too small: use /125"},
 		{"mapped", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("::ffff:10.0.0.0/120", "") }, ErrInvalid, "IPAM.Config[0].Subnet: "},
 		{"gateway of the other family", func(n *NetworkSpec) { n.IPv6, n.Subnets = true, subnet("fd00::/64", "10.0.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
-		{"gateway outside", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.2.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
+		{"gateway outside", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.2.0.1") }, ErrInvalid, "IPAM.Config[0].Gateway: invalid argument: 10.2.0.1 is not in subnet 10.1.0.0/24: use an address of it, such as 10.1.0.1"},
 		{"gateway is network", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.1.0.0") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
 		{"gateway is broadcast", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/23", "10.1.1.255") }, ErrInvalid, "IPAM.Config[0].Gateway: "},
 		{"gateway alone", func(n *NetworkSpec) { n.Subnets = []Subnet{{Gateway: netip.MustParseAddr("10.1.0.1")}} }, ErrInvalid, "IPAM.Config[0].Subnet: "},

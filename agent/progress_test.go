@@ -153,6 +153,37 @@ func TestEndedTasksDoNotCount(t *testing.T) {
 	})
 }
 
+// TestHandedOverAddressIsNobodysFirst: a node that learns in one pass that an
+// address has another holder drops the former from every table before any has
+// the next; also a daemon whose predecessor knew the former.
+func TestHandedOverAddressIsNobodysFirst(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		old := weft.Endpoint{Network: front.ID, Task: testID("t9"), Service: svc, Addr: netip.MustParseAddr("10.0.16.9"), State: weft.EndpointReady}
+		heir, third := old, old
+		heir.Task, third.Task = testID("t8"), testID("t7")
+		b := gossip.Member{ID: nodeB, Addr: vtepB, VTEP: vtepB}
+		one := testTask(1, front)
+		kill, _ := r.running(one)
+		r.table.set(b, old)
+		settle(time.Second)
+		r.journal.clear()
+		r.table.set(b, heir)
+		settle(time.Second)
+		const nobody, after = "overlay port:t1", "overlay peer:10.0.16.9 port:t1"
+		r.journal.inOrder(t, "balancer take:t1", nobody, after, "balancer take:t1 take:t8")
+		kill()
+		r.journal.clear()
+		r.table.set(b, third)
+		r.start()
+		(<-r.leader.sessions).send <- full(one)
+		settle(2 * time.Second)
+		r.journal.inOrder(t, nobody, "balancer take:t1", after, "balancer take:t1 take:t7") // nothing was there to keep
+		if log := r.journal.String(); strings.Contains(log, "take:t8") {
+			t.Errorf("balanced to a task that is gone:\n%s", log)
+		}
+	})
+}
+
 func TestPrefixesAreReported(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		p := []netip.Prefix{netip.MustParsePrefix("192.168.7.0/24")}

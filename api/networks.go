@@ -125,15 +125,15 @@ func checkSubnet(c network.IPAMConfig, before []network.IPAMConfig) string {
 	case p.Bits() < least || p.Bits() > most:
 		return fmt.Sprintf("Subnet: %s must be /%d to /%d", p, least, most)
 	case g.IsValid() && !p.Contains(g):
-		return fmt.Sprintf("Gateway: %s is not in %s", g, p)
+		return fmt.Sprintf("Gateway: %s is not in %s: use an address of it, such as %s", g, p, p.Addr().Next())
 	case g.IsValid() && g == p.Addr():
-		return fmt.Sprintf("Gateway: %s is the address of the network itself", g)
+		return fmt.Sprintf("Gateway: %s is the address of the network itself: use another, such as %s", g, p.Addr().Next())
 	case g.IsValid() && g.Is4() && !p.Contains(g.Next()):
-		return fmt.Sprintf("Gateway: %s is the broadcast address of %s", g, p)
+		return fmt.Sprintf("Gateway: %s is the broadcast address of %s: use another, such as %s", g, p, p.Addr().Next())
 	}
 	for _, o := range before {
-		if o.Subnet.Overlaps(p) {
-			return fmt.Sprintf("Subnet: %s overlaps %s", p, o.Subnet)
+		if o.Subnet.IsValid() && o.Subnet.Overlaps(p) {
+			return fmt.Sprintf("Subnet: %s overlaps %s: leave one of them out", p, o.Subnet)
 		}
 	}
 	return ""

@@ -144,7 +144,7 @@ func CheckSubnet(want netip.Prefix, used []Named) error {
 	}
 	for _, u := range used {
 		if u.Prefix.IsValid() && canonical(u.Prefix).Overlaps(want) {
-			return fmt.Errorf("%w: subnet %s overlaps %s (%s)", weft.ErrConflict, want, canonical(u.Prefix), u.What)
+			return fmt.Errorf("%w: subnet %s overlaps %s (%s): use another range, or give none", weft.ErrConflict, want, canonical(u.Prefix), u.What)
 		}
 	}
 	return nil

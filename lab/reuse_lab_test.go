@@ -62,7 +62,7 @@ func (u reuse) run(t *testing.T) {
 		}
 		return err
 	})
-	j := judge{names: map[netip.Addr]map[string]bool{}}
+	j := judge{answered: map[string]int{}, failed: map[string]int{}, names: map[netip.Addr]map[string]bool{}}
 	ctx, cancel := context.WithCancel(t.Context())
 	var asking sync.WaitGroup
 	for _, c := range clients {
@@ -188,7 +188,7 @@ func (u reuse) ask(ctx context.Context, j *judge) {
 type judge struct {
 	mu       sync.Mutex // guards: the rest
 	answered map[string]int
-	failed   int
+	failed   map[string]int // by what was asked
 	lastErr  error
 	wrong    []string
 	names    map[netip.Addr]map[string]bool // services that answered at an address
@@ -197,19 +197,20 @@ type judge struct {
 func (j *judge) ask(ctx context.Context, service, name, kind string) {
 	addrs, err := resolve(ctx, name)
 	if err != nil {
-		j.note(func() { j.failed, j.lastErr = j.failed+1, err })
+		j.note(func() { j.failed["names"]++; j.lastErr = err })
 		return
 	}
 	to := addrs[int(time.Now().UnixNano()/1000)%len(addrs)]
 	host, err := questions[kind](ctx, to)
 	if err != nil {
-		j.note(func() { j.failed, j.lastErr = j.failed+1, err })
+		whom := "services"
+		if name != service {
+			whom = "tasks"
+		}
+		j.note(func() { j.failed[whom+" by "+kind]++; j.lastErr = err })
 		return
 	}
 	j.note(func() {
-		if j.answered == nil {
-			j.answered = map[string]int{}
-		}
 		j.answered[kind]++
 		if j.names[to] == nil {
 			j.names[to] = map[string]bool{}
@@ -244,7 +245,7 @@ func (j *judge) String() string {
 	shared := j.shared()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return fmt.Sprintf("answers %v, %d without answer (the last: %v), %d by another service; %d addresses, %d of them with more than one service",
+	return fmt.Sprintf("answers %v, without answer %v (the last: %v), %d by another service; %d addresses, %d of them with more than one service",
 		j.answered, j.failed, j.lastErr, len(j.wrong), len(j.names), shared)
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/state"
 )
 
 // tiny is a network that has five addresses to give, and a spec on it.
@@ -399,5 +400,75 @@ func TestFullErrorIsStable(t *testing.T) {
 	}
 	if got := weft.Text(one); !strings.HasSuffix(got, "at most 1m0s") || !strings.Contains(got, "network net: subnet 10.70.0.0/29") {
 		t.Errorf("people read %q", got)
+	}
+}
+
+// TestRestDoesNotFloodTheLog: however many tasks end at once, what they had
+// costs no entry each, neither to lay down nor to release.
+func TestRestDoesNotFloodTheLog(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *rig) {
+		r.boot(1)
+		var nodes []*agent
+		for i := range 4 {
+			a := r.worker(i + 1)
+			defer a.crash()
+			nodes = append(nodes, a)
+		}
+		n, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "front"})
+		r.must(err)
+		const tasks = 2000
+		spec := webSpec("web", tasks)
+		spec.Networks = []weft.NetworkTarget{{Network: "front"}}
+		web, err := r.leader().CreateService(r.ctx, spec)
+		r.must(err)
+		r.waitRunning(web.ID, tasks, nodes...)
+		lead, err := r.leader().leading()
+		r.must(err)
+		before := lead.store.Index()
+		r.must(r.leader().RemoveService(r.ctx, web.ID))
+		most := 0
+		r.eventually(30*time.Second, "all addresses have rested", func() error {
+			most = max(most, len(lead.store.View().Resting(n.ID)))
+			if u := lead.alloc.usage(n); u.held+u.resting != 0 {
+				return fmt.Errorf("usage is %+v", u)
+			}
+			return nil
+		})
+		entries := lead.store.Index() - before
+		t.Logf("%d tasks ended and rested, %d at a time, with %d entries of the log", tasks, most, entries)
+		if most < tasks/2 || entries > tasks/20 {
+			t.Errorf("%d entries for %d tasks, of which %d rested at a time", entries, tasks, most)
+		}
+	})
+}
+
+// BenchmarkLookAtWhatRests is one look of the leader's loop, of which there are
+// at most 20 a second, at the addresses of 10,000 tasks on 100 nodes.
+func BenchmarkLookAtWhatRests(b *testing.B) {
+	s := state.New()
+	net := weft.Network{ID: "n", VNI: 4097, Spec: weft.NetworkSpec{Name: "front", Subnets: []weft.Subnet{{Prefix: netip.MustParsePrefix("10.0.0.0/16")}}}}
+	changes := []state.Change{{Network: &net}, {Service: &weft.Service{ID: "s", SpecVersion: 1, Spec: weft.ServiceSpec{Name: "web"}}}}
+	for i := range 100 {
+		changes = append(changes, state.Change{Node: &weft.Node{ID: weft.ID(fmt.Sprintf("n%d", i)), Status: weft.NodeStatus{State: weft.NodeReady}}})
+	}
+	addr := netip.MustParseAddr("10.0.0.2")
+	for i := range 10_000 {
+		id := weft.ID(fmt.Sprintf("t%d", i))
+		changes = append(changes, state.Change{Task: &weft.Task{ID: id, Service: "s", SpecVersion: 1, Node: "n0", Status: weft.TaskStatus{State: weft.TaskAssigned},
+			Attachments: []weft.Attachment{{Network: "n", Addr: netip.PrefixFrom(addr, 16)}}}}, state.Change{Delete: &state.Ref{Kind: state.KindTask, ID: id}})
+		addr = addr.Next()
+	}
+	e, err := state.EncodeEntry([]state.Command{{At: time.Unix(1, 0).UTC(), Changes: changes}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if errs, err := s.Apply(1, e); err != nil || errs[0] != nil {
+		b.Fatal(err, errs)
+	}
+	v, r, now := s.View(), &rests{}, time.Now()
+	for b.Loop() {
+		if out, _ := r.plan(v, nil, now); len(out.Addrs) != 0 {
+			b.Fatal("nobody has confirmed")
+		}
 	}
 }

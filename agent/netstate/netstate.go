@@ -145,10 +145,12 @@ func byNetwork(in Input) map[weft.ID][]endpoint {
 	for _, n := range in.Networks {
 		subnets[n.ID] = n.Spec.Subnets
 	}
+	taken := given(in)
 	for _, e := range in.Endpoints {
 		// A node that was removed from the cluster still has the gossip key.
 		isMember := e.Owner != in.Self.ID && members[e.Owner]
-		if isMember && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addrs(), subnets[e.Network]) {
+		isTaken := slices.ContainsFunc(e.Addrs(), func(a netip.Addr) bool { return taken[e.Network][a.Unmap()] })
+		if isMember && !isTaken && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addrs(), subnets[e.Network]) {
 			m[e.Network] = append(m[e.Network], endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP})
 		}
 	}
@@ -163,6 +165,35 @@ func byNetwork(in Input) map[weft.ID][]endpoint {
 		m[id] = oneEach(m[id])
 	}
 	return m
+}
+
+// given are the addresses, by network, that the leader has given to services and
+// to nodes. Gossip that says of one that it is a task's is older than that, or
+// newer than what the leader said last; either way nobody answers there by two
+// names.
+func given(in Input) map[weft.ID]map[netip.Addr]bool {
+	out := map[weft.ID]map[netip.Addr]bool{}
+	add := func(at weft.Attachment) {
+		for _, p := range at.Addrs() {
+			if out[at.Network] == nil {
+				out[at.Network] = map[netip.Addr]bool{}
+			}
+			out[at.Network][p.Addr().Unmap()] = true
+		}
+	}
+	for _, s := range in.Services {
+		for _, v := range s.VIPs {
+			add(weft.Attachment(v))
+		}
+	}
+	for _, n := range in.Networks {
+		for _, node := range in.Nodes {
+			if n.Spec.Ingress {
+				add(weft.Attachment{Network: n.ID, Addr: node.IngressAddr, Addr6: node.IngressAddr6})
+			}
+		}
+	}
+	return out
 }
 
 // isElsewhere reports whether a tunnel can lead to vtep: it is another host's and

@@ -189,7 +189,13 @@ func (c *Cluster) UpdateCluster(_ context.Context, index uint64, u api.ClusterUp
 	if err := c.touchLocked(&c.cluster.Meta, index); err != nil {
 		return err
 	}
+	if u.RotateKeys && c.cluster.KeyEpoch > 0 { // the leader says so for some seconds
+		return fmt.Errorf("rotate the keys of encrypted networks: the last change is being taken up: %w", weft.ErrConflict)
+	}
 	c.cluster.Spec = u.Spec
+	if u.RotateKeys {
+		c.cluster.KeyEpoch++
+	}
 	if u.RotateWorker {
 		c.cluster.Tokens.Worker = fmt.Sprintf("SWMTKN-1-ca-worker%d", c.index)
 	}

@@ -142,12 +142,12 @@ func newWhoamiPing() *cobra.Command {
 			if count < 1 {
 				return errors.New("--count 0: want at least 1")
 			}
-			addrs, err := net.DefaultResolver.LookupNetIP(cmd.Context(), "ip4", args[0])
+			addrs, err := net.DefaultResolver.LookupNetIP(cmd.Context(), "ip", args[0])
 			if err != nil {
 				return err
 			}
-			to := addrs[0].Unmap()
-			p, err := openPinger()
+			to := firstOf(addrs)
+			p, err := openPinger(to.Is6())
 			if err != nil {
 				return err
 			}
@@ -167,11 +167,23 @@ func newWhoamiPing() *cobra.Command {
 	return c
 }
 
-// ICMP (RFC 792).
+// firstOf is the first IPv4 address, else the first one.
+func firstOf(addrs []netip.Addr) netip.Addr {
+	for _, a := range addrs {
+		if a.Unmap().Is4() {
+			return a.Unmap()
+		}
+	}
+	return addrs[0]
+}
+
+// ICMP (RFC 792) and ICMPv6 (RFC 4443 section 4).
 const (
-	icmpEchoReply   = 0
-	icmpEchoRequest = 8
-	icmpHeaderBytes = 8
+	icmpEchoReply    = 0
+	icmpEchoRequest  = 8
+	icmp6EchoRequest = 128
+	icmp6EchoReply   = 129
+	icmpHeaderBytes  = 8
 )
 
 // pinger holds an ICMP socket: the kernel's ping socket where the group of this
@@ -180,12 +192,17 @@ const (
 type pinger struct {
 	conn net.PacketConn
 	raw  bool
+	is6  bool
 	id   uint16
 }
 
-func openPinger() (*pinger, error) {
-	p := &pinger{id: uint16(os.Getpid())}
-	fd, pingErr := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_ICMP)
+func openPinger(is6 bool) (*pinger, error) {
+	p := &pinger{id: uint16(os.Getpid()), is6: is6}
+	family, proto, network, all := unix.AF_INET, unix.IPPROTO_ICMP, "ip4:icmp", "0.0.0.0"
+	if is6 {
+		family, proto, network, all = unix.AF_INET6, unix.IPPROTO_ICMPV6, "ip6:ipv6-icmp", "::"
+	}
+	fd, pingErr := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
 	if pingErr == nil {
 		f := os.NewFile(uintptr(fd), "ping")
 		defer f.Close() // FilePacketConn duplicates it
@@ -196,7 +213,7 @@ func openPinger() (*pinger, error) {
 		return p, nil
 	}
 	var err error
-	if p.conn, err = net.ListenPacket("ip4:icmp", "0.0.0.0"); err != nil {
+	if p.conn, err = net.ListenPacket(network, all); err != nil {
 		return nil, errors.Join(fmt.Errorf("open ping socket: %w", pingErr), fmt.Errorf("open raw socket: %w", err))
 	}
 	p.raw = true
@@ -213,7 +230,7 @@ func (p *pinger) ping(to netip.Addr, seq uint16, timeout time.Duration) (time.Du
 	if err := p.conn.SetDeadline(start.Add(timeout)); err != nil {
 		return 0, err
 	}
-	if _, err := p.conn.WriteTo(echoRequest(p.id, seq), dst); err != nil {
+	if _, err := p.conn.WriteTo(echoRequest(p.is6, p.id, seq), dst); err != nil {
 		return 0, err
 	}
 	buf := make([]byte, 1500)
@@ -223,16 +240,19 @@ func (p *pinger) ping(to netip.Addr, seq uint16, timeout time.Duration) (time.Du
 			return 0, err
 		}
 		// A ping socket only gets its own replies, with an id of its own.
-		if id, got, ok := parseEchoReply(buf[:n]); ok && got == seq && (!p.raw || id == p.id) {
+		if id, got, ok := parseEchoReply(p.is6, buf[:n]); ok && got == seq && (!p.raw || id == p.id) {
 			return time.Since(start), nil
 		}
 	}
 }
 
-// echoRequest is an ICMP echo request with a fixed payload.
-func echoRequest(id, seq uint16) []byte {
+// echoRequest is an echo request with a fixed payload. Over IPv6 the kernel puts
+// the checksum in the place of this one: it covers addresses, too.
+func echoRequest(is6 bool, id, seq uint16) []byte {
 	b := make([]byte, icmpHeaderBytes, icmpHeaderBytes+32)
-	b[0] = icmpEchoRequest
+	if b[0] = icmpEchoRequest; is6 {
+		b[0] = icmp6EchoRequest
+	}
 	binary.BigEndian.PutUint16(b[4:], id)
 	binary.BigEndian.PutUint16(b[6:], seq)
 	b = append(b, "weft whoami ping 0123456789abcdef"...)
@@ -240,8 +260,12 @@ func echoRequest(id, seq uint16) []byte {
 	return b
 }
 
-func parseEchoReply(b []byte) (id, seq uint16, ok bool) {
-	if len(b) < icmpHeaderBytes || b[0] != icmpEchoReply || b[1] != 0 {
+func parseEchoReply(is6 bool, b []byte) (id, seq uint16, ok bool) {
+	reply := byte(icmpEchoReply)
+	if is6 {
+		reply = icmp6EchoReply
+	}
+	if len(b) < icmpHeaderBytes || b[0] != reply || b[1] != 0 {
 		return 0, 0, false
 	}
 	return binary.BigEndian.Uint16(b[4:]), binary.BigEndian.Uint16(b[6:]), true

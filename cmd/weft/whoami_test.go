@@ -146,17 +146,21 @@ func TestWhoamiLookup(t *testing.T) {
 }
 
 func TestWhoamiPing(t *testing.T) {
-	p, err := openPinger()
-	if err != nil {
-		netnstest.Missing(t, "root", err)
-	}
-	p.conn.Close()
-	out, err := runWhoami(t, "ping", "--count", "3", "127.0.0.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n := strings.Count(out, "reply from 127.0.0.1"); n != 3 {
-		t.Errorf("%d replies, want 3:\n%s", n, out)
+	for _, to := range []string{"127.0.0.1", "::1"} {
+		t.Run(to, func(t *testing.T) {
+			p, err := openPinger(to == "::1")
+			if err != nil {
+				netnstest.Missing(t, "root", err)
+			}
+			p.conn.Close()
+			out, err := runWhoami(t, "ping", "--count", "3", to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := strings.Count(out, "reply from "+to); n != 3 {
+				t.Errorf("%d replies, want 3:\n%s", n, out)
+			}
+		})
 	}
 }
 
@@ -184,7 +188,7 @@ func TestAnsweredBy(t *testing.T) {
 // section 1), and one changed byte shows.
 func TestChecksum(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		b := echoRequest(rapid.Uint16().Draw(t, "id"), rapid.Uint16().Draw(t, "seq"))
+		b := echoRequest(false, rapid.Uint16().Draw(t, "id"), rapid.Uint16().Draw(t, "seq"))
 		if got := checksum(b); got != 0 {
 			t.Fatalf("sum over the whole is %#x", got)
 		}

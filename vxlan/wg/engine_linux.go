@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -38,9 +39,12 @@ type Config struct {
 	Port uint16
 	// Engine forces one of the engines; "" is the first that can be made.
 	Engine string
-	// Bridge makes everything but what encrypted networks need behind their
+	// Bridge makes the networks, but for what encrypted ones need behind their
 	// uplink. Required.
 	Bridge vxlan.Kernel
+	// Plain, when set, makes the networks that are not encrypted in its stead:
+	// an engine that has no bridge. The two share no object.
+	Plain vxlan.Kernel
 	// Log gets what was chosen and repaired. Required.
 	Log *slog.Logger
 }
@@ -137,27 +141,51 @@ func (e *Engine) Keys(epoch uint64) ([]weft.NodeKey, error) {
 }
 
 // Read implements vxlan.Kernel.
-func (e *Engine) Read(ctx context.Context) (vxlan.State, error) { return e.cfg.Bridge.Read(ctx) }
+func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
+	st, err := e.cfg.Bridge.Read(ctx)
+	if err != nil || e.cfg.Plain == nil {
+		return st, err
+	}
+	plain, err := e.cfg.Plain.Read(ctx)
+	maps.Copy(st.Networks, plain.Networks)
+	return st, err
+}
+
+// apply gives each network to the kernel that makes it.
+func (e *Engine) apply(ctx context.Context, want vxlan.State) error {
+	if e.cfg.Plain == nil {
+		return e.cfg.Bridge.Apply(ctx, want)
+	}
+	bridged, plain := want, plainOf(want)
+	bridged.Networks = maps.Clone(want.Networks)
+	maps.DeleteFunc(bridged.Networks, func(_ uint32, n vxlan.Network) bool { return !n.Encrypted })
+	return errors.Join(e.cfg.Plain.Apply(ctx, plain), e.cfg.Bridge.Apply(ctx, bridged))
+}
+
+// plainOf is the state without its encrypted networks.
+func plainOf(st vxlan.State) vxlan.State {
+	out := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	for vni, n := range st.Networks {
+		if !n.Encrypted {
+			out.Networks[vni] = n
+		}
+	}
+	return out
+}
 
 // Apply implements vxlan.Kernel. The namespace of the devices is there before
 // the bridges' uplinks lead into it, and what is behind them after.
 func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	encrypted := encryptedVNIs(want)
 	if len(encrypted) == 0 {
-		return errors.Join(e.cfg.Bridge.Apply(ctx, want), e.clear(ctx))
+		return errors.Join(e.apply(ctx, want), e.clear(ctx))
 	}
 	if e.driver == nil {
 		err := fmt.Errorf("the network is encrypted and this node has no WireGuard: %w: %w", e.reason, weft.ErrUnsupported)
-		plain := vxlan.State{Networks: map[uint32]vxlan.Network{}}
-		for vni, n := range want.Networks {
-			if !n.Encrypted {
-				plain.Networks[vni] = n
-			}
-		}
-		return errors.Join(e.cfg.Bridge.Apply(ctx, plain), ofEach(encrypted, err))
+		return errors.Join(e.apply(ctx, plainOf(want)), ofEach(encrypted, err))
 	}
 	err := e.prepare(ctx, want)
-	bridges := e.cfg.Bridge.Apply(ctx, want)
+	bridges := e.apply(ctx, want)
 	if err == nil {
 		err = e.lead(ctx, want)
 	}

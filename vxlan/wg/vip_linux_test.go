@@ -82,17 +82,22 @@ func ask(from vxlan.Port, network string, to netip.AddrPort) (name string, err e
 // TestServiceAddress: a service address leads to tasks on other nodes, over TCP
 // and UDP, the answers come from it, and it turns away from a task that goes.
 func TestServiceAddress(t *testing.T) {
+	t.Run("IPv4", func(t *testing.T) { serviceAddress(t, 1, netip.MustParseAddr("10.100.1.200")) })
+	t.Run("IPv6", func(t *testing.T) { serviceAddress(t, 3, netip.MustParseAddr("fd77::200")) })
+}
+
+func serviceAddress(t *testing.T, v int, vip netip.Addr) {
 	const port = 7000
 	hosts := rig(t, 3, "")
-	applyAll(t, hosts, 0, 1)
+	applyAll(t, hosts, 0, v)
 	client := hosts[0]
-	vip := netip.MustParseAddr("10.100.1.200")
+	vni := uint32(5000 + v)
 	service := weft.NewID()
 	engine := nft.New(client.dir)
 	must(t, engine.Probe(t.Context()))
 	backend := map[string]ingress.Backend{}
 	for _, h := range hosts[1:] {
-		p, name := h.tasks[1], fmt.Sprint("task on host ", h.i)
+		p, name := h.tasks[v], fmt.Sprint("task on host ", h.i)
 		names(t, p, name, port)
 		backend[name] = ingress.Backend{Task: p.Task, Addr: p.Addr.Addr(), MAC: p.MAC}
 	}
@@ -102,20 +107,20 @@ func TestServiceAddress(t *testing.T) {
 		for _, h := range hosts {
 			known[h] = h.keys(0)
 		}
-		want := client.state(hosts, 0, known, 1)
-		n := want.Networks[5001]
+		want := client.state(hosts, 0, known, v)
+		n := want.Networks[vni]
 		n.VIPs = []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC(service, vip)}}
-		want.Networks[5001] = n
+		want.Networks[vni] = n
 		must(t, client.apply(want))
 		nsDir := filepath.Join(client.dir, "netns")
 		must(t, client.ns.Do(func() error {
 			return engine.Apply(context.Background(), ingress.Table{
 				Networks: []ingress.Network{{
-					VNI: 5001, NetNS: filepath.Join(nsDir, weft.OverlayNetNS(client.node, 5001)), Bridge: weft.BridgeName(5001),
-					Ports:    []string{weft.PortVethName(client.tasks[1].Task, "net1")},
+					VNI: vni, IPv6: vip.Is6(), NetNS: filepath.Join(nsDir, weft.OverlayNetNS(client.node, vni)), Bridge: weft.BridgeName(vni),
+					Ports:    []string{weft.PortVethName(client.tasks[v].Task, want.Networks[vni].ID)},
 					Services: []ingress.Service{{ID: service, VIP: vip, MAC: weft.VIPMAC(service, vip), Backends: backends}},
 				}},
-				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{5001}, Backends: backends},
+				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{vni}, Backends: backends},
 			})
 		}))
 	}
@@ -124,7 +129,7 @@ func TestServiceAddress(t *testing.T) {
 	for _, network := range []string{"tcp", "udp"} {
 		heard := map[string]int{}
 		for range 40 {
-			name, err := ask(client.tasks[1], network, netip.AddrPortFrom(vip, port))
+			name, err := ask(client.tasks[v], network, netip.AddrPortFrom(vip, port))
 			if err != nil {
 				t.Fatalf("%s: %v after %v", network, err, heard)
 			}
@@ -135,7 +140,7 @@ func TestServiceAddress(t *testing.T) {
 		}
 	}
 	// One flow of datagrams, from one port, follows to the task that is left.
-	must(t, netns.Do(client.tasks[1].NetNS, func() error {
+	must(t, netns.Do(client.tasks[v].NetNS, func() error {
 		c, err := net.Dial("udp", netip.AddrPortFrom(vip, port).String())
 		if err != nil {
 			return err
@@ -162,7 +167,7 @@ func TestServiceAddress(t *testing.T) {
 		return nil
 	}))
 	// Direct traffic to a backend is not translated and not confused with it.
-	if name, err := ask(client.tasks[1], "tcp", netip.AddrPortFrom(backend[a].Addr, port)); err != nil || name != a {
+	if name, err := ask(client.tasks[v], "tcp", netip.AddrPortFrom(backend[a].Addr, port)); err != nil || name != a {
 		t.Errorf("asked directly: %q, %v", name, err)
 	}
 }
