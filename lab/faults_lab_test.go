@@ -126,7 +126,7 @@ func TestFaultsAdoption(t *testing.T) { adoption(t, "flt-adopt", 3) }
 // TestSoakAdoption is TestFaultsAdoption in its long form.
 func TestSoakAdoption(t *testing.T) {
 	soak(t)
-	adoption(t, "flt-adopt-s", 20)
+	adoption(t, "flt-adop-s", 20)
 }
 
 func adoption(t *testing.T, lab string, n int) {
