@@ -62,7 +62,8 @@ func repairs(t *testing.T, lab string, hosts, tasks int) {
 			t.Errorf("%s has repaired %v, and nobody has broken anything", h, c)
 		}
 	}
-	r.reach(names) // or what follows would prove nothing
+	// Or what follows would prove nothing.
+	r.eventually("every host reaches the tasks", func() error { return r.reach(names) })
 	before, wasKernel := r.processes(names), r.kernels(names, w)
 	want := map[string]map[string]int{}
 	began := time.Now()
@@ -81,7 +82,9 @@ func repairs(t *testing.T, lab string, hosts, tasks int) {
 			t.Errorf("%s has %q more, lacks %q", h, more, less)
 		}
 	}
-	r.reach(names)
+	if err := r.reach(names); err != nil {
+		t.Errorf("after the repairs: %v", err)
+	}
 	// Two passes later: nothing was counted again.
 	if err := pause(t.Context(), 11*time.Second); err != nil {
 		t.Fatal(err)
@@ -348,25 +351,27 @@ func tablesOf(ns string) ([]string, error) {
 }
 
 // reach asks the service address of many from one container of it on every host.
-func (r *rig) reach(hosts []string) {
+func (r *rig) reach(hosts []string) error {
 	r.t.Helper()
 	vip, err := r.vip("many")
 	if err != nil {
-		r.t.Fatal(err)
+		return err
 	}
+	var errs []error
 	for _, h := range hosts {
 		ids := r.containers(h, "many")
 		ns := "/proc/" + r.must(r.on(h, "inspect", "-f", "{{.State.Pid}}", ids[0])...) + "/ns/net"
 		for range 2 * len(hosts) {
 			if err := askOnce(r.t.Context(), ns, ask(vip+":80")); err != nil {
-				r.t.Errorf("from %s: %v", h, err)
+				errs = append(errs, fmt.Errorf("from %s: %w", h, err))
 			}
 		}
 		addr := r.host(h).Addr.String() + ":8071"
 		if err := askOnce(r.t.Context(), r.clientNS(), ask(addr)); err != nil {
-			r.t.Errorf("port of %s: %v", h, err)
+			errs = append(errs, fmt.Errorf("port of %s: %w", h, err))
 		}
 	}
+	return errors.Join(errs...)
 }
 
 // damager breaks things on one host and counts what must be repaired.
