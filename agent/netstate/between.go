@@ -57,10 +57,16 @@ func Between(have, want vxlan.State, in Input) (Input, bool) {
 }
 
 // handedOver are the addresses that have and want give different hardware
-// addresses: those stand for the holder.
+// addresses: those stand for the holder. What a kernel has of an encrypted
+// network's endpoints elsewhere is the router's, which is nobody's.
 func handedOver(have, want vxlan.Network) map[netip.Addr]bool {
 	old := map[netip.Addr]net.HardwareAddr{}
-	holders(have, func(a netip.Addr, mac net.HardwareAddr) { old[a.Unmap()] = mac })
+	router := weft.RouterMAC(have.VNI)
+	holders(have, func(a netip.Addr, mac net.HardwareAddr) {
+		if !bytes.Equal(mac, router) {
+			old[a.Unmap()] = mac
+		}
+	})
 	var out map[netip.Addr]bool
 	holders(want, func(a netip.Addr, mac net.HardwareAddr) {
 		if was, ok := old[a.Unmap()]; ok && !bytes.Equal(was, mac) {

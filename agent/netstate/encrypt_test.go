@@ -69,3 +69,25 @@ func TestDeriveUnderlay(t *testing.T) {
 		t.Errorf("underlay of nobody %+v", u)
 	}
 }
+
+// TestRestartKeepsEncryptedEndpoints: what a kernel shows of an encrypted network
+// is the router behind every endpoint elsewhere. That is no change of holder: a
+// daemon that starts anew takes no address from anybody.
+func TestRestartKeepsEncryptedEndpoints(t *testing.T) {
+	in := base()
+	in.Networks[1].Spec.Options = map[string]string{weft.OptionEncrypted: ""}
+	in.Local = []LocalTask{localWeb(1, "10.0.16.3/20", "10.255.0.5/16", weft.EndpointReady)}
+	in.Endpoints = []weft.OwnedEndpoint{remoteWeb(2, "10.0.16.4", weft.EndpointReady)}
+	want := Derive(in).Overlay
+	if n := want.Networks[front.VNI]; !n.Encrypted || len(n.Peers) != 1 {
+		t.Fatalf("the network is %+v, want an encrypted one with a peer", n)
+	}
+	have := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	for vni, n := range want.Networks {
+		n.Peers, n.VIPs = vxlan.Observed(vxlan.Derive(n))
+		have.Networks[vni] = n
+	}
+	if _, ok := Between(have, want, in); ok {
+		t.Error("an address goes from one holder to another although nothing changed")
+	}
+}
