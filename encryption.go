@@ -80,8 +80,9 @@ func UplinkName(vni uint32) string { return fmt.Sprintf("wu%d", vni) }
 func RouterName(vni uint32) string { return fmt.Sprintf("wr%d", vni) }
 
 // RouterMAC is the hardware address of that end: it answers for all endpoints
-// on other nodes. Its first byte keeps it apart from every derived one and
-// from that of the bridge.
+// on other nodes. It is of the class of nodes' legs (NodeMAC), which are on the
+// ingress network only, and that is never encrypted: so it is no endpoint's and
+// no service's.
 func RouterMAC(vni uint32) net.HardwareAddr {
-	return net.HardwareAddr{0x1e, 0, 0, byte(vni >> 16), byte(vni >> 8), byte(vni)}
+	return net.HardwareAddr{0x1a, 0, 0, byte(vni >> 16), byte(vni >> 8), byte(vni)}
 }

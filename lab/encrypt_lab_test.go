@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -140,6 +141,19 @@ func encrypted(t *testing.T, lab string, rounds, least int) {
 	}
 	for _, p := range slices.Concat(tasks, vips) {
 		r.eventually("first answers", func() error { return askOnce(t.Context(), p.ns, p.ask) })
+	}
+	// A daemon that dies before it has written down what it knows of the others
+	// must first be told again, on every network.
+	for _, h := range three {
+		r.eventually("what "+h+" remembers", func() error {
+			b, err := os.ReadFile(filepath.Join(r.host(h).Paths.DataRoot, "agent", "endpoints.json"))
+			for _, p := range web {
+				if a := p.addrs["front"]; p.host != h && err == nil && !bytes.Contains(b, []byte(`"`+a+`"`)) {
+					err = fmt.Errorf("nothing of %s", a)
+				}
+			}
+			return err
+		})
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

@@ -167,6 +167,9 @@ func TestEncryptedMTU(t *testing.T) {
 		if got != c.want || (err != nil) != (c.want == 0) {
 			t.Errorf("EncryptedMTU(%d, %s) = %d, %v; want %d", c.under, c.vtep, got, err, c.want)
 		}
+		if way, _ := vxlan.EncryptedWay(c.under, vtep); way > got || way <= got-16 || way%16 != 0 {
+			t.Errorf("EncryptedWay(%d, %s) = %d of %d", c.under, c.vtep, way, got)
+		}
 	}
 }
 

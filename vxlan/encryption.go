@@ -44,6 +44,15 @@ func EncryptedMTU(underlay int, vtep netip.Addr) (int, error) {
 	return mtu, nil
 }
 
+// EncryptedWay is EncryptedMTU for a path that is narrower than this node's own
+// link. WireGuard pads a packet to a multiple of 16 bytes within the MTU of its
+// device, which is that of the own link: what is rounded down stays as it is.
+func EncryptedWay(path int, vtep netip.Addr) (int, error) {
+	const unit = 16 // the WireGuard paper, section 5.4.6
+	mtu, err := EncryptedMTU(path, vtep)
+	return mtu / unit * unit, err
+}
+
 func cryptOverhead(vtep netip.Addr) int {
 	if vtep.Unmap().Is6() {
 		return cryptOverheadIPv6

@@ -52,6 +52,9 @@ func (d *deriver) way(n weft.Network, vtep netip.Addr, port int) int {
 		return 0
 	}
 	mtu, err := inner(n, path, vtep)
+	if err == nil && mtu < port && n.Spec.Encrypted() {
+		mtu, err = vxlan.EncryptedWay(path, vtep)
+	}
 	if err != nil || mtu >= port {
 		return 0
 	}

@@ -62,6 +62,9 @@ func TestMTUFollowsPaths(t *testing.T) {
 			want := port
 			if path := in.Paths[p.VTEP]; path >= 68+overhead { // less leaves nothing for an inner packet
 				want = min(port, path-overhead)
+				if want < port && overhead == 60 {
+					want = want / 16 * 16 // WireGuard's padding
+				}
 			}
 			if got := effective(p.MTU); got != want || p.MTU >= port {
 				r.Fatalf("peer %s has %d, want %d of %d", p.Addr, p.MTU, want, port)

@@ -326,11 +326,6 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	return out
 }
 
-// minMTUIPv6 is what every link of IPv6 carries (RFC 8200 section 5). On a
-// narrower underlay the tunnel's own packets are cut up, as the RFC asks of such
-// links: slow, but the alternative is none.
-const minMTUIPv6 = 1280
-
 // ingressLegs are the other nodes' own ports on the ingress network: answers to
 // requests that entered there go back to them.
 func (d *deriver) ingressLegs() []vxlan.Peer {

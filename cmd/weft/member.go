@@ -121,14 +121,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		return err
 	}
 	m.service = service
-	m.crypt, err = wg.New(wg.Config{
-		Node: s.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
-		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
-	})
-	if err != nil {
-		return err
-	}
-	if err := m.crypt.Probe(ctx); err != nil {
+	if err := m.makeCrypt(ctx, overlay); err != nil {
 		return err
 	}
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
@@ -157,6 +150,27 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
+}
+
+// makeCrypt wraps the overlay engine in the one that encrypts. Encrypted networks
+// always have a bridge: beside an engine without one there is one for them.
+func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) error {
+	dir := netnsDir(m.cfg.ExecRoot)
+	cfg := wg.Config{
+		Node: m.state.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
+	}
+	bridge, err := linux.New(linux.Config{Node: m.state.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
+	if err != nil {
+		return err
+	}
+	if overlay.Name() != bridge.Name() {
+		cfg.Bridge, cfg.Plain = bridge, overlay
+	}
+	if m.crypt, err = wg.New(cfg); err != nil {
+		return err
+	}
+	return m.crypt.Probe(ctx)
 }
 
 // makeServer composes the cluster port and, on a manager, what answers there.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -18,6 +19,7 @@ import (
 type underlay struct {
 	*pmtu.Prober
 	vtep    netip.Addr
+	log     *slog.Logger
 	changed chan struct{} // capacity 1: a link or route of this host; sent to by run, never closed
 }
 
@@ -25,7 +27,7 @@ type underlay struct {
 // nodes must let through anyway. Gossip receives them where it listens on the
 // tunnel address; elsewhere the prober does.
 func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
-	u := &underlay{vtep: s.DataPath, changed: make(chan struct{}, 1)}
+	u := &underlay{vtep: s.DataPath, log: log, changed: make(chan struct{}, 1)}
 	var err error
 	u.Prober, err = pmtu.New(pmtu.Config{
 		VTEP: s.DataPath, Port: weft.GossipPort, Key: s.Cluster.GossipKey, Changed: u.changed, Log: log,
@@ -44,10 +46,37 @@ func (u *underlay) guest() gossip.Guest {
 // MTU implements agent.Underlay.
 func (u *underlay) MTU() (int, error) { return linux.UnderlayMTU(u.vtep) }
 
-// run probes until ctx ends.
+// run probes until ctx ends and returns nil. A host whose tunnel address is not
+// there yet, as at boot, or comes back, is no reason to end a node.
 func (u *underlay) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return linux.WatchUnderlay(ctx, u.changed) })
-	g.Go(func() error { return u.Run(ctx) })
+	g.Go(func() error {
+		return u.keep(ctx, func(ctx context.Context) error { return linux.WatchUnderlay(ctx, u.changed) })
+	})
+	g.Go(func() error { return u.keep(ctx, u.Run) })
 	return g.Wait()
+}
+
+// underlayRetry is the pause before what has failed is begun anew.
+const underlayRetry = time.Second
+
+// keep runs f until ctx ends, again after a failure. The same failure is logged
+// once.
+func (u *underlay) keep(ctx context.Context, f func(context.Context) error) error {
+	last := ""
+	for {
+		err := f(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil && err.Error() != last {
+			last = err.Error()
+			u.log.Warn("paths to other nodes are not watched", weft.KeyErr, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(underlayRetry):
+		}
+	}
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/weftnet/weft/orchestrator/wire"
 )
 
-// Ids: nodes n1…n3, services s1…s3, networks i (ingress), w1, w2, tasks t1…t6.
+// Ids: nodes n1…n3, services s1…s3, networks i (ingress), w1, w2, tasks t1…t20.
 
 func id(kind string, n int) weft.ID { return weft.ID(fmt.Sprintf("%s%d", kind, n)) }
 
@@ -30,11 +30,14 @@ func id(kind string, n int) weft.ID { return weft.ID(fmt.Sprintf("%s%d", kind, n
 type world struct {
 	tb    interface{ Fatal(...any) }
 	store *state.Store
-	mu    sync.Mutex // guards: index
+	mu    sync.Mutex // guards: index, tasks
 	index uint64
+	tasks map[weft.ID]bool // that there have been
 }
 
-func newWorld(tb interface{ Fatal(...any) }) *world { return &world{tb: tb, store: state.New()} }
+func newWorld(tb interface{ Fatal(...any) }) *world {
+	return &world{tb: tb, store: state.New(), tasks: map[weft.ID]bool{}}
+}
 
 func (w *world) do(changes ...state.Change) error {
 	w.mu.Lock()
@@ -47,6 +50,11 @@ func (w *world) do(changes ...state.Change) error {
 	errs, err := w.store.Apply(w.index, b)
 	if err != nil {
 		w.tb.Fatal(err)
+	}
+	for _, c := range changes {
+		if c.Task != nil && errs[0] == nil {
+			w.tasks[c.Task.ID] = true
+		}
 	}
 	return errs[0]
 }
@@ -158,26 +166,29 @@ func drawChange(t *rapid.T, w *world) state.Change {
 		}
 		return state.Change{Service: s}
 	case 2, 3:
-		k := task(rapid.IntRange(1, 6).Draw(t, "task"), n.Draw(t, "service"), n.Draw(t, "node"), nets.Draw(t, "nets")...)
+		k := task(rapid.IntRange(1, 20).Draw(t, "task"), n.Draw(t, "service"), n.Draw(t, "node"), nets.Draw(t, "nets")...)
 		if s, ok := v.Service(k.Service); ok {
 			k.SpecVersion = s.SpecVersion
 		}
 		if rapid.Bool().Draw(t, "global") {
 			k.Status.State = weft.TaskPending
 		}
+		if w.tasks[k.ID] { // ids of tasks are never used twice
+			return state.Change{TaskDesired: &state.TaskDesired{Task: k.ID, Desired: weft.TaskRemove}}
+		}
 		return state.Change{Task: k}
 	case 4:
 		if rapid.Bool().Draw(t, "assign") {
-			return state.Change{TaskAssign: &state.TaskAssign{Task: id("t", rapid.IntRange(1, 6).Draw(t, "task")), Node: id("n", n.Draw(t, "node"))}}
+			return state.Change{TaskAssign: &state.TaskAssign{Task: id("t", rapid.IntRange(1, 20).Draw(t, "task")), Node: id("n", n.Draw(t, "node"))}}
 		}
-		return state.Change{Delete: &state.Ref{Kind: state.KindTask, ID: id("t", rapid.IntRange(1, 6).Draw(t, "task"))}}
+		return state.Change{Delete: &state.Ref{Kind: state.KindTask, ID: id("t", rapid.IntRange(1, 20).Draw(t, "task"))}}
 	case 5:
 		return state.Change{Delete: &state.Ref{Kind: state.KindService, ID: id("s", n.Draw(t, "service"))}}
 	case 6:
-		return state.Change{TaskStatus: &state.TaskStatus{Task: id("t", rapid.IntRange(1, 6).Draw(t, "task")), Node: id("n", n.Draw(t, "node")),
+		return state.Change{TaskStatus: &state.TaskStatus{Task: id("t", rapid.IntRange(1, 20).Draw(t, "task")), Node: id("n", n.Draw(t, "node")),
 			Status: weft.TaskStatus{State: rapid.SampledFrom([]weft.TaskState{weft.TaskRunning, weft.TaskFailed}).Draw(t, "state")}}}
 	case 7:
-		return state.Change{TaskDesired: &state.TaskDesired{Task: id("t", rapid.IntRange(1, 6).Draw(t, "task")), Desired: weft.TaskShutdown}}
+		return state.Change{TaskDesired: &state.TaskDesired{Task: id("t", rapid.IntRange(1, 20).Draw(t, "task")), Desired: weft.TaskShutdown}}
 	case 8:
 		return state.Change{NodeStatus: &state.NodeStatus{Node: id("n", n.Draw(t, "node")), Session: &state.NodeSession{
 			Addr: netip.AddrFrom4([4]byte{10, 99, 0, byte(n.Draw(t, "addr"))})}}}

@@ -248,7 +248,8 @@ func compare[T weft.ID | uint64](a, b T) int {
 }
 
 func sameTask(a, b weft.Task) bool {
-	return a.Desired == b.Desired && a.Node == b.Node && a.Status == b.Status &&
+	return a.Service == b.Service && a.SpecVersion == b.SpecVersion && a.Meta.CreatedAt.Equal(b.Meta.CreatedAt) &&
+		a.Desired == b.Desired && a.Node == b.Node && a.Status == b.Status &&
 		a.NotBefore.Equal(b.NotBefore) && slices.Equal(a.Attachments, b.Attachments)
 }
 

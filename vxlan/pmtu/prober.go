@@ -52,7 +52,8 @@ type Config struct {
 	Log     *slog.Logger
 }
 
-// Prober searches the paths to peers. Make it with New, run it once with Run;
+// Prober searches the paths to peers. Make it with New, run it with Run, once at a
+// time;
 // the other methods may be called from any goroutine, before Run, too.
 type Prober struct {
 	cfg  Config

@@ -257,11 +257,14 @@ func (e *Engine) lead(ctx context.Context, want vxlan.State) error {
 // configure makes both devices as wanted and returns what they hold then.
 func (e *Engine) configure(ctx context.Context, want vxlan.State, ring keyring) ([weft.KeySlots]device, error) {
 	var have [weft.KeySlots]device
-	for slot, w := range wanted(want, ring, e.cfg.Port) {
-		h, err := e.driver.read(ctx, slot)
-		if err != nil {
+	for slot := range have {
+		var err error
+		if have[slot], err = e.driver.read(ctx, slot); err != nil {
 			return have, err
 		}
+	}
+	for slot, w := range wanted(want, ring, e.cfg.Port, have) {
+		h, err := have[slot], error(nil)
 		if c := diff(h, w, time.Now()); !c.empty() {
 			if err := e.driver.write(ctx, slot, c); err != nil {
 				return have, err

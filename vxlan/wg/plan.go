@@ -74,7 +74,11 @@ func newest(p vxlan.EncryptionPeer) [weft.KeySlots]*weft.NodeKey {
 // wanted are the two devices. A slot for which this node has no key yet has no
 // peers. Both know every peer and all its addresses, so that a packet is taken
 // from whichever the sender chose.
-func wanted(st vxlan.State, ring keyring, port uint16) [weft.KeySlots]device {
+//
+// A peer that is there (have) stays while its node is a member, also when nothing
+// is behind it for a moment, as when a new daemon has not yet heard of the
+// others' tasks: its session would be lost, and a handshake is slower than a route.
+func wanted(st vxlan.State, ring keyring, port uint16, have [weft.KeySlots]device) [weft.KeySlots]device {
 	var out [weft.KeySlots]device
 	addrs := behind(st)
 	for slot := range out {
@@ -85,8 +89,12 @@ func wanted(st vxlan.State, ring keyring, port uint16) [weft.KeySlots]device {
 		out[slot].private = ring[slot].Private
 		for _, p := range st.Encryption.Peers {
 			vtep := p.VTEP.Unmap()
-			// Nodes that share no encrypted network stay strangers.
-			if k := newest(p)[slot]; k != nil && len(addrs[vtep]) > 0 {
+			k := newest(p)[slot]
+			if k == nil {
+				continue
+			}
+			// Nodes that never shared an encrypted network stay strangers.
+			if _, known := have[slot].peers[k.Public]; known || len(addrs[vtep]) > 0 {
 				out[slot].peers[k.Public] = peer{
 					endpoint: netip.AddrPortFrom(vtep, k.Port), allowed: addrs[vtep],
 				}

@@ -296,3 +296,29 @@ func TestKeys(t *testing.T) {
 		}
 	}
 }
+
+// TestPeerStaysWhileMember: a peer with nothing behind it keeps its session
+// until its node leaves the cluster; one that was never met is left alone.
+func TestPeerStaysWhileMember(t *testing.T) {
+	vtep := netip.MustParseAddr("10.99.0.2")
+	k := weft.NodeKey{Public: weft.PublicKey{1}, Port: 51820}
+	ring := keyring{{Private: key(1)}}
+	st := vxlan.State{Encryption: vxlan.Encryption{Peers: []vxlan.EncryptionPeer{{Node: "b", VTEP: vtep, Keys: []weft.NodeKey{k}}}}}
+	met := [weft.KeySlots]device{{private: key(1), port: 51820, peers: map[weft.PublicKey]peer{
+		k.Public: {endpoint: netip.AddrPortFrom(vtep, 51820), allowed: map[netip.Addr]bool{addr(1): true}}}}}
+	for _, c := range []struct {
+		name  string
+		have  [weft.KeySlots]device
+		peers []vxlan.EncryptionPeer
+		want  int
+	}{{"met and a member", met, st.Encryption.Peers, 1}, {"never met", [weft.KeySlots]device{}, st.Encryption.Peers, 0}, {"has left", met, nil, 0}} {
+		st.Encryption.Peers = c.peers
+		w := wanted(st, ring, 51820, c.have)[0]
+		if len(w.peers) != c.want {
+			t.Errorf("%s: peers %v", c.name, w.peers)
+		}
+		if got := model(c.have[0], diff(c.have[0], w, time.Now()), func(device) {}); show(got) != show(w) {
+			t.Errorf("%s: got\n%s", c.name, show(got))
+		}
+	}
+}
