@@ -111,7 +111,7 @@ func badNetworks(w *words) {
 		{"front", "network with name front already exists"},
 		{"ingress", "network with name ingress already exists"},
 		{"--subnet " + front + " x", "overlaps .* \\(network front\\)"},
-		{fmt.Sprintf("--subnet %s/24 x", underlay.String()[:strings.LastIndexByte(underlay.String(), '.')]+".0"), "a route or address of node h"},
+		{fmt.Sprintf("--subnet %s/24 x", underlay.String()[:strings.LastIndexByte(underlay.String(), '.')]+".0"), "a route, address or resolver of node h"},
 		{"--subnet 172.31.241.0/24 x", "the gateway bridge of every host"},
 		{"--subnet 10.5 x", `IPAM\.Config\[0\]\.Subnet`},
 		{"--subnet 10.5.0.1/24 x", "host bits"},

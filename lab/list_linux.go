@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -122,21 +124,27 @@ func (t Trace) strayLinks() ([]string, error) {
 }
 
 // Counters are the packets that a device has carried.
-type Counters struct{ RxPackets, TxPackets uint64 }
+type Counters struct {
+	Link                 string
+	RxPackets, TxPackets uint64
+}
 
-// VXLANCounters reads the counters of the VXLAN device of a network in its
-// hidden namespace on a host. ErrNotFound (by the file system) when the host
-// has no task on that network.
+// VXLANCounters reads the counters of what carries a network on a host: its VXLAN
+// device in the hidden namespace or, where the overlay engine has none (ebpf),
+// the host's own link. ErrNotFound (by the file system) when the host has no
+// task on that network of the engine bridge.
 func (h Host) VXLANCounters(node weft.ID, vni uint32) (Counters, error) {
-	file := h.Paths.ExecRoot + "/netns/" + weft.OverlayNetNS(node, vni)
-	var c Counters
+	file, c := h.Paths.ExecRoot+"/netns/"+weft.OverlayNetNS(node, vni), Counters{Link: weft.VXLANName(vni)}
+	if _, err := os.Stat(filepath.Join(h.Paths.ExecRoot, "bpf")); err == nil {
+		file, c.Link = h.Paths.NetNS, hostLink
+	}
 	err := withLinks(file, func(nl *netlink.Handle) error {
-		link, err := nl.LinkByName(weft.VXLANName(vni))
+		link, err := nl.LinkByName(c.Link)
 		if err != nil {
-			return fmt.Errorf("find %s on %s: %w", weft.VXLANName(vni), h.Name, err)
+			return fmt.Errorf("find %s on %s: %w", c.Link, h.Name, err)
 		}
 		if s := link.Attrs().Statistics; s != nil {
-			c = Counters{RxPackets: s.RxPackets, TxPackets: s.TxPackets}
+			c.RxPackets, c.TxPackets = s.RxPackets, s.TxPackets
 		}
 		return nil
 	})

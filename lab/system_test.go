@@ -31,6 +31,10 @@ import (
 // settle bounds the wait for something that the cluster does by itself.
 const settle = 60 * time.Second
 
+// overlayEnv, when set, forces the overlay engine of every lab: the same tests on
+// another engine.
+const overlayEnv = "WEFT_TEST_OVERLAY"
+
 // rig is a lab of the real binary, driven from outside like a person would.
 type rig struct {
 	t      *testing.T
@@ -63,6 +67,9 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
+	if e := os.Getenv(overlayEnv); e != "" {
+		upArgs = append(upArgs, "--overlay-engine", e)
+	}
 	start := time.Now()
 	r.must(append([]string{r.weft, "lab", "up", "--name", name}, upArgs...)...)
 	t.Logf("lab up %v took %.2f s", upArgs, time.Since(start).Seconds())

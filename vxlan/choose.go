@@ -26,8 +26,9 @@ type Pair struct{ Overlay, Service string }
 
 // pairs are the engines that go together, best first. The overlay engine
 // decides where a balancer can meet a packet: on ebpf nothing passes a bridge,
-// so what hooks into one has nothing to hook into.
-var pairs = [...]Pair{{"ebpf", "ebpf"}, {"bridge", "ebpf"}, {"bridge", "ipvs"}, {"bridge", "nft"}}
+// so what hooks into one has nothing to hook into, and the ebpf balancer is
+// called by the ebpf overlay's program.
+var pairs = [...]Pair{{"ebpf", "ebpf"}, {"bridge", "ipvs"}, {"bridge", "nft"}}
 
 // Candidate is an engine of this build and the result of its probe.
 type Candidate struct {

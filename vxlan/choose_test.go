@@ -11,7 +11,7 @@ import (
 )
 
 // legalPairs is the table of the design, best first.
-var legalPairs = []vxlan.Pair{{Overlay: "ebpf", Service: "ebpf"}, {Overlay: "bridge", Service: "ebpf"}, {Overlay: "bridge", Service: "ipvs"}, {Overlay: "bridge", Service: "nft"}}
+var legalPairs = []vxlan.Pair{{Overlay: "ebpf", Service: "ebpf"}, {Overlay: "bridge", Service: "ipvs"}, {Overlay: "bridge", Service: "nft"}}
 
 var errLacks = fmt.Errorf("the kernel lacks it: %w", weft.ErrUnsupported)
 
@@ -127,10 +127,10 @@ func TestChooseSaysWhy(t *testing.T) {
 			"--overlay-engine bridge: its probe failed on this host: the kernel lacks it: unsupported; give the host what it lacks, or leave the flag out to let the host decide"},
 		{"illegal", []vxlan.Candidate{ok("ebpf")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "ebpf", Service: "nft"},
 			"--overlay-engine ebpf with --service-engine nft: they do not go together: on overlay engine ebpf runs service engine ebpf, " +
-				"on overlay engine bridge runs service engine ebpf or ipvs or nft; leave one of the flags out: invalid argument"},
+				"on overlay engine bridge runs service engine ipvs or nft; leave one of the flags out: invalid argument"},
 		{"nothing works", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{bad("nft")}, vxlan.Pair{},
 			"no overlay engine works together with a service engine on this host (on overlay engine ebpf runs service engine ebpf, " +
-				"on overlay engine bridge runs service engine ebpf or ipvs or nft): service engine nft: the kernel lacks it: unsupported; give the host what it lacks: unsupported"},
+				"on overlay engine bridge runs service engine ipvs or nft): service engine nft: the kernel lacks it: unsupported; give the host what it lacks: unsupported"},
 	} {
 		_, reasons, err := vxlan.Choose(c.overlay, c.service, c.forced)
 		var lines []string

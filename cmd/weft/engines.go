@@ -11,8 +11,10 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	balance "github.com/weftnet/weft/ingress/bpf"
 	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/bpf"
 	"github.com/weftnet/weft/vxlan/linux"
 )
 
@@ -20,6 +22,10 @@ import (
 type engineConfig struct {
 	Node     weft.ID
 	NetNSDir string
+	BPFDir   string // where the eBPF engines mount their bpffs
+	// EBPF: the eBPF engines may be chosen. As long as they are not the
+	// default (vxlan/bpf/DESIGN.md), that is only when a flag names one.
+	EBPF     bool
 	Log      *slog.Logger
 	Repaired func(weft.Repair)
 }
@@ -31,14 +37,32 @@ func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []vxlan.Engine{bridge}, nil
+	if !c.EBPF {
+		return []vxlan.Engine{bridge}, nil
+	}
+	ebpf, err := bpf.New(bpf.Config{Node: c.Node, Dir: c.BPFDir, Log: c.Log, Repaired: c.Repaired})
+	if err != nil {
+		return nil, err
+	}
+	return []vxlan.Engine{ebpf, bridge}, nil
 }
 
 // serviceEngines are the service engines of this build, best first.
 func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
 	n := nft.New(c.NetNSDir)
 	n.Repaired = c.Repaired
-	return []ingress.Engine{n}, nil
+	if !c.EBPF {
+		return []ingress.Engine{n}, nil
+	}
+	ebpf, err := balance.New(balance.Config{Node: c.Node, Dir: c.BPFDir})
+	if err != nil {
+		return nil, err
+	}
+	// Published ports are nftables' on every overlay: one engine, its own
+	// instance, as the two have different networks.
+	host := nft.New(c.NetNSDir)
+	host.Repaired = c.Repaired
+	return []ingress.Engine{ingress.Split{Services: ebpf, Published: host}, n}, nil
 }
 
 // engines chooses this host's engines once, by what its kernel can do, and
@@ -58,9 +82,19 @@ type engines struct {
 func newEngines(cfg daemonConfig, local weft.ID, log *slog.Logger) *engines {
 	return &engines{
 		forced: vxlan.Pair{Overlay: cfg.OverlayEngine, Service: cfg.ServiceEngine}, log: log,
-		probe: engineConfig{Node: local, NetNSDir: netnsDir(cfg.ExecRoot), Log: log},
+		probe: engineConfig{Node: local, Log: log}.in(cfg),
 	}
 }
+
+// in completes c with what the daemon's configuration says.
+func (c engineConfig) in(cfg daemonConfig) engineConfig {
+	c.NetNSDir, c.BPFDir = netnsDir(cfg.ExecRoot), filepath.Join(cfg.ExecRoot, "bpf")
+	c.EBPF = cfg.OverlayEngine == ebpfEngine || cfg.ServiceEngine == ebpfEngine
+	return c
+}
+
+// ebpfEngine is the name of both eBPF engines.
+const ebpfEngine = "ebpf"
 
 // netnsDir is where namespaces are named.
 func netnsDir(execRoot string) string { return filepath.Join(execRoot, "netns") }

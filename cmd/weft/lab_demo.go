@@ -22,10 +22,12 @@ const demoStepTimeout = 2 * time.Minute
 
 // demo is the state that the steps hand on.
 type demo struct {
-	lab   *lab.Lab
-	self  string // own executable, for the outside client
-	hosts []lab.Host
-	api   map[string]*client.Client // by host name
+	lab  *lab.Lab
+	self string // own executable, for the outside client
+	// overlay and service are forced engines, "" = the daemons' choice.
+	overlay, service string
+	hosts            []lab.Host
+	api              map[string]*client.Client // by host name
 	// nodes: host name to node id, and back.
 	nodes map[string]weft.ID
 	names map[weft.ID]string
@@ -75,7 +77,8 @@ func demoSteps() []demoStep {
 }
 
 func labDemo(f *labFlags, log *slog.Logger) *cobra.Command {
-	return &cobra.Command{
+	d := &demo{}
+	c := &cobra.Command{
 		Use: "demo", Short: "Show and check the whole story, step by step", Args: cobra.NoArgs,
 		Long: `Makes a lab of three hosts, runs services on it, checks each promise, breaks
 things, and removes everything. The exit code is 0 only if every step held. After
@@ -91,9 +94,13 @@ a failure the lab is left as it is, to be looked at.`,
 				}
 				return fmt.Errorf("lab %s exists; the demo makes its own: remove it with 'weft lab down --name %s' or give another --name: %w", f.name, f.name, weft.ErrConflict)
 			}
-			return runDemo(cmd.Context(), cmd.OutOrStdout(), &demo{lab: l}, f.name)
+			d.lab = l
+			return runDemo(cmd.Context(), cmd.OutOrStdout(), d, f.name)
 		},
 	}
+	c.Flags().StringVar(&d.overlay, "overlay-engine", "", "force the overlay engine of all hosts")
+	c.Flags().StringVar(&d.service, "service-engine", "", "force the service engine of all hosts")
+	return c
 }
 
 func runDemo(ctx context.Context, out io.Writer, d *demo, name string) error {

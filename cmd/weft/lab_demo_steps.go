@@ -23,7 +23,7 @@ func (d *demo) formCluster(ctx context.Context) (string, error) {
 	if d.self, err = os.Executable(); err != nil {
 		return "", fmt.Errorf("find own executable: %w", err)
 	}
-	if err := d.lab.Up(ctx, lab.Spec{Hosts: 3, Managers: 1}); err != nil {
+	if err := d.lab.Up(ctx, lab.Spec{Hosts: 3, Managers: 1, OverlayEngine: d.overlay, ServiceEngine: d.service}); err != nil {
 		return "", err
 	}
 	if d.hosts, err = d.lab.Hosts(); err != nil {
@@ -243,9 +243,9 @@ func (d *demo) vxlanCounters(ctx context.Context) (string, error) {
 	a, b := d.web[0].host, d.web[1].host
 	sent, got := after[a].TxPackets-before[a].TxPackets, after[b].RxPackets-before[b].RxPackets
 	if sent < echoes || got < echoes {
-		return "", fmt.Errorf("%d echoes from %s to %s, but %s sent %d and %s received %d packets on %s", echoes, a, b, a, sent, b, got, weft.VXLANName(d.front.vni))
+		return "", fmt.Errorf("%d echoes from %s to %s, but %s sent %d and %s received %d packets on %s", echoes, a, b, a, sent, b, got, after[a].Link)
 	}
-	return fmt.Sprintf("%d echoes: %s sent %d, %s received %d on %s", echoes, a, sent, b, got, weft.VXLANName(d.front.vni)), nil
+	return fmt.Sprintf("%d echoes: %s sent %d, %s received %d on %s", echoes, a, sent, b, got, after[a].Link), nil
 }
 
 func (d *demo) networksApart(ctx context.Context) (string, error) {

@@ -116,7 +116,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	s := m.state
 	dir := netnsDir(m.cfg.ExecRoot)
-	overlay, service, err := m.engines.of(ctx, engineConfig{Node: s.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
+	overlay, service, err := m.engines.of(ctx, engineConfig{Node: s.Node, Log: m.log, Repaired: m.repairs.Record}.in(m.cfg))
 	if err != nil {
 		return err
 	}

@@ -17,18 +17,15 @@ import (
 type writer struct {
 	*snapshot
 	want vxlan.State
-	// broken networks could not be made; their further operations are
-	// skipped, since the cause was reported once.
+	// broken networks could not be made.
 	broken map[uint32]bool
 	// loose networks may hold entries that no operation names: those that are
 	// not wanted go last.
 	loose map[uint32]bool
 }
 
+// do performs one operation. When a network cannot be made, none follows on it.
 func (w *writer) do(op vxlan.Op) error {
-	if w.broken[op.VNI] {
-		return nil
-	}
 	err := error(nil)
 	if w.e.cfg.fail != nil {
 		err = w.e.cfg.fail(op)
@@ -37,6 +34,9 @@ func (w *writer) do(op vxlan.Op) error {
 		err = w.perform(op)
 	}
 	if err != nil && op.Kind <= vxlan.OpSetDevice {
+		if w.broken == nil {
+			w.broken = make(map[uint32]bool)
+		}
 		w.broken[op.VNI] = true
 	}
 	return err

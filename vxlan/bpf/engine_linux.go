@@ -26,18 +26,23 @@ type Config struct {
 	Dir string
 	// Log gets what was refused or left to the kernel's VXLAN device. Required.
 	Log *slog.Logger
+	// Repaired, when set, gets every repair before the Apply returns that
+	// made it. It must not block.
+	Repaired func(weft.Repair)
 	// fail, when set, is asked before each operation; tests break off there.
 	fail func(vxlan.Op) error
 }
 
-// Engine is the eBPF engine. It implements vxlan.Kernel and keeps no state but
-// its Config and what the kernel can: the kernel's maps and links are the state.
+// Engine is the eBPF engine. What is wanted comes from outside and what is there
+// from the kernel's maps and links; what it keeps is what the kernel can do, and
+// the audit, which tells repairs from changes and is owned by Apply.
 type Engine struct {
 	cfg   Config
 	build func() (build, error)
+	audit vxlan.Audit
 }
 
-var _ vxlan.Kernel = (*Engine)(nil)
+var _ vxlan.Engine = (*Engine)(nil)
 
 // New checks the configuration. It does no I/O.
 func New(cfg Config) (*Engine, error) {
@@ -100,22 +105,34 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	if err != nil {
 		return err
 	}
-	ops, err := vxlan.Plan(have, want)
-	errs := []error{err}
-	w := &writer{snapshot: s, want: want, broken: make(map[uint32]bool)}
-	for _, op := range ops {
-		if err := ctx.Err(); err != nil {
-			return errors.Join(append(errs, err)...)
-		}
-		if err := w.do(op); err != nil {
-			errs = append(errs, &vxlan.NetworkError{VNI: op.VNI, Err: fmt.Errorf("%s: %w", op, err)})
+	want, refused := withoutEncrypted(want)
+	w := &writer{snapshot: s, want: want}
+	repairs, err := e.audit.Apply(ctx, have, want, w.do)
+	for _, r := range repairs {
+		if e.cfg.Repaired != nil {
+			e.cfg.Repaired(r)
 		}
 	}
-	e.cfg.Log.Debug("overlay applied", weft.KeyEngine, e.Name(), "operations", len(ops))
-	if err := ctx.Err(); err != nil {
-		return errors.Join(append(errs, err)...)
+	if ctx.Err() != nil {
+		return errors.Join(refused, err)
 	}
-	return errors.Join(append(errs, w.sweep(), e.tidy(b, s))...)
+	return errors.Join(refused, err, w.sweep(), e.tidy(b, s))
+}
+
+// withoutEncrypted leaves out the networks that this engine would send in the
+// clear: they have no packets at all here.
+func withoutEncrypted(want vxlan.State) (vxlan.State, error) {
+	var errs []error
+	out := want
+	out.Networks = make(map[uint32]vxlan.Network, len(want.Networks))
+	for vni, n := range want.Networks {
+		if n.Encrypted {
+			errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: fmt.Errorf("network %d is encrypted, which the overlay engine ebpf cannot do; start the daemon with --overlay-engine bridge: %w", vni, weft.ErrUnsupported)})
+			continue
+		}
+		out.Networks[vni] = n
+	}
+	return out, errors.Join(errs...)
 }
 
 // Drops reads how many packets were dropped or refused since the maps were

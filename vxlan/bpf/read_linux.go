@@ -1,7 +1,9 @@
 package bpf
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -131,66 +133,64 @@ func (h *host) remote(n netValue, vtep netip.Addr) destValue {
 func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 	head, known := s.nets[vni]
 	n, ok := decodeNet(vni, head)
-	if !known || !ok || !s.o.complete() {
-		n = vxlan.Network{VNI: vni} // half made
+	switch {
+	case !s.o.complete():
+		n = vxlan.Network{VNI: vni, Fault: "programs or maps were gone"}
+	case !known:
+		n = vxlan.Network{VNI: vni, Fault: vxlan.FaultGone}
+	case !ok:
+		n = vxlan.Network{VNI: vni, Fault: "its entry was damaged"}
 	}
 	tunnel := 0
 	if v := s.e.tunnel(s.host, head.UDP.v()); v != nil {
 		tunnel = v.Index
 	}
-	if !s.carries(head, tunnel) {
+	if n.DeviceFault = s.deviceFault(head, tunnel); n.DeviceFault != "" {
 		n.VTEP, n.Port = netip.Addr{}, 0
 	}
 	for _, near := range s.near[vni] {
-		f, sound := s.port(near, head, tunnel, t)
+		f := s.port(near, head, tunnel, t)
 		if near.leg != "" {
-			n.HostLeg = &vxlan.HostLeg{Name: near.leg}
-			if sound {
-				n.HostLeg.MAC, n.HostLeg.Addr, n.HostLeg.Addr6 = f.MAC, f.Addr, f.Addr6
-			}
+			n.HostLeg = &vxlan.HostLeg{Name: near.leg, MAC: f.MAC, Addr: f.Addr, Addr6: f.Addr6, Fault: f.Fault}
 			continue
 		}
 		p := near.port
-		if sound {
-			p.MAC, p.Addr, p.Addr6 = f.MAC, f.Addr, f.Addr6
-		}
+		p.MAC, p.Addr, p.Addr6, p.Fault = f.MAC, f.Addr, f.Addr6, f.Fault
 		n.Ports = append(n.Ports, p)
 	}
 	n.Peers, n.VIPs = vxlan.Observed(*t)
-	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return compareIDs(a.Task, b.Task) })
+	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return cmp.Compare(a.Task, b.Task) })
 	return n
 }
 
-func compareIDs(a, b weft.ID) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
+// deviceFault says why packets of the network cannot come in; "" = they can.
+func (s *snapshot) deviceFault(head netValue, tunnel int) string {
+	name := weft.TunnelName(head.UDP.v())
+	switch dev := s.host.underlay(head.VTEP.Addr()); {
+	case s.host.byName[name] == nil:
+		return vxlan.FaultGone
+	case tunnel == 0:
+		return name + " was down or another device"
+	case !s.e.isAttached(s.o, tunnelHook(tunnel)):
+		return "the program of " + name + " was detached"
+	case dev != 0 && !s.e.isAttached(s.o, underlayHook(dev)):
+		return "the program of " + s.host.byIndex[dev].Attrs().Name + " was detached"
 	}
-	return 0
-}
-
-// carries reports whether packets of the network can come in.
-func (s *snapshot) carries(head netValue, tunnel int) bool {
-	if tunnel == 0 || !s.e.isAttached(s.o, tunnelHook(tunnel)) {
-		return false
-	}
-	dev := s.host.underlay(head.VTEP.Addr())
-	return dev == 0 || s.e.isAttached(s.o, underlayHook(dev))
+	return ""
 }
 
 // port checks a port from end to end and takes its own entries out of the
-// network's tables: what is left there is of others, or stray.
-func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables) (linux.Far, bool) {
+// network's tables: what is left there is of others, or stray. A port that is
+// not as it should be has a Fault and nothing else.
+func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables) linux.Far {
 	l := near.link
+	fault := func(format string, args ...any) linux.Far { return linux.Far{Fault: fmt.Sprintf(format, args...)} }
 	val, ok := s.ports[uint32(l.Index)]
 	if !ok || val != localPort(near.vni, head, val.MAC, tunnel) {
-		return linux.Far{}, false
+		return fault("the entry of %s was gone or damaged", l.Name)
 	}
-	k := macKey{VNI: near.vni, MAC: val.MAC}
-	if s.dests[k] != localDest(near, head) {
-		return linux.Far{}, false
+	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near, head) {
+		return fault("the entry of %s was gone or damaged", val.MAC.HardwareAddr())
 	}
 	delete(t.FDB, val.MAC)
 	var addrs []netip.Addr
@@ -200,8 +200,13 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 			delete(t.Neigh, a)
 		}
 	}
-	if l.Flags&unix.IFF_UP == 0 || l.MTU != int(head.MTU) || !s.e.isAttached(s.o, portHook(l.Name, l.Index)) {
-		return linux.Far{}, false
+	switch {
+	case l.Flags&unix.IFF_UP == 0:
+		return fault("%s was down", l.Name)
+	case l.MTU != int(head.MTU):
+		return fault("%s had an MTU of %d instead of %d", l.Name, l.MTU, head.MTU)
+	case !s.e.isAttached(s.o, portHook(l.Name, l.Index)):
+		return fault("the program of %s was detached", l.Name)
 	}
 	name := near.leg
 	if name == "" {
@@ -209,19 +214,25 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 	}
 	f, err := linux.ReadFar(l, near.port.NetNS, name)
 	if err != nil {
-		s.e.cfg.Log.Debug("far end of a port cannot be read; it will be remade", "link", l.Name, weft.KeyErr, err)
-		return linux.Far{}, false
+		return fault("%v", err)
 	}
 	has := (&vxlan.Port{Addr: f.Addr, Addr6: f.Addr6}).Addrs()
-	if !f.Addr.IsValid() || vxlan.MACOf(f.MAC) != val.MAC || len(addrs) != len(has) {
-		return linux.Far{}, false
+	switch {
+	case f.Fault != "":
+		return fault("%s", f.Fault)
+	case !f.Addr.IsValid():
+		return fault("%s had no address", name)
+	case vxlan.MACOf(f.MAC) != val.MAC:
+		return fault("%s had the hardware address %s", name, f.MAC)
+	case len(addrs) != len(has):
+		return fault("%d addresses were answered for instead of %d", len(addrs), len(has))
 	}
 	for _, p := range has {
 		if !slices.Contains(addrs, p.Addr()) {
-			return linux.Far{}, false
+			return fault("%s had the address %s", name, p.Addr())
 		}
 	}
-	return f, true
+	return f
 }
 
 func localPort(vni uint32, head netValue, mac vxlan.MAC, tunnel int) portValue {
