@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 	balance "github.com/weftnet/weft/ingress/bpf"
@@ -113,12 +115,21 @@ func (e *engines) choose(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Side by side: names of running tasks pause until the engines are there.
 	var o, s []vxlan.Candidate
-	for _, x := range overlays {
-		o = append(o, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx)})
-	}
+	var g errgroup.Group
+	g.Go(func() error {
+		for _, x := range overlays {
+			o = append(o, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx)})
+		}
+		return nil
+	})
 	for _, x := range services {
-		s = append(s, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx), Note: serviceNote(x)})
+		err := x.Probe(ctx)
+		s = append(s, vxlan.Candidate{Name: x.Name(), Err: err, Note: serviceNote(x)})
+	}
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	before := e.reasons
 	e.chosen, e.reasons, err = vxlan.Choose(o, s, e.forced)
