@@ -298,7 +298,10 @@ func (s *side) crr(until time.Time) (n int) {
 
 func (s *side) send(until time.Time) (n int) {
 	defer func() { unix.Close(s.fd) }()
-	for ok := s.dial(unix.SOCK_DGRAM); ok && (n%64 != 0 || time.Now().Before(until)); n++ {
+	if !s.dial(unix.SOCK_DGRAM) {
+		return 0
+	}
+	for ; n%64 != 0 || time.Now().Before(until); n++ {
 		unix.Write(s.fd, s.buf[:18])
 	}
 	return n
