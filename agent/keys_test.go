@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,9 +17,9 @@ import (
 // in the next; what cannot be made is tried again.
 func TestKeysAreReported(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		fail := false
+		var fail atomic.Bool
 		r.keys = func(epoch uint64) ([]weft.NodeKey, error) {
-			if fail {
+			if fail.Load() {
 				return nil, errors.New("disk is full")
 			}
 			return []weft.NodeKey{{Epoch: epoch, Port: 51820}}, nil
@@ -37,9 +38,9 @@ func TestKeysAreReported(t *testing.T) {
 			settle(5 * time.Second)
 		}
 		epoch(2, 7)
-		fail = true
+		fail.Store(true)
 		epoch(3, 8)
-		fail = false
+		fail.Store(false)
 		settle(5 * time.Second)
 		kill()
 		if want := []string{"0", "7", "8"}; !reflect.DeepEqual(told, want) {

@@ -248,9 +248,17 @@ const (
 	shimPause = 50 * time.Millisecond
 )
 
-// shimEnded knows ttrpc's ErrClosed by its words: nothing else of it passes
-// through the server.
-func shimEnded(err error) bool { return err != nil && strings.Contains(err.Error(), "ttrpc: closed") }
+// shimEnded knows the two ways in which that shows: ttrpc's ErrClosed, if the
+// shim was reached, and a socket at which nobody listens any more. Nothing but
+// their words passes through the server.
+func shimEnded(err error) bool {
+	if err == nil {
+		return false
+	}
+	text := err.Error()
+	return strings.Contains(text, "ttrpc: closed") ||
+		strings.Contains(text, "failed to create TTRPC connection") && strings.Contains(text, "connection refused")
+}
 
 // startError recognises a command that does not exist: that is the request's
 // fault and repeating it cannot help.
