@@ -39,6 +39,13 @@ func newWorld(tb interface{ Fatal(...any) }) *world {
 	return &world{tb: tb, store: state.New(), tasks: map[weft.ID]bool{}}
 }
 
+// now is the index of the last change.
+func (w *world) now() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.index
+}
+
 func (w *world) do(changes ...state.Change) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -194,7 +201,7 @@ func drawChange(t *rapid.T, w *world) state.Change {
 			Addr: netip.AddrFrom4([4]byte{10, 99, 0, byte(n.Draw(t, "addr"))})}}}
 	case 9:
 		return state.Change{Release: &state.Release{Addrs: []state.Rested{{
-			Network: rapid.SampledFrom([]weft.ID{"i", "w1", "w2"}).Draw(t, "net"), Index: rapid.Uint64Range(0, w.index).Draw(t, "index"),
+			Network: rapid.SampledFrom([]weft.ID{"i", "w1", "w2"}).Draw(t, "net"), Index: rapid.Uint64Range(0, w.now()).Draw(t, "index"),
 			Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 6).Draw(t, "addr"))})}}}}}
 	default:
 		name := rapid.SampledFrom([]string{"w1", "w2"}).Draw(t, "net")

@@ -182,7 +182,7 @@ func TestProgressOfOneNode(t *testing.T) {
 		go func() { closed <- d.Session(sctx, "n1", hello, n.send) }()
 		settle := func() { time.Sleep(time.Second); synctest.Wait() }
 		settle()
-		has := func(network weft.ID) bool { return d.Progress()["n1"].Has(network, w.index) }
+		has := func(network weft.ID) bool { return d.Progress()["n1"].Has(network, w.now()) }
 		want := func(when string, w1, w2 bool) {
 			t.Helper()
 			if has("w1") != w1 || has("w2") != w2 {
