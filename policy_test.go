@@ -492,6 +492,31 @@ func TestSkipRule(t *testing.T) {
 	}
 }
 
+// TestLabTestsAreChosen: lab/vm/tiers.sh and the Makefile choose the tests of the
+// lab by these beginnings; one of another name would never run.
+func TestLabTestsAreChosen(t *testing.T) {
+	fset := token.NewFileSet()
+	n := 0
+	for _, s := range sources(t, fset) {
+		if !strings.HasPrefix(s.path, "lab/") || !strings.HasSuffix(s.path, "_lab_test.go") {
+			continue
+		}
+		for _, d := range s.ast.Decls {
+			f, ok := d.(*ast.FuncDecl)
+			if !ok || !strings.HasPrefix(f.Name.Name, "Test") {
+				continue
+			}
+			n++
+			if name := f.Name.Name; !strings.HasPrefix(name, "TestLab") && !strings.HasPrefix(name, "TestFaults") && !strings.HasPrefix(name, "TestSoak") {
+				t.Errorf("%s: %s must begin with TestLab, TestFaults or TestSoak", fset.Position(f.Pos()), name)
+			}
+		}
+	}
+	if n < 10 {
+		t.Errorf("only %d tests of the lab found", n)
+	}
+}
+
 // TestNoInit: two nodes live in one process; nothing happens by being linked.
 func TestNoInit(t *testing.T) {
 	fset := token.NewFileSet()

@@ -110,11 +110,11 @@ func (p *tap) run(ctx context.Context, ns string) error {
 	return nil
 }
 
-// TestEncryptedNetwork: 2 changes of keys and the death of 3 daemons under 100
+// TestLabEncryptedNetwork: 2 changes of keys and the death of 3 daemons under 100
 // requests a second; soak: 10 and 30, and 10,000 requests.
-func TestEncryptedNetwork(t *testing.T) { encrypted(t, "enc-net", 2, 200) }
+func TestLabEncryptedNetwork(t *testing.T) { encrypted(t, "enc-net", 2, 200) }
 
-// TestSoakEncryptedNetwork is TestEncryptedNetwork in its long form.
+// TestSoakEncryptedNetwork is TestLabEncryptedNetwork in its long form.
 func TestSoakEncryptedNetwork(t *testing.T) {
 	soak(t)
 	encrypted(t, "enc-net-s", 10, 10000)
@@ -350,9 +350,9 @@ func (r *rig) tapWorks() {
 	}
 }
 
-// TestEncryptedWithoutEngine: no engine, no traffic: a task on an encrypted
+// TestLabEncryptedWithoutEngine: no engine, no traffic: a task on an encrypted
 // network is refused with the reason, and one on another network runs.
-func TestEncryptedWithoutEngine(t *testing.T) {
+func TestLabEncryptedWithoutEngine(t *testing.T) {
 	r := newRig(t, "enc-none", "--hosts", "1", "--encryption-engine", "none")
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "front")...)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "back")...)

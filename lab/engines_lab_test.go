@@ -10,9 +10,9 @@ import (
 	"testing"
 )
 
-// TestEngines forces engines: what a flag asks for serves and is said to, and
+// TestLabEngines forces engines: what a flag asks for serves and is said to, and
 // what the host cannot have refuses the daemon's start by the flag's name.
-func TestEngines(t *testing.T) {
+func TestLabEngines(t *testing.T) {
 	r := newRig(t, "t-eng", "--hosts", "1", "--overlay-engine", "bridge", "--service-engine", "nft")
 	out := r.must(r.on("h1", "info", "--format", "{{range .DriverStatus}}{{index . 0}}: {{index . 1}}\n{{end}}")...)
 	for _, want := range []string{

@@ -39,11 +39,11 @@ const (
 	repairEntries = 20
 )
 
-// TestRepairs breaks 46 things on 3 hosts with 12 tasks; soak: 5 hosts with 200
+// TestLabRepairs breaks 46 things on 3 hosts with 12 tasks; soak: 5 hosts with 200
 // tasks.
-func TestRepairs(t *testing.T) { repairs(t, "t-rep", 3, 12) }
+func TestLabRepairs(t *testing.T) { repairs(t, "t-rep", 3, 12) }
 
-// TestSoakRepairs is TestRepairs in its long form.
+// TestSoakRepairs is TestLabRepairs in its long form.
 func TestSoakRepairs(t *testing.T) {
 	soak(t)
 	repairs(t, "t-rep-s", 5, 200)

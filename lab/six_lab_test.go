@@ -16,10 +16,10 @@ const (
 	portSix  = 8112
 )
 
-// TestTwoFamilies: on a network of two families tasks, names, service addresses
+// TestLabTwoFamilies: on a network of two families tasks, names, service addresses
 // and published ports answer on IPv6 as they do on IPv4, between hosts and from
 // outside; on a network of IPv6 alone, too.
-func TestTwoFamilies(t *testing.T) {
+func TestLabTwoFamilies(t *testing.T) {
 	r := newRig(t, "t-dual", "--hosts", "2")
 	r.must(r.on("h1", "network", "create", "-d", "overlay", "--ipv6", "both")...)
 	r.must(r.weftOn("h1", "network", "create", "--ipv6", "--ipv4=false", "--subnet", "fd00:77::/64", "six")...)
@@ -51,8 +51,8 @@ func TestTwoFamilies(t *testing.T) {
 	})
 }
 
-// TestIPv6Underlay tells the same story where hosts have no IPv4 address at all.
-func TestIPv6Underlay(t *testing.T) {
+// TestLabIPv6Underlay tells the same story where hosts have no IPv4 address at all.
+func TestLabIPv6Underlay(t *testing.T) {
 	r := newRig(t, "t-six", "--hosts", "2", "--underlay", UnderlayIPv6)
 	for _, h := range []string{"h1", "h2"} {
 		if out := r.must(r.on(h, "info", "--format", "{{.Swarm.NodeAddr}}")...); out != r.host(h).Addr6.String() {
