@@ -105,6 +105,9 @@ func newExecCommand(c *connection) *cobra.Command {
 	f.BoolVar(&o.Privileged, "privileged", false, "all capabilities")
 	cmd.RunE = c.action(func(cmd *cobra.Command, api *client.Client, args []string) error {
 		o.Cmd, o.AttachStdin, o.AttachStdout, o.AttachStderr = args[1:], interactive, true, true
+		if ws, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ); o.TTY && err == nil {
+			o.ConsoleSize = client.ConsoleSize{Height: uint(ws.Row), Width: uint(ws.Col)}
+		}
 		created, err := api.ExecCreate(cmd.Context(), args[0], o)
 		if err != nil {
 			return err

@@ -69,6 +69,7 @@ func execProcess(own *specs.Process, s runtime.ExecSpec, root string) (*specs.Pr
 	p.Env = append(append([]string{}, own.Env...), s.Env...) // the last one of a name wins in runc
 	if s.TTY {
 		p.Env = append([]string{"TERM=xterm"}, p.Env...)
+		p.ConsoleSize = firstSize(s.Resize)
 	}
 	if s.Dir != "" {
 		p.Cwd = workDir(s.Dir, "")
@@ -97,6 +98,19 @@ func execProcess(own *specs.Process, s runtime.ExecSpec, root string) (*specs.Pr
 	}
 	p.Capabilities = &caps
 	return &p, nil
+}
+
+// firstSize is the size that a terminal has before its process starts, so that
+// the process never sees one without; nil = none is known yet.
+func firstSize(sizes <-chan runtime.Size) *specs.Box {
+	select {
+	case size, ok := <-sizes:
+		if ok {
+			return &specs.Box{Height: uint(size.Height), Width: uint(size.Width)}
+		}
+	default:
+	}
+	return nil
 }
 
 type execRun struct {
