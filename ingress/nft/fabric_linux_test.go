@@ -48,6 +48,9 @@ type fabric struct {
 
 func newFabric(t *testing.T) *fabric {
 	f := &fabric{t: t, dir: t.TempDir()}
+	// All tests share the host's namespace: a client's port that an earlier
+	// one used would be led to that one's backend.
+	must(t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
 	must(t, setUp("lo"))
 	f.br = f.namespace("hidden")
 	f.in(f.br, func() error {
