@@ -95,7 +95,9 @@ func (r *rig) sixStory(network, service string, port int) {
 			}
 			return out
 		}
-		vip, tasks := within(service), within("tasks."+service)
+		// With the network's name: docker's command puts networks in the order of
+		// their ids, and the first that has a family answers for it.
+		vip, tasks := within(service+"."+network), within("tasks."+service+"."+network)
 		if len(vip) != 1 || len(tasks) != 4 {
 			r.t.Fatalf("%s has the names %v and %v in %s", h, vip, tasks, prefix)
 		}
