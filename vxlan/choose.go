@@ -34,7 +34,8 @@ var pairs = [...]Pair{{"ebpf", "ebpf"}, {"bridge", "ipvs"}, {"bridge", "nft"}}
 type Candidate struct {
 	Name string
 	Err  error // of Probe; nil = it works
-	// Note says what it can do less well on this host; "" = nothing.
+	// Note says what it can do less well on this host, or does otherwise;
+	// "" = nothing.
 	Note string
 }
 

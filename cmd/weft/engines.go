@@ -120,7 +120,8 @@ func (e *engines) choose(ctx context.Context) error {
 	var g errgroup.Group
 	g.Go(func() error {
 		for _, x := range overlays {
-			o = append(o, vxlan.Candidate{Name: x.Name(), Err: x.Probe(ctx)})
+			err := x.Probe(ctx)
+			o = append(o, vxlan.Candidate{Name: x.Name(), Err: err, Note: overlayNote(x)})
 		}
 		return nil
 	})
@@ -139,6 +140,14 @@ func (e *engines) choose(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// overlayNote says what an overlay engine does otherwise on this host.
+func overlayNote(e vxlan.Engine) string {
+	if n, ok := e.(interface{ Note() string }); ok {
+		return n.Note()
+	}
+	return ""
 }
 
 // serviceNote says what a service engine can do less well on this host.

@@ -49,7 +49,7 @@ type bed struct {
 	ports   [2][]vxlan.Port
 }
 
-func newBed(t *testing.T) *bed {
+func newBed(t *testing.T, way string) *bed {
 	netnstest.NeedRoot(t)
 	dir, err := os.MkdirTemp("/run", "balance")
 	must(t, err)
@@ -58,7 +58,7 @@ func newBed(t *testing.T) *bed {
 	b.wire("under0", "10.99.9.1/24", b.other, "10.99.9.2/24")
 	for i := range b.engines {
 		b.nodes[i] = weft.NewID()
-		b.engines[i], err = overlay.New(overlay.Config{Node: b.nodes[i], Dir: b.mount(i), Log: slog.New(slog.DiscardHandler)})
+		b.engines[i], err = overlay.New(overlay.Config{Node: b.nodes[i], Dir: b.mount(i), Log: slog.New(slog.DiscardHandler), Attach: way})
 		must(t, err)
 	}
 	t.Cleanup(func() {
@@ -217,7 +217,17 @@ func (b *bed) serve(ns, name string) {
 // TestConformance runs the suite of all engines, with backends on both hosts and
 // the published ports left to nftables.
 func TestConformance(t *testing.T) {
-	b := newBed(t)
+	netnstest.NeedRoot(t)
+	for _, way := range []string{overlay.AttachTCX, overlay.AttachClsact} {
+		t.Run(way, func(t *testing.T) { testConformance(t, way) })
+	}
+}
+
+func testConformance(t *testing.T, way string) {
+	b := newBed(t, way)
+	if err := b.engines[0].Probe(t.Context()); errors.Is(err, weft.ErrUnsupported) {
+		netnstest.Missing(t, way, err)
+	}
 	backends := []ingress.Backend{b.backend(0, 11), b.backend(0, 12), b.backend(1, 13)}
 	_, inside := b.task(0, 50)
 	outside := b.namespace("outside")

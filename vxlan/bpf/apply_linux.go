@@ -98,7 +98,7 @@ func (w *writer) setDevice(n vxlan.Network) error {
 			return err
 		}
 	}
-	if err := w.e.attach(w.o, tunnelHook(w.tunnelIndex(n.Port))); err != nil {
+	if err := w.via.attach(tunnelHook(w.tunnelIndex(n.Port))); err != nil {
 		return err
 	}
 	w.flag(n.VNI)
@@ -234,7 +234,7 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 			}
 		}
 	}
-	return w.e.attach(w.o, portHook(p.Name, index))
+	return w.via.attach(portHook(p.Name, index))
 }
 
 // forget removes the entries of a hardware address that the port at index had.
@@ -268,7 +268,6 @@ func (w *writer) delPorts(vni uint32, match func(nearEnd) bool) error {
 		if err := w.host.conn.LinkDel(near.link); err != nil && !isGone(err) {
 			errs = append(errs, fmt.Errorf("delete link %s: %w", near.link.Name, err))
 		}
-		errs = append(errs, w.e.detach(near.link.Name))
 	}
 	w.near[vni] = slices.DeleteFunc(w.near[vni], match)
 	return errors.Join(errs...)

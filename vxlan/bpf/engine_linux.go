@@ -26,6 +26,9 @@ type Config struct {
 	Dir string
 	// Log gets what was refused or left to the kernel's VXLAN device. Required.
 	Log *slog.Logger
+	// Attach forces how programs are attached: AttachTCX or AttachClsact. "" is
+	// the first of them that works on this host.
+	Attach string
 	// Repaired, when set, gets every repair before the Apply returns that
 	// made it. It must not block.
 	Repaired func(weft.Repair)
@@ -52,7 +55,10 @@ func New(cfg Config) (*Engine, error) {
 	if strings.ContainsAny(string(cfg.Node), "./") {
 		return nil, fmt.Errorf("configure overlay engine ebpf: node id %q cannot be the name of a pin: %w", cfg.Node, weft.ErrInvalid)
 	}
-	return &Engine{cfg: cfg, build: sync.OnceValues(newBuild)}, nil
+	if cfg.Attach != "" && cfg.Attach != AttachTCX && cfg.Attach != AttachClsact {
+		return nil, fmt.Errorf("configure overlay engine ebpf: programs can be attached by %s or %s, not %q: %w", AttachTCX, AttachClsact, cfg.Attach, weft.ErrInvalid)
+	}
+	return &Engine{cfg: cfg, build: sync.OnceValues(func() (build, error) { return newBuild(cfg.Attach) })}, nil
 }
 
 // Name is "ebpf".
@@ -73,7 +79,7 @@ func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
 		return vxlan.State{}, err
 	}
 	defer o.close()
-	s, err := e.look(ctx, o)
+	s, err := e.look(ctx, b, o)
 	if err != nil {
 		return vxlan.State{}, err
 	}
@@ -89,18 +95,23 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 		return err
 	}
 	if _, err := os.Stat(e.nodeDir()); len(want.Networks) == 0 && isAbsent(err) {
-		return ctx.Err() // nothing was ever made
+		if left, err := e.hasLeft(); err != nil || !left {
+			return errors.Join(err, ctx.Err()) // nothing was ever made
+		}
 	}
 	o, err := e.makePins(b)
 	if err != nil {
 		return err
 	}
 	defer o.close()
-	s, err := e.look(ctx, o)
+	s, err := e.look(ctx, b, o)
 	if err != nil {
 		return err
 	}
 	defer s.close()
+	if err := s.adopt(); err != nil {
+		return err
+	}
 	have, err := s.state(ctx)
 	if err != nil {
 		return err
@@ -116,7 +127,45 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	if ctx.Err() != nil {
 		return errors.Join(refused, err)
 	}
-	return errors.Join(refused, err, w.sweep(), e.tidy(b, s))
+	swept := w.sweep()
+	if swept == nil { // the pins say what is still to be swept
+		swept = e.tidy(b, s)
+	}
+	return errors.Join(refused, err, swept)
+}
+
+// hasLeft reports whether the host's namespace has anything of this node although
+// its bpffs is gone.
+func (e *Engine) hasLeft() (bool, error) {
+	h, err := lookAtHost()
+	if err != nil {
+		return false, err
+	}
+	defer h.close()
+	for _, l := range h.byIndex {
+		if _, ok := parseAlias(e.cfg.Node, l.Attrs().Alias); ok || e.isTunnel(l) {
+			return true, nil
+		}
+	}
+	c := &clsact{e: e, host: h}
+	if err := c.load(); err != nil {
+		return false, err
+	}
+	for _, own := range c.seen {
+		if len(own) > 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Note says what this host's kernel makes the engine do otherwise than it would
+// choose; "" = nothing. It may block as long as Probe does.
+func (e *Engine) Note() string {
+	if b, err := e.build(); err == nil && b.attach == AttachClsact && e.cfg.Attach == "" {
+		return "its programs are attached by filters of clsact qdiscs, as this kernel has no tcx"
+	}
+	return ""
 }
 
 // withoutEncrypted leaves out the networks that this engine would send in the

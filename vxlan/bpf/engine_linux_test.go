@@ -17,11 +17,14 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 	"github.com/weftnet/weft/vxlan/vxlantest"
 )
 
-func TestConformance(t *testing.T) {
-	h := rig(t, plan{hosts: 1})[0]
+func TestConformance(t *testing.T) { eachWay(t, testConformance) }
+
+func testConformance(t *testing.T, way string) {
+	h := rig(t, plan{way: way, hosts: 1})[0]
 	n := network(h, weft.NewID(), 1450, map[*testHost][]vxlan.Port{h: {h.task(1, false)}})
 	peer, vip := netip.MustParseAddr("10.100.0.21"), netip.MustParseAddr("10.100.0.200")
 	n.Peers = []vxlan.Peer{{Addr: peer, MAC: weft.EndpointMAC("u", peer), VTEP: netip.MustParseAddr("10.99.8.2")}}
@@ -43,21 +46,26 @@ func (k inHost) Apply(ctx context.Context, want vxlan.State) error {
 
 // TestPacketsCross: both families inside and outside, alone and beside the
 // bridge engine, at the sizes of Ethernet and of jumbo frames.
-func TestPacketsCross(t *testing.T) {
-	for _, c := range []struct {
+func TestPacketsCross(t *testing.T) { eachWay(t, testPacketsCross) }
+
+func testPacketsCross(t *testing.T, way string) {
+	for i, c := range []struct {
 		name string
 		plan plan
 		v6   bool
 	}{
-		{"ipv4 in ipv4", plan{hosts: 2}, false},
-		{"ipv6 in ipv4", plan{hosts: 2}, true},
-		{"ipv4 in ipv6", plan{hosts: 2, under6: true}, false},
-		{"ipv6 in ipv6", plan{hosts: 2, under6: true}, true},
-		{"jumbo", plan{hosts: 2, mtu: 9000}, false},
-		{"with the bridge engine", plan{hosts: 2, bridges: []int{2}}, false},
-		{"with the bridge engine, ipv6", plan{hosts: 2, bridges: []int{2}}, true},
-		{"with the bridge engine over ipv6", plan{hosts: 2, under6: true, bridges: []int{2}}, false},
+		{"ipv4 in ipv4", plan{way: way, hosts: 2}, false},
+		{"ipv6 in ipv4", plan{way: way, hosts: 2}, true},
+		{"ipv4 in ipv6", plan{way: way, hosts: 2, under6: true}, false},
+		{"with the bridge engine, ipv6", plan{way: way, hosts: 2, bridges: []int{2}}, true},
+		{"ipv6 in ipv6", plan{way: way, hosts: 2, under6: true}, true},
+		{"jumbo", plan{way: way, hosts: 2, mtu: 9000}, false},
+		{"with the bridge engine", plan{way: way, hosts: 2, bridges: []int{2}}, false},
+		{"with the bridge engine over ipv6", plan{way: way, hosts: 2, under6: true, bridges: []int{2}}, false},
 	} {
+		if way == AttachClsact && i > 3 {
+			break // the programs are the same
+		}
 		t.Run(c.name, func(t *testing.T) {
 			m := newMesh(t, c.plan, c.v6)
 			for _, h := range m.hosts {
@@ -76,17 +84,39 @@ func TestPacketsCross(t *testing.T) {
 	}
 }
 
-func TestProbe(t *testing.T) {
-	h := rig(t, plan{hosts: 1})[0]
+func TestProbe(t *testing.T) { eachWay(t, testProbe) }
+
+func testProbe(t *testing.T, way string) {
+	h := rig(t, plan{way: way, hosts: 1})[0]
 	must(t, h.ns.Do(func() error { return h.engine().Probe(context.Background()) }))
+}
+
+// TestChoice: without a wish it is tcx where that works, and the reason for the
+// other way is told.
+func TestChoice(t *testing.T) {
+	netnstest.NeedRoot(t)
+	e, err := New(Config{Node: "n", Dir: "/run/none", Log: slog.New(slog.DiscardHandler)})
+	must(t, err)
+	must(t, e.Probe(t.Context()))
+	b, err := e.build()
+	must(t, err)
+	want, note := AttachTCX, ""
+	if isTooOld(t, AttachTCX) {
+		want, note = AttachClsact, "no tcx"
+	}
+	if b.attach != want || !strings.Contains(e.Note(), note) || note == "" && e.Note() != "" {
+		t.Errorf("chosen is %s (%q), want %s", b.attach, e.Note(), want)
+	}
 }
 
 // TestHostLegReachesTasks: the host's own port, to tasks of both hosts, beside
 // either engine.
-func TestHostLegReachesTasks(t *testing.T) {
+func TestHostLegReachesTasks(t *testing.T) { eachWay(t, testHostLegReachesTasks) }
+
+func testHostLegReachesTasks(t *testing.T, way string) {
 	for _, bridges := range [][]int{nil, {2}} {
 		t.Run(fmt.Sprintf("bridges=%v", bridges), func(t *testing.T) {
-			m := newMesh(t, plan{hosts: 2, bridges: bridges}, false)
+			m := newMesh(t, plan{way: way, hosts: 2, bridges: bridges}, false)
 			legs := []vxlan.HostLeg{}
 			for i, h := range m.hosts {
 				a := netip.AddrFrom4([4]byte{10, 100, 0, byte(240 + i)})
@@ -136,8 +166,10 @@ func TestForeignLinksAreRefused(t *testing.T) {
 	expectEqual(t, h, state(n))
 }
 
-func TestDeadTaskHarmsOnlyItself(t *testing.T) {
-	h := rig(t, plan{hosts: 1})[0]
+func TestDeadTaskHarmsOnlyItself(t *testing.T) { eachWay(t, testDeadTaskHarmsOnlyItself) }
+
+func testDeadTaskHarmsOnlyItself(t *testing.T, way string) {
+	h := rig(t, plan{way: way, hosts: 1})[0]
 	good, dead := h.task(1, false), h.task(2, false)
 	must(t, netns.Remove(dead.NetNS))
 	n := network(h, weft.NewID(), 1450, map[*testHost][]vxlan.Port{h: {dead, good}})
@@ -168,8 +200,10 @@ func TestTakenPortIsNamed(t *testing.T) {
 	expectEqual(t, h, state(n))
 }
 
-func TestChangeInPlace(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestChangeInPlace(t *testing.T) { eachWay(t, testChangeInPlace) }
+
+func testChangeInPlace(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	for _, h := range m.hosts {
 		n := m.want[h].Networks[testVNI]
 		n.MTU, n.Port, n.Subnets = 1400, 4790, n.Subnets[:1]
@@ -192,8 +226,10 @@ func TestChangeInPlace(t *testing.T) {
 
 // TestReusedAddressReachesNoOneElse: who still has the old task's hardware
 // address for an address that another task got since reaches nobody.
-func TestReusedAddressReachesNoOneElse(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestReusedAddressReachesNoOneElse(t *testing.T) { eachWay(t, testReusedAddressReachesNoOneElse) }
+
+func testReusedAddressReachesNoOneElse(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
 	client, old := m.ports[h][0], m.ports[other][0]
 	must(t, overTCP(client, old)) // the client has resolved it now
@@ -238,7 +274,7 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 
 func TestConfigIsChecked(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	for _, c := range []Config{{}, {Node: "n", Dir: "relative", Log: log}, {Node: "a.b", Dir: "/run/x", Log: log}, {Node: "n", Dir: "/run/x"}} {
+	for _, c := range []Config{{}, {Node: "n", Dir: "relative", Log: log}, {Node: "a.b", Dir: "/run/x", Log: log}, {Node: "n", Dir: "/run/x"}, {Node: "n", Dir: "/run/x", Log: log, Attach: "glue"}} {
 		if _, err := New(c); !errors.Is(err, weft.ErrInvalid) {
 			t.Errorf("%+v: got %v, want ErrInvalid", c, err)
 		}

@@ -3,18 +3,15 @@ package bpf
 import (
 	"errors"
 	"fmt"
-	"os"
+	"slices"
 	"strconv"
-	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 )
 
 // hook is a program at the ingress of a link of the host's namespace.
 type hook struct {
-	pin     string // name of the link's pin
+	pin     string // its name, of the link's pin where there is one
 	ifindex int
 	prog    string
 }
@@ -31,100 +28,86 @@ func tunnelHook(ifindex int) hook {
 	return hook{"t" + strconv.Itoa(ifindex), ifindex, overlayProgFromTunnel}
 }
 
-// isAttached reports whether the hook's link is there, pinned, and runs the
-// program of this build.
-func (e *Engine) isAttached(o *objects, h hook) bool {
-	l, err := link.LoadPinnedLink(e.path("links", h.pin), nil)
-	if err != nil {
-		return false
-	}
-	defer l.Close()
-	at, prog := attachment(l)
-	return at == h.ifindex && prog != 0 && prog == o.ids[h.prog]
-}
-
-// attachment is where a link is attached, 0 for nowhere any more: its device is
-// gone, or somebody detached it.
-func attachment(l link.Link) (ifindex int, prog ebpf.ProgramID) {
-	info, err := l.Info()
-	if err != nil {
-		return 0, 0
-	}
-	tcx := info.TCX()
-	if tcx == nil {
-		return 0, 0
-	}
-	return int(tcx.Ifindex), info.Program
-}
-
-// attach makes the hook as isAttached wants it. A link that stands runs the old
-// program until the moment it runs the new one.
-func (e *Engine) attach(o *objects, h hook) error {
-	path := e.path("links", h.pin)
-	if l, err := link.LoadPinnedLink(path, nil); err == nil {
-		defer l.Close()
-		at, prog := attachment(l)
-		if at == h.ifindex && prog == o.ids[h.prog] {
-			return nil
-		}
-		if at == h.ifindex {
-			if err := l.Update(o.progs[h.prog]); err != nil {
-				return fmt.Errorf("replace program %s at link %d: %w", h.prog, h.ifindex, err)
-			}
-			return nil
-		}
-	}
-	l, err := attachNew(h.ifindex, o.progs[h.prog])
-	if err != nil {
-		return fmt.Errorf("attach program %s to link %d: %w", h.prog, h.ifindex, err)
-	}
-	defer l.Close()
-	if err := repin(l.Pin, path); err != nil {
-		return fmt.Errorf("pin link of program %s at link %d: %w", h.prog, h.ifindex, err)
-	}
-	return nil
-}
-
-// Our own choices. A link that nobody holds any more is taken off by a worker
-// of the kernel, within a millisecond on an idle machine; until then the same
-// program cannot be attached to the same device.
+// The two ways in which the kernel runs a program at a link's ingress.
 const (
-	attachTries = 100
-	attachPause = 2 * time.Millisecond
+	// AttachTCX is a link of the BPF subsystem, pinned beside the maps (Linux
+	// 6.6).
+	AttachTCX = "tcx"
+	// AttachClsact is a direct-action filter of a clsact qdisc.
+	AttachClsact = "clsact"
 )
 
-func attachNew(ifindex int, p *ebpf.Program) (link.Link, error) {
-	for try := 1; ; try++ {
-		l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: ebpf.AttachTCXIngress})
-		if !errors.Is(err, unix.EEXIST) || try == attachTries {
-			return l, err
+// attacher attaches programs in one of the two ways. What is attached outlives
+// the process. It belongs to one snapshot and is used by one goroutine.
+type attacher interface {
+	// isAttached reports whether the hook is there and runs the program of
+	// this build.
+	isAttached(h hook) bool
+	// attach makes the hook as isAttached wants it. Where one stands, it runs
+	// the old program until the moment it runs the new one.
+	attach(h hook) error
+	// standing is the hooks of this node that run a program on this node's
+	// maps, of whichever build.
+	standing() ([]hook, error)
+	// sweep takes off everything of this node but the hooks to keep. Nothing of
+	// anybody else is touched.
+	sweep(keep map[string]hook) error
+}
+
+// attachers are the way of this build and kernel, and the other one, of which
+// nothing may stay.
+func (s *snapshot) attachers(way string) (via, other attacher) {
+	t, c := &tcx{e: s.e, o: s.o}, &clsact{e: s.e, o: s.o, host: s.host}
+	if way == AttachClsact {
+		return c, t
+	}
+	return t, c
+}
+
+// adopt makes what another build of weft attached, perhaps in the other way, run
+// the programs of this one. That is an upgrade and no repair.
+func (s *snapshot) adopt() error {
+	var errs []error
+	for _, a := range []attacher{s.via, s.other} {
+		hooks, err := a.standing()
+		errs = append(errs, err)
+		for _, h := range hooks {
+			if !s.via.isAttached(h) {
+				errs = append(errs, s.via.attach(h))
+			}
 		}
-		time.Sleep(attachPause)
 	}
+	return errors.Join(errs...)
 }
 
-// detach removes a hook by its pin; one that is not there is success.
-func (e *Engine) detach(pin string) error {
-	if err := os.Remove(e.path("links", pin)); err != nil && !isAbsent(err) {
-		return fmt.Errorf("remove link %s: %w", pin, err)
+// ours is which of our programs has this id, of whichever build: one of that
+// name on this node's maps. "" is a stranger.
+func (o *objects) ours(id ebpf.ProgramID) string {
+	for name, is := range o.ids {
+		if id == is {
+			return name
+		}
 	}
-	return nil
-}
-
-// hooks lists the pins of links.
-func (e *Engine) hooks() ([]string, error) {
-	entries, err := os.ReadDir(e.path("links"))
-	if isAbsent(err) {
-		return nil, nil
-	}
+	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {
-		return nil, fmt.Errorf("list pinned links: %w", err)
+		return ""
 	}
-	names := make([]string, len(entries))
-	for i, f := range entries {
-		names[i] = f.Name()
+	defer p.Close()
+	info, err := p.Info()
+	if err != nil || !slices.Contains(progNames, info.Name) {
+		return ""
 	}
-	return names, nil
+	used, _ := info.MapIDs()
+	for _, m := range o.maps {
+		mi, err := m.Info()
+		if err != nil {
+			continue
+		}
+		if id, ok := mi.ID(); ok && slices.Contains(used, id) {
+			return info.Name
+		}
+	}
+	return ""
 }
 
 // dump reads a whole map. Entries that change meanwhile may be seen or not. A

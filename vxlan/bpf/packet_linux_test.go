@@ -47,10 +47,12 @@ func neighbour(t *testing.T, path string, a netip.Addr, isAsked func(hardware st
 // TestAddressesAreAnswered: for peers, services and local tasks, in both
 // families, and for no one else. What is sent to a service without a balancer,
 // or to nobody, is dropped, counted and stays.
-func TestAddressesAreAnswered(t *testing.T) {
+func TestAddressesAreAnswered(t *testing.T) { eachWay(t, testAddressesAreAnswered) }
+
+func testAddressesAreAnswered(t *testing.T, way string) {
 	for _, v6 := range []bool{false, true} {
 		t.Run(fmt.Sprintf("ipv6=%v", v6), func(t *testing.T) {
-			m := newMesh(t, plan{hosts: 2}, v6)
+			m := newMesh(t, plan{way: way, hosts: 2}, v6)
 			h := m.hosts[0]
 			vip, nobody := netip.MustParseAddr("10.100.0.200"), netip.MustParseAddr("10.100.0.201")
 			if v6 {
@@ -101,8 +103,10 @@ func rawSend(t *testing.T, path, name string, frame []byte) {
 
 // TestWhatIsNotCarried: each kind of unwanted packet is dropped under its own
 // reason.
-func TestWhatIsNotCarried(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestWhatIsNotCarried(t *testing.T) { eachWay(t, testWhatIsNotCarried) }
+
+func testWhatIsNotCarried(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h := m.hosts[0]
 	me, peer := m.ports[h][0], m.want[h].Networks[testVNI].Peers[0]
 	good := ipv4Frame(vxlan.MACOf(me.MAC), vxlan.MACOf(peer.MAC), 60)
@@ -149,8 +153,10 @@ func encapsulated(vni uint32, frame []byte) []byte {
 // TestStrangersAreNotHeard: a packet from an address at which its sender does
 // not live is not delivered, whole or in fragments, while the same one from
 // the right address is.
-func TestStrangersAreNotHeard(t *testing.T) {
-	m := newMesh(t, plan{hosts: 3}, false)
+func TestStrangersAreNotHeard(t *testing.T) { eachWay(t, testStrangersAreNotHeard) }
+
+func testStrangersAreNotHeard(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 3}, false)
 	h, member, stranger := m.hosts[0], m.hosts[1], m.hosts[2]
 	to, from := m.ports[h][0], m.ports[member][0]
 	var s net.PacketConn
@@ -226,10 +232,12 @@ func udpFrame(from, to vxlan.Port, port uint16, text string, size int) []byte {
 // TestTooBigIsAnswered: what is larger than the way there is refused with the
 // size that fits, to TCP and to datagrams alike, and a packet that may be cut
 // is cut.
-func TestTooBigIsAnswered(t *testing.T) {
+func TestTooBigIsAnswered(t *testing.T) { eachWay(t, testTooBigIsAnswered) }
+
+func testTooBigIsAnswered(t *testing.T, way string) {
 	for _, v6 := range []bool{false, true} {
 		t.Run(fmt.Sprintf("ipv6=%v", v6), func(t *testing.T) {
-			m := newMesh(t, plan{hosts: 2}, v6)
+			m := newMesh(t, plan{way: way, hosts: 2}, v6)
 			h, other := m.hosts[0], m.hosts[1]
 			from, to := m.ports[h][0], m.ports[other][0]
 			// A narrow path to one peer: its entry says 1300 where the port has 1450.

@@ -23,6 +23,7 @@ import (
 //	<node>/v<abi>/progs/<prog>-<hash> the programs of one build
 //	<node>/v<abi>/links/<name>        a port's veth, or "u<ifindex>" of a device
 //	<node>/v<abi>/balance/…           those of package ingress/bpf
+//	<node>/qdiscs/<ifindex>           an empty folder: that link's qdisc is ours
 //
 // A pin's name has no dot: the kernel keeps those for itself.
 
@@ -34,17 +35,30 @@ var progNames = []string{overlayProgFromTask, overlayProgForward, overlayProgFro
 type build struct {
 	spec *ebpf.CollectionSpec
 	hash string // names the pins: another build's programs are replaced
+	// attach is AttachTCX or AttachClsact.
+	attach string
 }
 
-// newBuild parses the object file and asks the kernel what may be switched on.
-func newBuild() (build, error) {
+// newBuild parses the object file and asks the kernel what may be switched on,
+// and unless attach says it, how programs are attached.
+func newBuild(attach string) (build, error) {
 	spec, err := loadOverlay()
 	if err != nil {
 		return build{}, fmt.Errorf("read overlay programs: %w", err)
 	}
-	canSwitch, err := canSwitchFamily(spec)
+	probe, err := ebpf.NewProgram(spec.Programs[overlayProgProbeSwitch])
+	if err != nil {
+		return build{}, unsupported("load a classifier program", err)
+	}
+	defer probe.Close()
+	canSwitch, err := canSwitchFamily(probe)
 	if err != nil {
 		return build{}, err
+	}
+	if attach == "" {
+		if attach, err = chooseAttach(probe); err != nil {
+			return build{}, err
+		}
 	}
 	v := uint8(0)
 	if canSwitch {
@@ -55,7 +69,7 @@ func newBuild() (build, error) {
 	}
 	delete(spec.Programs, overlayProgProbeSwitch)
 	sum := sha256.Sum256(append([]byte{v}, _OverlayBytes...))
-	return build{spec: spec, hash: hex.EncodeToString(sum[:8])}, nil
+	return build{spec: spec, hash: hex.EncodeToString(sum[:8]), attach: attach}, nil
 }
 
 // objects are the open pins. A nil map or program is not there, or not usable.
@@ -272,7 +286,9 @@ func (e *Engine) tidy(b build, s *snapshot) error {
 		return e.removeAll()
 	}
 	return errors.Join(
-		removeOthers(e.nodeDir(), func(name string) bool { return name == fmt.Sprintf("v%d", abiVersion) }),
+		removeOthers(e.nodeDir(), func(name string) bool {
+			return name == fmt.Sprintf("v%d", abiVersion) || name == filepath.Base(e.qdiscDir())
+		}),
 		removeOthers(e.path("progs"), func(name string) bool { return strings.HasSuffix(name, "-"+b.hash) }))
 }
 
@@ -313,14 +329,9 @@ func (e *Engine) removeAll() error {
 }
 
 // canSwitchFamily tests whether decapsulation may change an IPv4 packet into an
-// IPv6 one (BPF_F_ADJ_ROOM_DECAP_L3_IPV6, Linux 6.3). A kernel that loads no
+// IPv6 one (BPF_F_ADJ_ROOM_DECAP_L3_IPV6, Linux 6.3). A kernel that runs no
 // program at all is weft.ErrUnsupported.
-func canSwitchFamily(spec *ebpf.CollectionSpec) (bool, error) {
-	p, err := ebpf.NewProgram(spec.Programs[overlayProgProbeSwitch])
-	if err != nil {
-		return false, unsupported("load a classifier program", err)
-	}
-	defer p.Close()
+func canSwitchFamily(p *ebpf.Program) (bool, error) {
 	packet := make([]byte, 200)
 	copy(packet[12:], []byte{0x08, 0x00, 0x45}) // IPv4
 	ret, err := p.Run(&ebpf.RunOptions{Data: packet})

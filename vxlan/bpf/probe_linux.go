@@ -9,7 +9,6 @@ import (
 	"os"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -25,20 +24,70 @@ func (e *Engine) Probe(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	return inScratch(func(dir string) error {
+		if err := probeMount(dir); err != nil {
+			return err
+		}
+		return e.probeInside()
+	})
+}
+
+// inScratch calls f with a folder in a network namespace, both of which go
+// with its return.
+func inScratch(f func(dir string) error) error {
 	dir, err := os.MkdirTemp("", "weft-probe")
 	if err != nil {
 		return fmt.Errorf("overlay engine ebpf: make scratch folder: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	if err := probeMount(dir); err != nil {
-		return err
-	}
 	path, err := netns.Create(dir, "probe")
 	if err != nil {
 		return unsupported("make a network namespace", err)
 	}
-	err = netns.Do(path, e.probeInside)
+	err = netns.Do(path, func() error { return f(dir) })
 	return errors.Join(err, netns.Remove(path))
+}
+
+// chooseAttach is the first way that takes a program to a link. One that failed
+// for want of memory, files or rights might do it another time: that is an
+// error, so that a host does not change its way with its load.
+func chooseAttach(p *ebpf.Program) (string, error) {
+	var way string
+	err := inScratch(func(string) error {
+		const loopback = 1 // of every namespace
+		var errs []error
+		for _, way = range []string{AttachTCX, AttachClsact} {
+			err := tryAttach(way, p, loopback)
+			if err == nil || isScarce(err) {
+				return err
+			}
+			errs = append(errs, fmt.Errorf("by %s: %w", way, err))
+		}
+		return errors.Join(errs...)
+	})
+	if err != nil {
+		return "", unsupported("attach a program to a link", err)
+	}
+	return way, nil
+}
+
+// tryAttach attaches a program in a scratch namespace.
+func tryAttach(way string, p *ebpf.Program, ifindex int) error {
+	if way == AttachTCX {
+		l, err := attachTCX(ifindex, p)
+		if err != nil {
+			return err
+		}
+		return l.Close()
+	}
+	if err := netlink.QdiscAdd(clsactAt(ifindex)); err != nil {
+		return fmt.Errorf("add a clsact qdisc: %w", err)
+	}
+	e := &Engine{cfg: Config{Node: "probe"}}
+	if err := netlink.FilterReplace(e.filter(hook{ifindex: ifindex}, false, p.FD())); err != nil {
+		return fmt.Errorf("add a bpf filter: %w", err)
+	}
+	return nil
 }
 
 func probeMount(dir string) error {
@@ -70,11 +119,9 @@ func (e *Engine) probeInside() error {
 	if err := netlink.LinkAdd(v); err != nil {
 		return unsupported("make a veth", err)
 	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: v.Index, Program: coll.Programs[overlayProgFromTask], Attach: ebpf.AttachTCXIngress})
-	if err != nil {
-		return unsupported("attach a program to a link (tcx)", err)
+	if err := tryAttach(b.attach, coll.Programs[overlayProgFromTask], v.Index); err != nil {
+		return unsupported("attach a program to a link by "+b.attach, err)
 	}
-	l.Close()
 	vx := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "probe2"}, FlowBased: true, Port: 4789}
 	if err := netlink.LinkAdd(vx); err != nil {
 		return unsupported("make a VXLAN device", err)

@@ -29,6 +29,8 @@ type snapshot struct {
 	ports map[uint32]portValue
 	// near are the host's ends of ports and legs, by network.
 	near map[uint32][]nearEnd
+	// via attaches programs; other is the way in which none may be.
+	via, other attacher
 }
 
 type nearEnd struct {
@@ -36,7 +38,7 @@ type nearEnd struct {
 	link *netlink.Veth
 }
 
-func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
+func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -57,6 +59,7 @@ func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
 	if s.host, err = lookAtHost(); err != nil {
 		return nil, err
 	}
+	s.via, s.other = s.attachers(b.attach)
 	for _, l := range s.host.byIndex {
 		if v, ok := l.(*netlink.Veth); ok {
 			if own, ok := parseAlias(e.cfg.Node, v.Alias); ok {
@@ -171,9 +174,9 @@ func (s *snapshot) deviceFault(head netValue, tunnel int) string {
 		return vxlan.FaultGone
 	case tunnel == 0:
 		return name + " was down or another device"
-	case !s.e.isAttached(s.o, tunnelHook(tunnel)):
+	case !s.via.isAttached(tunnelHook(tunnel)):
 		return "the program of " + name + " was detached"
-	case dev != 0 && !s.e.isAttached(s.o, underlayHook(dev)):
+	case dev != 0 && !s.via.isAttached(underlayHook(dev)):
 		return "the program of " + s.host.byIndex[dev].Attrs().Name + " was detached"
 	}
 	return ""
@@ -205,7 +208,7 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 		return fault("%s was down", l.Name)
 	case l.MTU != int(head.MTU):
 		return fault("%s had an MTU of %d instead of %d", l.Name, l.MTU, head.MTU)
-	case !s.e.isAttached(s.o, portHook(l.Name, l.Index)):
+	case !s.via.isAttached(portHook(l.Name, l.Index)):
 		return fault("the program of %s was detached", l.Name)
 	}
 	name := near.leg

@@ -7,11 +7,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -40,8 +40,10 @@ func (h *testHost) inHost(name string, f func(netlink.Link) error) error {
 	})
 }
 
-func TestRepair(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestRepair(t *testing.T) { eachWay(t, testRepair) }
+
+func testRepair(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
 	n := m.want[h].Networks[testVNI]
 	peer, port := n.Peers[0], m.ports[h][0]
@@ -74,23 +76,27 @@ func TestRepair(t *testing.T) {
 			})
 		}
 	}
-	detach := func(pin string) func() error {
-		return func() error {
-			found, err := filepath.Glob(h.engine().path("links", pin))
-			if err != nil || len(found) != 1 {
-				return errors.Join(err, errors.New("no such link"))
-			}
-			l, err := link.LoadPinnedLink(found[0], nil)
-			if err != nil {
-				return err
-			}
-			return errors.Join(l.Detach(), l.Close())
-		}
-	}
-	for _, c := range []struct {
+	detach := func(name string) func() error { return func() error { return h.detach(name) } }
+	type damage struct {
 		name  string
 		spoil func() error
-	}{
+	}
+	ways := map[string][]damage{
+		AttachTCX: {
+			{"link of a port unpinned", unpin("links", near)},
+			{"all links unpinned", unpin("links", "*")},
+			{"both at once", func() error {
+				return errors.Join(h.inHost("under0", h.addQdisc), h.inHost("under0", h.replaceFilter), unpin("links", "u*")())
+			}},
+		},
+		AttachClsact: {
+			{"qdisc of the underlay gone", func() error { return h.inHost("under0", h.delQdisc) }},
+			{"qdisc of a port gone", func() error { return h.inHost(near, h.delQdisc) }},
+			{"program of the underlay replaced", func() error { return h.inHost("under0", h.replaceFilter) }},
+			{"program of a port replaced", func() error { return h.inHost(near, h.replaceFilter) }},
+		},
+	}
+	for _, c := range append([]damage{
 		{"peer gone", func() error { return h.pinnedMap("macs").Delete(peerKey) }},
 		{"peer elsewhere", change("macs", peerKey, h.remoteTo(t, netip.MustParseAddr("10.99.8.77")))},
 		{"peer garbled", change("macs", peerKey, destValue{Kind: 99, MTU: 3})},
@@ -113,10 +119,8 @@ func TestRepair(t *testing.T) {
 			})
 		}},
 		{"program of a port detached", detach(near)},
-		{"program of the underlay detached", detach("u*")},
-		{"program of the tunnel detached", detach("t*")},
-		{"link of a port unpinned", unpin("links", near)},
-		{"all links unpinned", unpin("links", "*")},
+		{"program of the underlay detached", detach("under0")},
+		{"program of the tunnel detached", detach(weft.TunnelName(testPort))},
 		{"a program unpinned", unpin("progs", "from_task-*")},
 		{"a map unpinned", unpin("macs")},
 		{"all maps unpinned", func() error {
@@ -139,7 +143,7 @@ func TestRepair(t *testing.T) {
 		{"port address", far(func(l netlink.Link) error {
 			return netlink.AddrReplace(l, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 100, 0, 250), Mask: net.CIDRMask(24, 32)}})
 		})},
-	} {
+	}, ways[way]...) {
 		t.Run(c.name, func(t *testing.T) {
 			must(t, c.spoil())
 			if ops := vxlan.Diff(h.read(), m.want[h]); len(ops) == 0 {
@@ -180,8 +184,10 @@ func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
 
 // TestBreakOffAnywhere: a crash after any operation leaves what the next pass
 // completes, in both directions.
-func TestBreakOffAnywhere(t *testing.T) {
-	h := rig(t, plan{hosts: 1})[0]
+func TestBreakOffAnywhere(t *testing.T) { eachWay(t, testBreakOffAnywhere) }
+
+func testBreakOffAnywhere(t *testing.T, way string) {
+	h := rig(t, plan{way: way, hosts: 1})[0]
 	other := &testHost{t: t, i: 2}
 	ports := map[*testHost][]vxlan.Port{h: {h.task(1, false), h.task(2, false)}}
 	n := network(h, weft.NewID(), 1450, ports)
@@ -224,26 +230,14 @@ func TestBreakOffAnywhere(t *testing.T) {
 
 // TestOutlivesItsDaemon: what is pinned goes on without any process, and a new
 // engine finds nothing to do and cuts nothing.
-func TestOutlivesItsDaemon(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestOutlivesItsDaemon(t *testing.T) { eachWay(t, testOutlivesItsDaemon) }
+
+func testOutlivesItsDaemon(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
-	links := func() map[string]string {
-		out := map[string]string{}
-		pins, err := h.engine().hooks()
-		must(t, err)
-		for _, pin := range pins {
-			l, err := link.LoadPinnedLink(h.engine().path("links", pin), nil)
-			must(t, err)
-			info, err := l.Info()
-			must(t, err)
-			out[pin] = strings.Join([]string{pin, string(rune(info.ID))}, "/")
-			l.Close()
-		}
-		return out
-	}
-	before := links()
+	before := h.attached()
 	if len(before) != 4 {
-		t.Fatalf("links %v, want two ports, the underlay and the tunnel", before)
+		t.Fatalf("attached are %v, want programs of two ports, the underlay and the tunnel", before)
 	}
 	again, err := New(h.engine().cfg)
 	must(t, err)
@@ -251,22 +245,22 @@ func TestOutlivesItsDaemon(t *testing.T) {
 	expectEqual(t, h, m.want[h])
 	must(t, overTCP(m.ports[h][0], m.ports[other][0]))
 	must(t, h.apply(m.want[h]))
-	for pin, id := range links() {
-		if before[pin] != id {
-			t.Errorf("link %s was made anew", pin)
-		}
+	if now := h.attached(); !slices.Equal(now, before) {
+		t.Errorf("attached are %v, were %v: something was made anew", now, before)
 	}
 }
 
 // TestUpgrade: programs of another build are replaced in place while a
 // connection goes on, and the old ones' pins go.
-func TestUpgrade(t *testing.T) {
-	m := newMesh(t, plan{hosts: 2}, false)
+func TestUpgrade(t *testing.T) { eachWay(t, testUpgrade) }
+
+func testUpgrade(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
 	again, err := New(h.engine().cfg)
 	must(t, err)
 	again.build = func() (build, error) {
-		b, err := newBuild()
+		b, err := newBuild("")
 		b.hash = "anotherbuild"
 		return b, err
 	}

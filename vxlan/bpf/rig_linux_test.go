@@ -13,7 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
@@ -41,16 +45,65 @@ type testHost struct {
 	k      vxlan.Kernel
 	dir    string
 	bridge bool
+	way    string
+	// qdisc is the kind of one at the underlay's ingress that is not ours.
+	qdisc string
 }
 
 // plan says what a rig is made of.
 type plan struct {
 	hosts  int
 	under6 bool
-	mtu    int  // of the underlay
-	direct bool // two hosts on one veth, without the bridge
+	mtu    int    // of the underlay
+	direct bool   // two hosts on one veth, without the bridge
+	way    string // in which programs are attached; "" = as the engine chooses
 	// bridges has the numbers of hosts that run the bridge engine.
 	bridges []int
+}
+
+// eachWay runs a test with programs attached in each way.
+func eachWay(t *testing.T, f func(t *testing.T, way string)) {
+	netnstest.NeedRoot(t)
+	for _, way := range []string{AttachTCX, AttachClsact} {
+		t.Run(way, func(t *testing.T) {
+			needWay(t, way)
+			f(t, way)
+		})
+	}
+}
+
+// needWay ends a test for whose way the kernel is too old.
+func needWay(t *testing.T, way string) {
+	t.Helper()
+	if isTooOld(t, way) {
+		netnstest.Missing(t, way, fmt.Errorf("this kernel cannot attach programs by %s", way))
+	}
+}
+
+// isTooOld asks the kernel without the code under test.
+func isTooOld(t *testing.T, way string) bool {
+	t.Helper()
+	err := inScratch(func(string) error {
+		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}})
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		if way == AttachTCX {
+			l, err := link.AttachTCX(link.TCXOptions{Interface: 1, Program: p, Attach: ebpf.AttachTCXIngress})
+			if err != nil {
+				return err
+			}
+			return l.Close()
+		}
+		return netlink.QdiscAdd(&netlink.GenericQdisc{QdiscType: "clsact",
+			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: 1, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
+	})
+	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOENT) {
+		return true
+	}
+	must(t, err)
+	return false
 }
 
 // rig makes hosts on one bridge in the test's own namespace.
@@ -70,7 +123,7 @@ func rig(t testing.TB, p plan) []*testHost {
 	must(t, netlink.LinkSetUp(br))
 	var hosts []*testHost
 	for i := 1; i <= p.hosts; i++ {
-		h := &testHost{t: t, i: i, v6: p.under6, node: weft.NewID(), dir: filepath.Join(dir, fmt.Sprintf("n%d", i))}
+		h := &testHost{t: t, i: i, v6: p.under6, way: p.way, node: weft.NewID(), dir: filepath.Join(dir, fmt.Sprintf("n%d", i))}
 		for _, b := range p.bridges {
 			h.bridge = h.bridge || b == i
 		}
@@ -161,7 +214,7 @@ func (h *testHost) start() {
 	if h.bridge {
 		h.k, err = linux.New(linux.Config{Node: h.node, NetNSDir: h.dir, Log: log})
 	} else {
-		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", Log: log})
+		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", Log: log, Attach: h.way})
 	}
 	must(t, err)
 	t.Cleanup(func() {
@@ -177,6 +230,9 @@ func (h *testHost) start() {
 				if l.Attrs().Name != "lo" && l.Attrs().Name != "under0" {
 					t.Errorf("host %d: left behind: %s", h.i, l.Attrs().Name)
 				}
+			}
+			if kind := qdiscOf(t, "under0"); kind != h.qdisc {
+				t.Errorf("host %d: the underlay device has a qdisc %q, want %q", h.i, kind, h.qdisc)
 			}
 			return err
 		}))
@@ -201,6 +257,19 @@ func (h *testHost) read() vxlan.State {
 	var st vxlan.State
 	must(h.t, h.ns.Do(func() (err error) { st, err = h.k.Read(context.Background()); return err }))
 	return st
+}
+
+// restart makes the host's engine anew, as the next daemon would, and gives what
+// it repairs from then on.
+func (h *testHost) restart(way string) *[]weft.Repair {
+	h.t.Helper()
+	repairs := &[]weft.Repair{}
+	cfg := h.engine().cfg
+	cfg.Attach, cfg.Repaired = way, func(r weft.Repair) { *repairs = append(*repairs, r) }
+	e, err := New(cfg)
+	must(h.t, err)
+	h.k, h.way = e, way
+	return repairs
 }
 
 func (h *testHost) drops() map[string]uint64 {
@@ -255,7 +324,12 @@ type mesh struct {
 
 func newMesh(t testing.TB, p plan, v6 bool) mesh {
 	t.Helper()
-	m := mesh{hosts: rig(t, p), want: map[*testHost]vxlan.State{}, ports: map[*testHost][]vxlan.Port{}}
+	return meshOf(t, p, rig(t, p), v6)
+}
+
+func meshOf(t testing.TB, p plan, hosts []*testHost, v6 bool) mesh {
+	t.Helper()
+	m := mesh{hosts: hosts, want: map[*testHost]vxlan.State{}, ports: map[*testHost][]vxlan.Port{}}
 	for _, h := range m.hosts {
 		m.ports[h] = []vxlan.Port{h.task(1, v6), h.task(2, v6)}
 	}

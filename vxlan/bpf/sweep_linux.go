@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
@@ -26,15 +27,17 @@ func (w *writer) sweep() error {
 			errs = append(errs, w.sweepEntries(vni))
 		}
 	}
-	needed := map[string]bool{}
+	needed := map[string]hook{}
 	tunnels := map[string]bool{}
 	for vni, head := range w.nets {
 		tunnels[weft.TunnelName(head.UDP.v())] = true
-		needed[tunnelHook(w.tunnelIndex(head.UDP.v())).pin] = true
+		if i := w.tunnelIndex(head.UDP.v()); i != 0 {
+			needed[tunnelHook(i).pin] = tunnelHook(i)
+		}
 		if dev := w.host.underlay(head.VTEP.Addr()); dev != 0 {
 			h := underlayHook(dev)
-			needed[h.pin] = true
-			if err := w.e.attach(w.o, h); err != nil {
+			needed[h.pin] = h
+			if err := w.via.attach(h); err != nil {
 				errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: err})
 			}
 		}
@@ -59,36 +62,27 @@ func (w *writer) sweepEntries(vni uint32) error {
 	return errors.Join(errs...)
 }
 
-// sweepHooks detaches programs from devices that no network uses, and unpins
-// the links of ports that are gone.
-func (w *writer) sweepHooks(needed map[string]bool) error {
-	pins, err := w.e.hooks()
-	if err != nil {
-		return err
-	}
+// sweepHooks detaches programs from devices that no network uses and of ports
+// that are gone, and all that are attached in the other way.
+func (w *writer) sweepHooks(needed map[string]hook) error {
 	links, err := linux.Complete(w.host.conn.LinkList)
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
 	for _, l := range links {
 		if _, ok := parseAlias(w.e.cfg.Node, l.Attrs().Alias); ok {
-			needed[l.Attrs().Name] = true
+			h := portHook(l.Attrs().Name, l.Attrs().Index)
+			needed[h.pin] = h
 		}
 	}
-	var errs []error
-	for _, pin := range pins {
-		if !needed[pin] {
-			errs = append(errs, w.e.detach(pin))
-		}
-	}
-	return errors.Join(errs...)
+	return errors.Join(w.via.sweep(needed), w.other.sweep(nil))
 }
 
 // sweepTunnels deletes our VXLAN devices of UDP ports that no network uses.
 func (w *writer) sweepTunnels(needed map[string]bool) error {
 	var errs []error
 	for name, l := range w.host.byName {
-		if l.Type() != "vxlan" || needed[name] || !strings.HasPrefix(name, tunnelNamePrefix) || l.Attrs().Alias != weft.LinkAlias(w.e.cfg.Node) {
+		if needed[name] || !w.e.isTunnel(l) {
 			continue
 		}
 		if err := w.host.conn.LinkDel(l); err != nil && !isGone(err) {
@@ -96,6 +90,11 @@ func (w *writer) sweepTunnels(needed map[string]bool) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// isTunnel reports whether a link is a VXLAN device of this node's engine.
+func (e *Engine) isTunnel(l netlink.Link) bool {
+	return l.Type() == "vxlan" && strings.HasPrefix(l.Attrs().Name, tunnelNamePrefix) && l.Attrs().Alias == weft.LinkAlias(e.cfg.Node)
 }
 
 // tunnelNamePrefix is what weft.TunnelName begins with.

@@ -26,6 +26,8 @@ const inside = "WEFT_TEST_INSIDE"
 //	root    root, runc, static busybox: containers and labs
 //	docker  the stock docker command
 //	vm      QEMU, Debian's kernel, static busybox
+//	tcx     programs attached to links (Linux 6.6)
+//	clsact  filters that are BPF programs
 //	soak    the long forms of tests
 const require = "WEFT_TEST_REQUIRE"
 
