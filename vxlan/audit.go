@@ -26,7 +26,8 @@ const (
 // Each fault has one object and is counted once, when it has been put right:
 //   - What went with a greater object is on that one's account: everything in
 //     a network that is made anew, missing forwarding entries of a device that
-//     is remade, and missing neighbours of a bridge that was down.
+//     is remade, and missing neighbours of a bridge that was down. A device
+//     that networks share is one object.
 //   - A repair that fails is owed until it succeeds. What a failed change has
 //     left half done is no repair.
 //   - The first Apply of a process does not know what was left before it: only
@@ -147,6 +148,7 @@ func (o object) words(op Op) string {
 func (a *Audit) findings(have State, ops []Op) []*weft.Repair {
 	out := make([]*weft.Repair, len(ops))
 	views := map[uint32]*view{}
+	shared := map[string]bool{}
 	for i, op := range ops {
 		v := views[op.VNI]
 		if v == nil {
@@ -155,9 +157,17 @@ func (a *Audit) findings(have State, ops []Op) []*weft.Repair {
 		}
 		fault, reason := v.find(op)
 		o := objectOf(op)
-		if fault != "" && !a.unsure[o] {
-			out[i] = &weft.Repair{Kind: classNames[o.class] + " " + fault, Object: o.words(op), Reason: reason}
+		if fault == "" || a.unsure[o] {
+			continue
 		}
+		words := o.words(op)
+		if o.class == classDevice && v.had.Device != "" {
+			if words = v.had.Device; shared[words] {
+				continue
+			}
+			shared[words] = true
+		}
+		out[i] = &weft.Repair{Kind: classNames[o.class] + " " + fault, Object: words, Reason: reason}
 	}
 	return out
 }
@@ -243,6 +253,8 @@ func (v *view) find(op Op) (fault, reason string) {
 
 func (v *view) findNetwork(op Op) (fault, reason string) {
 	switch {
+	case v.inHad && v.had.Fault == FaultGone:
+		return missing, FaultGone
 	case v.inHad && v.had.Fault != "":
 		return wrong, v.had.Fault
 	case !v.inLeft || v.left.ID != op.Network.ID:

@@ -269,3 +269,37 @@ func TestInvalidNetworkIsNoRepair(t *testing.T) {
 		}
 	}
 }
+
+// TestSharedDeviceIsOneObject: what two networks lack is counted once, by its own
+// name, again when it happens again, and by the network's where each has its own.
+func TestSharedDeviceIsOneObject(t *testing.T) {
+	want := vxlan.State{Networks: map[uint32]vxlan.Network{}}
+	for _, vni := range []uint32{4097, 4098} {
+		want.Networks[vni] = vxlan.Network{ID: weft.ID(fmt.Sprint("n", vni)), VNI: vni, MTU: 1450, Port: 4789, VTEP: netip.MustParseAddr("192.0.2.1"),
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}
+	}
+	damaged := func(device, fault string) vxlan.State {
+		have := vxlan.State{Networks: maps.Clone(want.Networks)}
+		for vni, n := range have.Networks {
+			n.VTEP, n.Port, n.Device, n.DeviceFault = netip.Addr{}, 0, device, fault
+			have.Networks[vni] = n
+		}
+		return have
+	}
+	var a vxlan.Audit
+	for _, c := range []struct {
+		have vxlan.State
+		want string
+	}{
+		{vxlan.State{}, "[]"},
+		{damaged("wxu4789", vxlan.FaultGone), "[{device missing wxu4789 it was gone}]"},
+		{damaged("wxu4789", "it was down"), "[{device wrong wxu4789 it was down}]"},
+		{want, "[]"},
+		{damaged("", "it was down"), "[{device wrong wx4097 it was down} {device wrong wx4098 it was down}]"},
+	} {
+		got, err := a.Apply(t.Context(), c.have, want, func(vxlan.Op) error { return nil })
+		if err != nil || fmt.Sprint(got) != c.want {
+			t.Errorf("got %v, %v; want %s", got, err, c.want)
+		}
+	}
+}

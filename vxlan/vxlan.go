@@ -49,8 +49,9 @@ type Network struct {
 	HostLeg *HostLeg
 	// Fault and DeviceFault are set by Read alone and never compared: what
 	// is wrong with the bridge, and with the VXLAN device, where no wish
-	// would explain it. They are the reason of a Repair.
-	Fault, DeviceFault string
+	// would explain it. They are the reason of a Repair. Device names the
+	// device that DeviceFault speaks of where several networks share it.
+	Fault, DeviceFault, Device string
 }
 
 // Port is a local task's port on a network.

@@ -22,6 +22,8 @@ type writer struct {
 	// loose networks may hold entries that no operation names: those that are
 	// not wanted go last.
 	loose map[uint32]bool
+	// repairs are those that no operation has made.
+	repairs []weft.Repair
 }
 
 // do performs one operation. When a network cannot be made, none follows on it.
@@ -93,7 +95,8 @@ func (w *writer) remove(name string, key any) error {
 // setDevice files the network and makes the VXLAN device of its port. What the
 // maps hold of it stays until the new is written.
 func (w *writer) setDevice(n vxlan.Network) error {
-	if w.e.tunnel(w.host, n.Port) == nil {
+	old, isNew := w.nets[n.VNI], w.e.tunnel(w.host, n.Port) == nil
+	if isNew {
 		if err := w.e.makeTunnel(w.host, n.Port); err != nil {
 			return err
 		}
@@ -102,7 +105,42 @@ func (w *writer) setDevice(n vxlan.Network) error {
 		return err
 	}
 	w.flag(n.VNI)
-	return w.setNetwork(n)
+	if err := w.setNetwork(n); err != nil {
+		return err
+	}
+	for vni, head := range w.nets {
+		switch {
+		case vni == n.VNI:
+			head = old
+		case !isNew || head.UDP != old.UDP:
+			continue
+		}
+		if err := w.refile(vni, head); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// refile brings what is sound of the entries of a network's ports from an old
+// head, or an old VXLAN device, to the new one.
+func (w *writer) refile(vni uint32, old netValue) error {
+	head := w.nets[vni]
+	for _, near := range w.near[vni] {
+		index := uint32(near.link.Index)
+		val, ok := w.ports[index]
+		k := macKey{VNI: vni, MAC: val.MAC}
+		if !ok || val != localPort(vni, old, val.MAC, int(val.Tunnel)) || w.dests[k] != localDest(near, old) {
+			continue // OpSetPort follows
+		}
+		if err := w.put(overlayMapPorts, index, localPort(vni, head, val.MAC, w.tunnelIndex(head.UDP.v()))); err != nil {
+			return err
+		}
+		if err := w.put(overlayMapMacs, k, localDest(near, head)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (w *writer) flag(vni uint32) {

@@ -213,16 +213,13 @@ func TestOneWayAtATime(t *testing.T) {
 		m := newMesh(t, plan{way: from, hosts: 2}, false)
 		h, other := m.hosts[0], m.hosts[1]
 		must(t, whileConnected(m.ports[other][0], m.ports[h][0], func() error {
-			repairs := h.restart(way)
-			if err := h.apply(m.want[h]); err != nil {
-				return err
-			}
-			if len(*repairs) > 0 {
-				t.Errorf("repaired: %v", *repairs)
-			}
-			return nil
+			h.restart(way)
+			return h.apply(m.want[h])
 		}))
 		expectEqual(t, h, m.want[h])
+		if got := h.repairs(); len(got) > 0 {
+			t.Errorf("repaired: %v", got)
+		}
 		for _, a := range h.attached() {
 			if a[:len(way)] != way {
 				t.Errorf("attached is still %s", a)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -43,6 +44,11 @@ type Engine struct {
 	cfg   Config
 	build func() (build, error)
 	audit vxlan.Audit
+	// isMade: the last Apply of this process left all pins in place. What is
+	// not there now, others have removed. Owned by Apply.
+	isMade bool
+	// ways are the routes that the last Apply has seen. Owned by Apply.
+	ways map[[2]netip.Addr]hop
 }
 
 var _ vxlan.Engine = (*Engine)(nil)
@@ -67,8 +73,8 @@ func (e *Engine) Name() string { return "ebpf" }
 // Read implements vxlan.Kernel. What is there but not as Apply would make it
 // is returned with the zero value in the field that is wrong, as vxlan/linux
 // does: a network without ID is half made, one without VTEP lacks a program or
-// a device, a port without Addr is broken, a peer whose VTEP is 0.0.0.0 is sent
-// the wrong way.
+// a device, a port without Addr is broken, a peer whose VTEP is :: is sent the
+// wrong way.
 func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
 	b, err := e.build()
 	if err != nil {
@@ -99,19 +105,19 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 			return errors.Join(err, ctx.Err()) // nothing was ever made
 		}
 	}
-	o, err := e.makePins(b)
+	o, lost, err := e.makePins(b)
 	if err != nil {
 		return err
 	}
+	e.isMade = true
 	defer o.close()
 	s, err := e.look(ctx, b, o)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	if err := s.adopt(); err != nil {
-		return err
-	}
+	adopted := errors.Join(s.adopt(), s.reroute(e.ways))
+	e.ways = s.host.hops // complete when Apply returns
 	have, err := s.state(ctx)
 	if err != nil {
 		return err
@@ -119,19 +125,32 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	want, refused := withoutEncrypted(want)
 	w := &writer{snapshot: s, want: want}
 	repairs, err := e.audit.Apply(ctx, have, want, w.do)
-	for _, r := range repairs {
-		if e.cfg.Repaired != nil {
+	var swept error
+	if ctx.Err() == nil {
+		swept = w.sweep()
+	}
+	e.report(lost, append(repairs, w.repairs...))
+	if ctx.Err() == nil && swept == nil { // until then the pins say what is to be swept
+		swept = e.tidy(b, s)
+	}
+	return errors.Join(refused, adopted, err, swept)
+}
+
+// report tells what was repaired. What a lost map held is on its account.
+func (e *Engine) report(lost, others []weft.Repair) {
+	if e.cfg.Repaired == nil {
+		return
+	}
+	hasMaps := true
+	for _, r := range lost {
+		e.cfg.Repaired(r)
+		hasMaps = hasMaps && !strings.HasPrefix(r.Kind, classMap)
+	}
+	for _, r := range others {
+		if hasMaps {
 			e.cfg.Repaired(r)
 		}
 	}
-	if ctx.Err() != nil {
-		return errors.Join(refused, err)
-	}
-	swept := w.sweep()
-	if swept == nil { // the pins say what is still to be swept
-		swept = e.tidy(b, s)
-	}
-	return errors.Join(refused, err, swept)
 }
 
 // hasLeft reports whether the host's namespace has anything of this node although

@@ -206,6 +206,9 @@ func testChangeInPlace(t *testing.T, way string) {
 	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	for _, h := range m.hosts {
 		n := m.want[h].Networks[testVNI]
+		n.Port = 4791 // alone
+		must(t, h.apply(state(n)))
+		expectEqual(t, h, state(n))
 		n.MTU, n.Port, n.Subnets = 1400, 4790, n.Subnets[:1]
 		must(t, h.apply(state(n)))
 		expectEqual(t, h, state(n))
@@ -219,6 +222,9 @@ func testChangeInPlace(t *testing.T, way string) {
 	m.all(t, overTCP)
 	h := m.hosts[0]
 	n := m.want[h].Networks[testVNI]
+	if got := h.repairs(); len(got) > 0 {
+		t.Errorf("repaired: %v", got)
+	}
 	n.ID = weft.NewID() // the VNI now belongs to another network
 	must(t, h.apply(state(n)))
 	expectEqual(t, h, state(n))

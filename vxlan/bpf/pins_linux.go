@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan"
 )
 
 // Pins of one node, below Config.Dir:
@@ -77,6 +78,8 @@ type objects struct {
 	maps  map[string]*ebpf.Map
 	progs map[string]*ebpf.Program
 	ids   map[string]ebpf.ProgramID
+	// isHooked: a balancer can give packets back.
+	isHooked bool
 }
 
 func (o *objects) close() {
@@ -162,9 +165,10 @@ func (e *Engine) openPins(b build) (*objects, error) {
 		}
 		p.Close()
 	}
-	if o.complete() && !o.forwardHooked() {
-		o.progs[overlayProgForward].Close()
-		delete(o.progs, overlayProgForward)
+	if o.complete() {
+		var id ebpf.ProgramID
+		err := o.maps[overlayMapHooks].Lookup(uint32(hookForward), &id)
+		o.isHooked = err == nil && id == o.ids[overlayProgForward]
 	}
 	return o, nil
 }
@@ -199,36 +203,79 @@ func usesMaps(spec *ebpf.ProgramSpec, p *ebpf.Program, ids map[string]ebpf.MapID
 	return info.ID()
 }
 
-// forwardHooked reports whether a balancer can give packets back.
-func (o *objects) forwardHooked() bool {
-	var id ebpf.ProgramID
-	err := o.maps[overlayMapHooks].Lookup(uint32(hookForward), &id)
-	return err == nil && id == o.ids[overlayProgForward]
-}
-
 // makePins opens what is pinned and makes the rest. Maps that are sound keep
-// their contents; if a program must be made, all of this build are.
-func (e *Engine) makePins(b build) (*objects, error) {
+// their contents; if a program must be made, all of this build are. lost is what
+// others have damaged.
+func (e *Engine) makePins(b build) (o *objects, lost []weft.Repair, err error) {
 	if err := e.mount(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, dir := range []string{e.path("progs"), e.path("links")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, fmt.Errorf("make folder of pins: %w", err)
+			return nil, nil, fmt.Errorf("make folder of pins: %w", err)
 		}
 	}
-	o, err := e.openPins(b)
+	if o, err = e.openPins(b); err != nil {
+		return nil, nil, err
+	}
+	if e.isMade {
+		lost = e.findLost(b, o)
+	}
+	if !o.complete() {
+		err = e.makeObjects(b, o)
+	}
+	if err == nil && !o.isHooked {
+		if err = o.maps[overlayMapHooks].Put(uint32(hookForward), o.progs[overlayProgForward]); err != nil {
+			err = fmt.Errorf("hook program %s: %w", overlayProgForward, err)
+		}
+		o.isHooked = err == nil
+	}
 	if err != nil {
-		return nil, err
-	}
-	if o.complete() {
-		return o, nil
-	}
-	if err := e.makeObjects(b, o); err != nil {
 		o.close()
-		return nil, err
+		return nil, nil, err
 	}
-	return o, nil
+	return o, lost, nil
+}
+
+// The first halves of kinds of repairs that are the pins' own.
+const (
+	classMap     = "map"
+	classProgram = "program"
+	classHook    = "hook"
+)
+
+// findLost says what of the pins is not there or not usable, one object for each
+// damage: without any map the folder itself, without a map not its programs.
+func (e *Engine) findLost(b build, o *objects) []weft.Repair {
+	if len(o.maps) == 0 {
+		return []weft.Repair{{Kind: classMap + " missing", Object: e.path(), Reason: vxlan.FaultGone}}
+	}
+	var lost []weft.Repair
+	look := func(class, name, path string) {
+		r := weft.Repair{Kind: class + " missing", Object: class + " " + name, Reason: vxlan.FaultGone}
+		if _, err := os.Stat(path); err == nil {
+			r.Kind, r.Reason = class+" wrong", "its pin was of another object"
+		}
+		lost = append(lost, r)
+	}
+	for _, name := range mapNames {
+		if o.maps[name] == nil {
+			look(classMap, name, e.path(name))
+		}
+	}
+	if len(lost) > 0 {
+		return lost
+	}
+	for _, name := range progNames {
+		if o.progs[name] == nil {
+			look(classProgram, name, e.path("progs", b.progPin(name)))
+		}
+	}
+	if len(lost) == 0 && !o.isHooked {
+		lost = append(lost, weft.Repair{Kind: classHook + " wrong", Object: fmt.Sprintf("slot %d of map %s", hookForward, overlayMapHooks),
+			Reason: "it did not have the program " + overlayProgForward})
+	}
+	return lost
 }
 
 func (e *Engine) makeObjects(b build, o *objects) error {
@@ -264,9 +311,6 @@ func (e *Engine) makeObjects(b build, o *objects) error {
 		if err := repin(p.Pin, e.path("progs", b.progPin(name))); err != nil {
 			return fmt.Errorf("pin program %s: %w", name, err)
 		}
-	}
-	if err := o.maps[overlayMapHooks].Put(uint32(hookForward), o.progs[overlayProgForward]); err != nil {
-		return fmt.Errorf("hook program %s: %w", overlayProgForward, err)
 	}
 	return nil
 }
@@ -308,6 +352,7 @@ func removeOthers(dir string, keep func(string) bool) error {
 
 // removeAll takes this node's pins away, and the mount if it was the last.
 func (e *Engine) removeAll() error {
+	e.isMade = false
 	if err := os.RemoveAll(e.nodeDir()); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}

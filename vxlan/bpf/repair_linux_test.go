@@ -80,77 +80,89 @@ func testRepair(t *testing.T, way string) {
 	type damage struct {
 		name  string
 		spoil func() error
+		want  string // kinds of the repairs, with commas
 	}
 	ways := map[string][]damage{
 		AttachTCX: {
-			{"link of a port unpinned", unpin("links", near)},
-			{"all links unpinned", unpin("links", "*")},
+			{"link of a port unpinned", unpin("links", near), "port wrong"},
+			{"all links unpinned", unpin("links", "*"), "device wrong,device wrong,port wrong,port wrong"},
 			{"both at once", func() error {
 				return errors.Join(h.inHost("under0", h.addQdisc), h.inHost("under0", h.replaceFilter), unpin("links", "u*")())
-			}},
+			}, "device wrong"},
 		},
 		AttachClsact: {
-			{"qdisc of the underlay gone", func() error { return h.inHost("under0", h.delQdisc) }},
-			{"qdisc of a port gone", func() error { return h.inHost(near, h.delQdisc) }},
-			{"program of the underlay replaced", func() error { return h.inHost("under0", h.replaceFilter) }},
-			{"program of a port replaced", func() error { return h.inHost(near, h.replaceFilter) }},
+			{"qdisc of the underlay gone", func() error { return h.inHost("under0", h.delQdisc) }, "device wrong"},
+			{"qdisc of a port gone", func() error { return h.inHost(near, h.delQdisc) }, "port wrong"},
+			{"program of the underlay replaced", func() error { return h.inHost("under0", h.replaceFilter) }, "device wrong"},
+			{"program of a port replaced", func() error { return h.inHost(near, h.replaceFilter) }, "port wrong"},
 		},
 	}
 	for _, c := range append([]damage{
-		{"peer gone", func() error { return h.pinnedMap("macs").Delete(peerKey) }},
-		{"peer elsewhere", change("macs", peerKey, h.remoteTo(t, netip.MustParseAddr("10.99.8.77")))},
-		{"peer garbled", change("macs", peerKey, destValue{Kind: 99, MTU: 3})},
-		{"stray peer", change("macs", macKey{VNI: testVNI, MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}, h.remoteTo(t, other.vtep()))},
-		{"address gone", func() error { return h.pinnedMap("eps").Delete(epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}) }},
-		{"address of another", change("eps", epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}, epValue{MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}})},
-		{"stray address", change("eps", epKey{VNI: testVNI, Addr: addrOf(netip.MustParseAddr("10.100.0.99"))}, epValue{MAC: vxlan.MACOf(peer.MAC)})},
-		{"second address of a port", change("eps", epKey{VNI: testVNI, Addr: addrOf(netip.MustParseAddr("10.100.0.98"))}, epValue{MAC: vxlan.MACOf(port.MAC)})},
-		{"own entry gone", func() error { return h.pinnedMap("macs").Delete(portKey) }},
-		{"own entry elsewhere", change("macs", portKey, h.remoteTo(t, other.vtep()))},
-		{"network of a peer unknown", change("macs", macKey{VNI: testVNI + 1, MAC: peerKey.MAC}, h.remoteTo(t, other.vtep()))},
-		{"network entry gone", func() error { return h.pinnedMap("nets").Delete(uint32(testVNI)) }},
-		{"network entry garbled", change("nets", uint32(testVNI), netValue{MTU: 99})},
+		{"peer gone", func() error { return h.pinnedMap("macs").Delete(peerKey) }, "fdb missing"},
+		{"peer elsewhere", change("macs", peerKey, h.remoteTo(t, netip.MustParseAddr("10.99.8.77"))), "fdb wrong"},
+		{"peer garbled", change("macs", peerKey, destValue{Kind: 99, MTU: 3}), "fdb wrong"},
+		{"stray peer", change("macs", macKey{VNI: testVNI, MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}, h.remoteTo(t, other.vtep())), "fdb stray"},
+		{"address gone", func() error { return h.pinnedMap("eps").Delete(epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}) }, "neighbour missing"},
+		{"address of another", change("eps", epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}, epValue{MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}), "neighbour wrong"},
+		{"stray address", change("eps", epKey{VNI: testVNI, Addr: addrOf(netip.MustParseAddr("10.100.0.99"))}, epValue{MAC: vxlan.MACOf(peer.MAC)}), "neighbour stray"},
+		{"second address of a port", change("eps", epKey{VNI: testVNI, Addr: addrOf(netip.MustParseAddr("10.100.0.98"))}, epValue{MAC: vxlan.MACOf(port.MAC)}), "port wrong"},
+		{"own entry gone", func() error { return h.pinnedMap("macs").Delete(portKey) }, "port wrong"},
+		{"own entry elsewhere", change("macs", portKey, h.remoteTo(t, other.vtep())), "port wrong"},
+		{"stray entry to a port", func() error {
+			return h.inHost(near, func(l netlink.Link) error {
+				var d destValue
+				return errors.Join(h.pinnedMap("macs").Lookup(portKey, &d), h.pinnedMap("macs").Put(macKey{VNI: testVNI, MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}, d))
+			})
+		}, "fdb stray"},
+		{"network of a peer unknown", change("macs", macKey{VNI: testVNI + 1, MAC: peerKey.MAC}, h.remoteTo(t, other.vtep())), "network stray"},
+		{"network entry gone", func() error { return h.pinnedMap("nets").Delete(uint32(testVNI)) }, "network missing"},
+		{"network entry garbled", change("nets", uint32(testVNI), netValue{MTU: 99}), "network wrong"},
 		{"port entry gone", func() error {
 			return h.inHost(near, func(l netlink.Link) error { return h.pinnedMap("ports").Delete(uint32(l.Attrs().Index)) })
-		}},
+		}, "port wrong"},
 		{"port entry garbled", func() error {
 			return h.inHost(near, func(l netlink.Link) error {
 				return h.pinnedMap("ports").Put(uint32(l.Attrs().Index), portValue{VNI: testVNI, MAC: vxlan.MACOf(port.MAC)})
 			})
-		}},
-		{"program of a port detached", detach(near)},
-		{"program of the underlay detached", detach("under0")},
-		{"program of the tunnel detached", detach(weft.TunnelName(testPort))},
-		{"a program unpinned", unpin("progs", "from_task-*")},
-		{"a map unpinned", unpin("macs")},
+		}, "port wrong"},
+		{"program of a port detached", detach(near), "port wrong"},
+		{"program of the underlay detached", detach("under0"), "device wrong"},
+		{"program of the tunnel detached", detach(weft.TunnelName(testPort)), "device wrong"},
+		{"a program unpinned", unpin("progs", "from_task-*"), "program missing"},
+		{"a map unpinned", unpin("macs"), "map missing"},
 		{"all maps unpinned", func() error {
 			return errors.Join(unpin("macs")(), unpin("eps")(), unpin("ports")(), unpin("nets")(), unpin("hooks")(), unpin("counts")())
-		}},
-		{"forward unhooked", func() error { return h.pinnedMap("hooks").Delete(uint32(hookForward)) }},
-		{"bpffs unmounted", func() error { return unix.Unmount(h.engine().cfg.Dir, unix.MNT_DETACH) }},
-		{"near end down", func() error { return h.inHost(near, netlink.LinkSetDown) }},
+		}, "map missing"},
+		{"forward unhooked", func() error { return h.pinnedMap("hooks").Delete(uint32(hookForward)) }, "hook wrong"},
+		{"bpffs unmounted", func() error { return unix.Unmount(h.engine().cfg.Dir, unix.MNT_DETACH) }, "map missing"},
+		{"near end down", func() error { return h.inHost(near, netlink.LinkSetDown) }, "port wrong"},
 		{"near end's MTU", func() error {
 			return h.inHost(near, func(l netlink.Link) error { return netlink.LinkSetMTU(l, 1300) })
-		}},
-		{"tunnel gone", func() error { return h.inHost(weft.TunnelName(testPort), netlink.LinkDel) }},
-		{"tunnel down", func() error { return h.inHost(weft.TunnelName(testPort), netlink.LinkSetDown) }},
-		{"port gone", far(netlink.LinkDel)},
-		{"port down", far(netlink.LinkSetDown)},
-		{"port MTU", far(func(l netlink.Link) error { return netlink.LinkSetMTU(l, 1300) })},
+		}, "port wrong"},
+		{"tunnel gone", func() error { return h.inHost(weft.TunnelName(testPort), netlink.LinkDel) }, "device missing"},
+		{"tunnel down", func() error { return h.inHost(weft.TunnelName(testPort), netlink.LinkSetDown) }, "device wrong"},
+		{"port gone", far(netlink.LinkDel), "port missing"},
+		{"port down", far(netlink.LinkSetDown), "port wrong"},
+		{"port MTU", far(func(l netlink.Link) error { return netlink.LinkSetMTU(l, 1300) }), "port wrong"},
 		{"port MAC", far(func(l netlink.Link) error {
 			return netlink.LinkSetHardwareAddr(l, net.HardwareAddr{2, 0, 0, 0, 0, 1})
-		})},
+		}), "port wrong"},
 		{"port address", far(func(l netlink.Link) error {
 			return netlink.AddrReplace(l, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 100, 0, 250), Mask: net.CIDRMask(24, 32)}})
-		})},
+		}), "port wrong"},
 	}, ways[way]...) {
 		t.Run(c.name, func(t *testing.T) {
 			must(t, c.spoil())
 			if ops := vxlan.Diff(h.read(), m.want[h]); len(ops) == 0 {
 				t.Fatal("the damage is not seen")
 			}
-			must(t, h.apply(m.want[h]))
-			expectEqual(t, h, m.want[h])
+			for range 2 { // nothing is counted again
+				must(t, h.apply(m.want[h]))
+				expectEqual(t, h, m.want[h])
+			}
+			if got := strings.Join(h.repairs(), ","); got != c.want {
+				t.Errorf("repaired %q, want %q", got, c.want)
+			}
 			if err := overTCP(port, m.ports[other][0]); err != nil {
 				t.Errorf("%v; %v", err, h.drops())
 			}
@@ -159,6 +171,70 @@ func testRepair(t *testing.T, way string) {
 			}
 		})
 	}
+}
+
+// TestSharedDevicesAreCountedOnce: two networks on one VXLAN device and one
+// underlay device.
+func TestSharedDevicesAreCountedOnce(t *testing.T) { eachWay(t, testSharedDevices) }
+
+func testSharedDevices(t *testing.T, way string) {
+	h := rig(t, plan{way: way, hosts: 1})[0]
+	a := network(h, "a", 1450, map[*testHost][]vxlan.Port{h: {h.task(1, false), h.task(2, false)}})
+	b := network(h, "b", 1450, map[*testHost][]vxlan.Port{h: {h.task(3, false)}})
+	b.VNI++
+	want := state(a, b)
+	must(t, h.apply(want))
+	tunnel := weft.TunnelName(testPort)
+	for _, c := range []struct {
+		name  string
+		spoil func() error
+		want  string
+	}{
+		{"nothing", func() error { return nil }, ""},
+		{"underlay detached", func() error { return h.detach("under0") }, "device wrong"},
+		{"tunnel detached", func() error { return h.detach(tunnel) }, "device wrong"},
+		{"both detached", func() error { return errors.Join(h.detach("under0"), h.detach(tunnel)) }, "device wrong,device wrong"},
+		{"tunnel gone", func() error { return h.inHost(tunnel, netlink.LinkDel) }, "device missing"},
+		{"tunnel down", func() error { return h.inHost(tunnel, netlink.LinkSetDown) }, "device wrong"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			must(t, c.spoil())
+			for range 2 {
+				must(t, h.apply(want))
+				expectEqual(t, h, want)
+			}
+			if got := strings.Join(h.repairs(), ","); got != c.want {
+				t.Errorf("repaired %q, want %q", got, c.want)
+			}
+			must(t, overTCP(a.Ports[0], a.Ports[1]))
+		})
+	}
+}
+
+// TestChangedRouteIsNoRepair: the entries follow a route at the next pass.
+func TestChangedRouteIsNoRepair(t *testing.T) {
+	m := newMesh(t, plan{hosts: 3}, false)
+	h, other, router := m.hosts[0], m.hosts[1], m.hosts[2]
+	must(t, router.ns.Do(func() error {
+		return errors.Join(writeSysctl("/proc/sys/net/ipv4/ip_forward", "1"), writeSysctl("/proc/sys/net/ipv4/conf/all/send_redirects", "0"),
+			writeSysctl("/proc/sys/net/ipv4/conf/under0/send_redirects", "0"))
+	}))
+	must(t, h.inHost("under0", func(l netlink.Link) error {
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: router.vtep().AsSlice(),
+			Dst: &net.IPNet{IP: other.vtep().AsSlice(), Mask: net.CIDRMask(32, 32)}})
+	}))
+	must(t, h.apply(m.want[h]))
+	expectEqual(t, h, m.want[h])
+	if got := h.repairs(); len(got) > 0 {
+		t.Errorf("repaired %v", got)
+	}
+	var d destValue
+	must(t, h.pinnedMap("macs").Lookup(macKey{VNI: testVNI, MAC: vxlan.MACOf(m.ports[other][0].MAC)}, &d))
+	via := router.vtep().As4()
+	if d.Kind != destDirect || [4]byte(d.NextHop[:4]) != via {
+		t.Errorf("the entry leads to %v (kind %d), want %v", d.NextHop[:4], d.Kind, via)
+	}
+	must(t, overTCP(m.ports[h][0], m.ports[other][0]))
 }
 
 // remoteTo is a sound entry towards a VTEP.
@@ -270,6 +346,9 @@ func testUpgrade(t *testing.T, way string) {
 	})
 	must(t, err)
 	expectEqual(t, h, m.want[h])
+	if got := h.repairs(); len(got) > 0 {
+		t.Errorf("repaired: %v", got)
+	}
 	m.all(t, overTCP)
 	pins, err := os.ReadDir(again.path("progs"))
 	must(t, err)

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -48,6 +49,8 @@ type testHost struct {
 	way    string
 	// qdisc is the kind of one at the underlay's ingress that is not ours.
 	qdisc string
+	// repaired has what the engine has told since the test last looked.
+	repaired []string
 }
 
 // plan says what a rig is made of.
@@ -214,7 +217,7 @@ func (h *testHost) start() {
 	if h.bridge {
 		h.k, err = linux.New(linux.Config{Node: h.node, NetNSDir: h.dir, Log: log})
 	} else {
-		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", Log: log, Attach: h.way})
+		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", Log: log, Attach: h.way, Repaired: h.note})
 	}
 	must(t, err)
 	t.Cleanup(func() {
@@ -246,6 +249,16 @@ func (h *testHost) vtep() netip.Addr {
 	return netip.AddrFrom4([4]byte{10, 99, 8, byte(h.i)})
 }
 
+func (h *testHost) note(r weft.Repair) { h.repaired = append(h.repaired, r.Kind) }
+
+// repairs are the kinds of repairs since the last call, sorted.
+func (h *testHost) repairs() []string {
+	out := h.repaired
+	h.repaired = nil
+	slices.Sort(out)
+	return out
+}
+
 func (h *testHost) engine() *Engine { return h.k.(*Engine) }
 
 func (h *testHost) apply(want vxlan.State) error {
@@ -259,17 +272,14 @@ func (h *testHost) read() vxlan.State {
 	return st
 }
 
-// restart makes the host's engine anew, as the next daemon would, and gives what
-// it repairs from then on.
-func (h *testHost) restart(way string) *[]weft.Repair {
+// restart makes the host's engine anew, as the next daemon would.
+func (h *testHost) restart(way string) {
 	h.t.Helper()
-	repairs := &[]weft.Repair{}
 	cfg := h.engine().cfg
-	cfg.Attach, cfg.Repaired = way, func(r weft.Repair) { *repairs = append(*repairs, r) }
+	cfg.Attach = way
 	e, err := New(cfg)
 	must(h.t, err)
 	h.k, h.way = e, way
-	return repairs
 }
 
 func (h *testHost) drops() map[string]uint64 {

@@ -39,6 +39,12 @@ func (w *writer) sweep() error {
 			needed[h.pin] = h
 			if err := w.via.attach(h); err != nil {
 				errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: err})
+				continue
+			}
+			if told, ok := w.detached[dev]; ok && !told {
+				name := w.host.byIndex[dev].Attrs().Name
+				w.repairs = append(w.repairs, weft.Repair{Kind: "device wrong", Object: name, Reason: detachedReason(name)})
+				w.detached[dev] = true
 			}
 		}
 	}
@@ -100,12 +106,25 @@ func (e *Engine) isTunnel(l netlink.Link) bool {
 // tunnelNamePrefix is what weft.TunnelName begins with.
 var tunnelNamePrefix = strings.TrimSuffix(weft.TunnelName(0), "0")
 
-// sweepPorts removes what is known of links that are gone.
+// sweepPorts removes what is known of links that are gone, unless the pass has
+// written it anew.
 func (w *writer) sweepPorts() error {
 	var errs []error
 	for index := range w.ports {
 		if w.host.byIndex[int(index)] == nil {
 			errs = append(errs, w.remove(overlayMapPorts, index))
+		}
+	}
+	for k, d := range w.dests {
+		var now destValue
+		if w.isOrphan(k) && w.o.maps[overlayMapMacs].Lookup(k, &now) == nil && now == d {
+			errs = append(errs, w.remove(overlayMapMacs, k))
+		}
+	}
+	for k, ep := range w.eps {
+		var now epValue
+		if w.isOrphan(macKey{VNI: k.VNI, MAC: ep.MAC}) && !w.isWanted(k) && w.o.maps[overlayMapEps].Lookup(k, &now) == nil && now == ep {
+			errs = append(errs, w.remove(overlayMapEps, k))
 		}
 	}
 	return errors.Join(errs...)
