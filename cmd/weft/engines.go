@@ -54,7 +54,7 @@ func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
 	if !c.EBPF {
 		return []ingress.Engine{n}, nil
 	}
-	ebpf, err := balance.New(balance.Config{Node: c.Node, Dir: c.BPFDir})
+	ebpf, err := balance.New(balance.Config{Node: c.Node, Dir: c.BPFDir, Repaired: c.Repaired})
 	if err != nil {
 		return nil, err
 	}

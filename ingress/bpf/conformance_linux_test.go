@@ -264,20 +264,61 @@ func testRepair(t *testing.T, b *bed, e *Engine, bed *ingresstest.Bed) {
 	n.Services = []ingress.Service{{ID: "web", VIP: vip, MAC: weft.VIPMAC("web", vip), Backends: bed.Backends}}
 	table := ingress.Table{Networks: []ingress.Network{n}}
 	must(t, e.Apply(t.Context(), table))
-	for name, spoil := range map[string]func(p *pinned) error{
-		"unhooked":     func(p *pinned) error { return p.maps[overlay.MapHooks].Delete(overlay.HookBalance) },
-		"service gone": func(p *pinned) error { return p.maps[balanceMapServices].Delete(overlay.KeyOf(vni, vip)) },
-		"ring gone": func(p *pinned) error {
-			return p.converge(tables{})
-		},
-		"pins gone": func(*pinned) error { return os.RemoveAll(filepath.Join(e.dir, "balance")) },
+	var got []string
+	e.repaired = func(r weft.Repair) { got = append(got, r.Kind) }
+	key := overlay.KeyOf(vni, vip)
+	ring := func(p *pinned) slotKey {
+		var v serviceValue
+		must(t, p.maps[balanceMapServices].Lookup(key, &v))
+		return slotKey{Ring: v.Ring}
+	}
+	unpin := func(pattern string) func(*pinned) error {
+		return func(*pinned) error {
+			found, err := filepath.Glob(filepath.Join(e.dir, "balance", pattern))
+			if err != nil || len(found) != 1 {
+				return fmt.Errorf("pins %v, %v", found, err)
+			}
+			return os.Remove(found[0])
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		spoil func(p *pinned) error
+		want  string // kinds of the repairs, with commas
+	}{
+		{"nothing", func(*pinned) error { return nil }, ""},
+		{"unhooked", func(p *pinned) error { return p.maps[overlay.MapHooks].Delete(overlay.HookBalance) }, "hook wrong"},
+		{"service gone", func(p *pinned) error { return p.maps[balanceMapServices].Delete(key) }, "service missing"},
+		{"service wrong", func(p *pinned) error { return p.maps[balanceMapServices].Put(key, serviceValue{Ring: 7, Size: 1}) }, "service wrong"},
+		{"service stray", func(p *pinned) error {
+			return p.maps[balanceMapServices].Put(overlay.KeyOf(vni, netip.MustParseAddr("10.0.16.201")), serviceValue{})
+		}, "service stray"},
+		{"slot gone", func(p *pinned) error { return p.maps[balanceMapSlots].Delete(ring(p)) }, "ring wrong"},
+		{"slot wrong", func(p *pinned) error {
+			return p.maps[balanceMapSlots].Put(ring(p), overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9}))
+		}, "ring wrong"},
+		{"slot stray", func(p *pinned) error {
+			return p.maps[balanceMapSlots].Put(slotKey{Ring: 7}, overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9}))
+		}, "ring stray"},
+		{"all gone", func(p *pinned) error {
+			_, err := p.converge(tables{})
+			return err
+		}, "ring wrong,service missing"},
+		{"map unpinned", unpin(balanceMapServices), "map missing"},
+		{"program unpinned", unpin(balanceProgBalance + "-*"), "program missing"},
+		{"pins gone", func(*pinned) error { return os.RemoveAll(filepath.Join(e.dir, "balance")) }, "map missing"},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(c.name, func(t *testing.T) {
 			p, err := e.open()
 			must(t, err)
-			must(t, spoil(p))
+			must(t, c.spoil(p))
 			p.close()
+			got = nil
 			must(t, e.Apply(t.Context(), table))
+			must(t, e.Apply(t.Context(), table)) // nothing is counted again
+			if s := strings.Join(got, ","); s != c.want {
+				t.Errorf("repaired %q, want %q", s, c.want)
+			}
 			f, err := bed.Open(t, false, weft.TCP, 80)
 			if err != nil {
 				t.Fatal(err)

@@ -11,16 +11,22 @@ import (
 
 // converge makes the maps equal to want: rings before the services that name
 // them, services before the rings that nobody names go. A packet sees a service
-// with its old ring or with its new one.
-func (p *pinned) converge(want tables) error {
+// with its old ring or with its new one. It returns what the maps held.
+func (p *pinned) converge(want tables) (have tables, err error) {
 	slots, err := overlay.Dump[slotKey, overlay.MACValue](p.maps[balanceMapSlots])
 	if err != nil {
-		return err
+		return have, err
 	}
 	services, err := overlay.Dump[overlay.AddrKey, serviceValue](p.maps[balanceMapServices])
 	if err != nil {
-		return err
+		return have, err
 	}
+	have = tables{services: services, slots: slots}
+	return have, p.write(have, want)
+}
+
+func (p *pinned) write(have, want tables) error {
+	services, slots := have.services, have.slots
 	if err := add(p.maps[balanceMapSlots], slots, want.slots); err != nil {
 		return err
 	}

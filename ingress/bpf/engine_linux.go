@@ -27,6 +27,9 @@ type Config struct {
 	// Node and Dir are those of the overlay engine's Config.
 	Node weft.ID
 	Dir  string
+	// Repaired, when set, gets every repair before the Apply returns that
+	// made it. It must not block.
+	Repaired func(weft.Repair)
 }
 
 // Engine is ingress.Engine on the eBPF overlay, for service addresses alone: a
@@ -38,6 +41,12 @@ type Engine struct {
 	// While nothing of it goes, the flows, which grow with traffic, need not
 	// be read. Owned by Apply.
 	kept keep
+	// left is what the last Apply left in the maps, on the overlay's map hooks
+	// of this id; nil before the first, and where nothing was left. Owned by
+	// Apply.
+	left     *tables
+	hooks    ebpf.MapID
+	repaired func(weft.Repair)
 }
 
 var _ ingress.Engine = (*Engine)(nil)
@@ -47,7 +56,11 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Node == "" || !filepath.IsAbs(cfg.Dir) {
 		return nil, fmt.Errorf("configure service engine ebpf: a node and an absolute folder (got %q) are needed: %w", cfg.Dir, weft.ErrInvalid)
 	}
-	return &Engine{dir: overlay.PinDir(cfg.Dir, cfg.Node), spec: sync.OnceValues(loadBalance)}, nil
+	e := &Engine{dir: overlay.PinDir(cfg.Dir, cfg.Node), spec: sync.OnceValues(loadBalance), repaired: cfg.Repaired}
+	if e.repaired == nil {
+		e.repaired = func(weft.Repair) {}
+	}
+	return e, nil
 }
 
 // Name implements ingress.Engine.
@@ -63,6 +76,8 @@ var (
 type pinned struct {
 	maps map[string]*ebpf.Map
 	prog *ebpf.Program
+	// made are the maps, and the program, that had to be made.
+	made []string
 }
 
 func (p *pinned) close() {
@@ -84,40 +99,86 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		return fmt.Errorf("service engine ebpf: published ports are another engine's: %w", weft.ErrUnsupported)
 	}
 	if _, err := os.Stat(filepath.Join(e.dir, overlay.MapHooks)); errors.Is(err, fs.ErrNotExist) {
-		e.kept = nil
-		return missing(t.Networks)
+		e.kept, e.left = nil, nil
+		return unavailable(t.Networks)
 	}
 	p, err := e.open()
 	if err != nil {
 		return err
 	}
 	defer p.close()
+	hooks := mapID(p.maps[overlay.MapHooks])
+	if hooks != e.hooks { // the overlay has made everything anew
+		e.left, e.hooks = nil, hooks
+	}
 	var errs []error
 	var there []ingress.Network
 	for _, n := range t.Networks {
 		if raw, err := p.maps[overlay.MapNets].LookupBytes(n.VNI); err != nil || raw == nil {
-			errs = append(errs, errors.Join(missing([]ingress.Network{n}), err))
+			errs = append(errs, errors.Join(unavailable([]ingress.Network{n}), err))
 			continue
 		}
 		there = append(there, n)
 	}
 	want, keep := plan(there)
-	if err := p.converge(want); err != nil {
+	have, err := p.converge(want)
+	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
+	lost := e.count(p, have, want)
 	if e.kept == nil || keep.lost(e.kept) {
 		if err := p.prune(keep); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
 	}
 	e.kept = keep
-	if err := p.hook(); err != nil {
+	reason, err := p.hook()
+	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
+	if e.left != nil && reason != "" && !lost {
+		e.repaired(weft.Repair{Kind: "hook " + wrong, Object: fmt.Sprintf("slot %d of map %s", overlay.HookBalance, overlay.MapHooks), Reason: reason})
+	}
+	e.left = &want
 	return errors.Join(errs...)
 }
 
-func missing(networks []ingress.Network) error {
+// count tells what others have damaged. What a lost pin held is on its account,
+// and all pins together are one object.
+func (e *Engine) count(p *pinned, have, want tables) (lost bool) {
+	switch {
+	case e.left == nil:
+	case len(p.made) > len(own):
+		e.repaired(weft.Repair{Kind: "map " + missing, Object: filepath.Join(e.dir, "balance"), Reason: reasonGone})
+	case len(p.made) > 0:
+		for _, name := range p.made {
+			kind := "map"
+			if name == balanceProgBalance {
+				if kind = "program"; len(p.made) > 1 {
+					continue // made for the map's sake
+				}
+			}
+			e.repaired(weft.Repair{Kind: kind + " " + missing, Object: kind + " " + name, Reason: "its pin was gone or of another object"})
+		}
+	default:
+		for _, r := range damage(*e.left, have, want) {
+			e.repaired(r)
+		}
+	}
+	return len(p.made) > 0
+}
+
+// mapID is 0 for a map that cannot be asked.
+func mapID(m *ebpf.Map) ebpf.MapID {
+	info, err := m.Info()
+	if err != nil {
+		return 0
+	}
+	id, _ := info.ID()
+	return id
+}
+
+func unavailable(networks []ingress.Network) error {
 	var errs []error
 	for _, n := range networks {
 		errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: the overlay engine ebpf does not have the network: %w", weft.ErrUnavailable)})
@@ -167,7 +228,7 @@ func (e *Engine) openMaps(spec *ebpf.CollectionSpec, p *pinned) error {
 		if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
 			return fmt.Errorf("make map %s: %w", name, err)
 		}
-		p.maps[name] = m
+		p.maps[name], p.made = m, append(p.made, name)
 		if err := repin(m.Pin, path); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
@@ -194,7 +255,7 @@ func (e *Engine) openProgram(spec *ebpf.CollectionSpec, p *pinned) error {
 		return fmt.Errorf("load balancer program: %w", err)
 	}
 	defer coll.Close()
-	p.prog = coll.DetachProgram(balanceProgBalance)
+	p.prog, p.made = coll.DetachProgram(balanceProgBalance), append(p.made, balanceProgBalance)
 	pins, err := filepath.Glob(filepath.Join(e.dir, "balance", balanceProgBalance+"-*"))
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
@@ -236,21 +297,25 @@ func repin(pin func(string) error, path string) error {
 	return pin(path)
 }
 
-// hook puts the program into the overlay's slot, unless it is there.
-func (p *pinned) hook() error {
+// hook puts the program into the overlay's slot, unless it is there, and says
+// what was there; "" is the program.
+func (p *pinned) hook() (was string, err error) {
 	info, err := p.prog.Info()
 	if err != nil {
-		return fmt.Errorf("read balancer program: %w", err)
+		return "", fmt.Errorf("read balancer program: %w", err)
 	}
 	want, _ := info.ID()
 	var have ebpf.ProgramID
 	if err := p.maps[overlay.MapHooks].Lookup(overlay.HookBalance, &have); err == nil && have == want {
-		return nil
+		return "", nil
 	}
 	if err := p.maps[overlay.MapHooks].Put(overlay.HookBalance, p.prog); err != nil {
-		return fmt.Errorf("hook balancer program: %w", err)
+		return "", fmt.Errorf("hook balancer program: %w", err)
 	}
-	return nil
+	if have != 0 {
+		return "it had another program", nil
+	}
+	return "it was empty", nil
 }
 
 // Stats implements ingress.Engine: published ports are counted by whoever has
@@ -261,7 +326,7 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 
 // Close implements ingress.Engine.
 func (e *Engine) Close(ctx context.Context) error {
-	e.kept = nil
+	e.kept, e.left = nil, nil
 	if m, err := ebpf.LoadPinnedMap(filepath.Join(e.dir, overlay.MapHooks), nil); err == nil {
 		err = m.Delete(overlay.HookBalance)
 		m.Close()
@@ -294,7 +359,7 @@ func (e *Engine) Probe(ctx context.Context) error {
 	backend := ingress.Backend{Task: "t", MAC: []byte{2, 0, 0, 0, 0, 1}}
 	want, _ := plan([]ingress.Network{{VNI: probeVNI, Services: []ingress.Service{{VIP: vip, Backends: []ingress.Backend{backend}}}}})
 	p := &pinned{maps: coll.Maps}
-	if err := errors.Join(p.converge(want), overlay.ProbePort(coll.Maps[overlay.MapPorts], probeVNI)); err != nil {
+	if err := errors.Join(p.write(tables{}, want), overlay.ProbePort(coll.Maps[overlay.MapPorts], probeVNI)); err != nil {
 		return fmt.Errorf("service engine ebpf: write maps: %w: %w", weft.ErrUnsupported, err)
 	}
 	if _, _, err := coll.Programs[balanceProgBalance].Test(probePacket(vip)); err != nil {
