@@ -27,7 +27,7 @@ const (
 //   - What went with a greater object is on that one's account: everything in
 //     a network that is made anew, missing forwarding entries of a device that
 //     is remade, and missing neighbours of a bridge that was down. A device
-//     that networks share is one object.
+//     that networks share is one object, and has no entries of its own.
 //   - A repair that fails is owed until it succeeds. What a failed change has
 //     left half done is no repair.
 //   - The first Apply of a process does not know what was left before it: only
@@ -306,7 +306,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	switch {
 	case inHad == inLeft && had == left, inLeft && op.Kind == OpDelFDB:
 		return "", ""
-	case v.isNewDevice && (!inHad || isHalf || op.Kind == OpSetFDB && had == op.VTEP.Unmap()):
+	case v.isNewDevice && (op.Kind == OpSetFDB && had == op.VTEP.Unmap() || v.had.Device == "" && (!inHad || isHalf)):
 		return "", "" // it went with the device
 	case isHalf:
 		return wrong, "one of its two halves was there"

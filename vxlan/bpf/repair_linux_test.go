@@ -127,6 +127,9 @@ func testRepair(t *testing.T, way string) {
 		}, "port wrong"},
 		{"program of a port detached", detach(near), "port wrong"},
 		{"program of the underlay detached", detach("under0"), "device wrong"},
+		{"program of the underlay detached and a peer gone", func() error {
+			return errors.Join(h.detach("under0"), h.pinnedMap("macs").Delete(peerKey))
+		}, "device wrong,fdb missing"},
 		{"program of the tunnel detached", detach(weft.TunnelName(testPort)), "device wrong"},
 		{"a program unpinned", unpin("progs", "from_task-*"), "program missing"},
 		{"a map unpinned", unpin("macs"), "map missing"},
