@@ -49,7 +49,7 @@ func TestCommandLine(t *testing.T) {
 func TestListIsWhole(t *testing.T) {
 	seen := map[string]bool{"list": true}
 	for _, b := range benchmarks() {
-		if seen[b.Name] || strings.ContainsAny(b.Name, " -") || b.Prepare == nil {
+		if seen[b.Name] || strings.ContainsAny(b.Name, " -") || (b.Prepare == nil) == (b.Away == nil) {
 			t.Errorf("benchmark %q: name taken, odd, or nothing to prepare", b.Name)
 		}
 		if seen[b.Name] = true; b.About == "" || strings.Contains(b.About, "\n") {

@@ -33,7 +33,18 @@ type benchmark struct {
 	About string // one sentence: what is measured against what
 	// Prepare makes what the cases need. On error it has cleaned up.
 	Prepare func(context.Context, *rig) (plan, error)
+	// Away, in place of Prepare, measures in a guest.
+	Away func(context.Context, options) (series, string, error)
+	// Limits, of a benchmark that is Away.
+	Limits []limit
+	// Choices, where a part can be measured: cases and metrics.
+	Choices choices
+	// Linked: what is measured is linked into this program, not bin/weft.
+	Linked bool
 }
+
+// choices are what -case and -metric may name.
+type choices struct{ Cases, Metrics []string }
 
 // variant is one case, or the baseline. Run does everything once and yields
 // one value per metric; what it needs before and after is not in the values.
@@ -48,6 +59,8 @@ type plan struct {
 	Baseline variant
 	Cases    []variant
 	Limits   []limit
+	// Restless: the cases leave nothing behind, so none waits for the one before.
+	Restless bool
 	// Close removes what Prepare and the cases made; nil when there is
 	// nothing. It is called once, whatever happened.
 	Close func(context.Context) error
@@ -87,7 +100,7 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 				v, into = p.Cases[slot-1], &r.Cases[slot-1]
 			}
 			fmt.Fprintf(progress, "round %d of %d: %s ... ", n+1, rounds, v.Name)
-			got, err := v.run(ctx)
+			got, err := v.run(ctx, p.Restless)
 			if err != nil {
 				fmt.Fprintln(progress, "failed")
 				return series{}, fmt.Errorf("round %d of %d, case %q: %w", n+1, rounds, v.Name, err)
@@ -101,9 +114,11 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 }
 
 // run rests, and runs the case in bounded time.
-func (v variant) run(ctx context.Context) (sample, error) {
-	if err := pause(ctx, settle); err != nil {
-		return nil, err
+func (v variant) run(ctx context.Context, restless bool) (sample, error) {
+	if !restless {
+		if err := pause(ctx, settle); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
 	defer cancel()

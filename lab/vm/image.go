@@ -29,6 +29,12 @@ type Config struct {
 	// MemoryMiB (default 2048) and CPUs (default 2) of the guest; DiskMiB
 	// (default 2048) of its disk, which is sparse.
 	MemoryMiB, CPUs, DiskMiB int
+	// Counted gives the guest the instruction clock: one processor (CPUs is
+	// not asked), whose time advances a nanosecond with each instruction that
+	// it executes, and with the real time while it idles. How long something
+	// takes in the guest then tells how many instructions it takes, whatever
+	// else the machine does.
+	Counted bool
 	// Dir is where image, initramfs and console log go.
 	Dir string
 }
