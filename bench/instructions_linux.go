@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,21 +22,35 @@ const guestLimit = 30 * time.Minute
 
 // instructionsBench: the data plane's paths on the instruction clock.
 func instructionsBench() benchmark {
-	var names []string
-	for _, p := range patterns {
-		names = append(names, string(p))
-	}
 	return benchmark{
 		Name:    "instructions",
 		About:   "what the data plane's paths cost in instructions: operations per 10^9 of them (kernel and both ends) on one processor of a guest whose clock counts them, against host to host",
 		Away:    awayInstructions,
-		Choices: choices{Cases: casePaths, Metrics: names},
+		Choices: trafficChoices(slices.DeleteFunc(slices.Clone(casePaths), isSlow)),
 		Linked:  true,
 	}
 }
 
+// isSlow: what takes a guest minutes to make is measured only by name.
+func isSlow(path string) bool { return path == pathCrowd }
+
 // awayInstructions builds the guest of this tree and boots it.
-func awayInstructions(ctx context.Context, o options) (s series, where string, err error) {
+func awayInstructions(ctx context.Context, o options) (away, error) {
+	s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 1024, DiskMiB: 512},
+		"for m in veth vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\n"+
+			strings.Join([]string{"bench", guestWord, "-rounds", strconv.Itoa(o.rounds), "-cases", strings.Join(o.cases, ","), "-metrics", strings.Join(o.metrics, ",")}, " ")+"\n")
+	if err != nil {
+		return away{}, err
+	}
+	return away{
+		Series: s, Guest: "Linux " + kernel + " on one processor, whose clock counts instructions",
+		Limits: limitsOn(trafficLimits, pathRaw, o.cases, o.metrics),
+	}, nil
+}
+
+// inGuest boots a guest with this program in it, and gives the series that the
+// script there has printed and the guest's kernel.
+func inGuest(ctx context.Context, o options, cfg vm.Config, script string) (s series, kernel string, err error) {
 	dir, err := os.MkdirTemp("", "weft-bench-vm")
 	if err != nil {
 		return series{}, "", fmt.Errorf("make folder for the guest: %w", err)
@@ -51,12 +67,10 @@ func awayInstructions(ctx context.Context, o options) (s series, where string, e
 	if err := fetchGuest(ctx, top); err != nil {
 		return series{}, "", err
 	}
-	args := []string{guestWord, "-rounds", strconv.Itoa(o.rounds), "-cases", strings.Join(o.cases, ","), "-metrics", strings.Join(o.metrics, ",")}
-	m, err := vm.Build(ctx, vm.Config{
-		Kernel: filepath.Join(top, "bin/cache/kernel-new"), Dir: dir, Counted: true, MemoryMiB: 1024, DiskMiB: 512,
-		Files: map[string]string{"/usr/bin/bench": self},
-		Init:  "for m in veth vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\necho WEFT-RESULT kernel $(uname -r)\nbench " + strings.Join(args, " ") + "\n",
-	})
+	cfg.Kernel, cfg.Dir, cfg.Counted = filepath.Join(top, "bin/cache/kernel-new"), dir, true
+	cfg.Files = map[string]string{"/usr/bin/bench": self}
+	cfg.Init = "echo WEFT-RESULT kernel $(uname -r)\n" + script
+	m, err := vm.Build(ctx, cfg)
 	if err != nil {
 		return series{}, "", err
 	}
@@ -91,8 +105,21 @@ func fetchGuest(ctx context.Context, top string) error {
 	return os.Setenv("PATH", strings.Join([]string{filepath.Join(cache, "bin"), filepath.Join(cache, "usr/bin"), os.Getenv("PATH")}, ":"))
 }
 
-// staticSelf builds this program of the current tree, without shared libraries.
+// staticSelf is this program without shared libraries: the one that runs, if it
+// needs none (CGO_ENABLED=0 go run ./bench ...), or else a build of the tree.
 func staticSelf(ctx context.Context, dir string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find the guest's program: %w", err)
+	}
+	f, err := elf.Open(self)
+	if err != nil {
+		return "", fmt.Errorf("find the guest's program: %w", err)
+	}
+	defer f.Close()
+	if !slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
+		return self, nil
+	}
 	out := filepath.Join(dir, "bench")
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", out, "github.com/weftnet/weft/bench")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -53,7 +53,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), instructionsBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench()}
 }
 
 // options of one run.
@@ -63,6 +63,8 @@ type options struct {
 	weft           string
 	json, md, svg  string
 	cases, metrics []string // a part of the benchmark's choices
+	check          string   // a result file to be checked against
+	tolerance      float64
 	stdout, stderr io.Writer
 }
 
@@ -122,16 +124,18 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	var cases, metrics string
 	if o.bench.Choices.Cases != nil {
 		f.StringVar(&cases, "case", "", "measure only these cases: a `list` with commas of "+strings.Join(o.bench.Choices.Cases, ","))
+		f.StringVar(&o.check, "check", "", "compare the ratios with those of the result `file`; a worse one is an error")
+		f.Float64Var(&o.tolerance, "tolerance", defaultTolerance, "the `share` by which a ratio may be worse than in the file of -check")
 		f.StringVar(&metrics, "metric", "", "measure only these metrics: a `list` with commas of "+strings.Join(o.bench.Choices.Metrics, ","))
 	}
 	if err := f.Parse(args[1:]); err != nil {
 		return options{}, err // printed by the flag set
 	}
 	var err error
-	if o.cases, err = choose("case", cases, o.bench.Choices.Cases); err != nil {
+	if o.cases, err = choose("case", cases, o.bench.Choices.Cases, o.bench.Choices.Usual); err != nil {
 		return usage("%v", err)
 	}
-	if o.metrics, err = choose("metric", metrics, o.bench.Choices.Metrics); err != nil {
+	if o.metrics, err = choose("metric", metrics, o.bench.Choices.Metrics, o.bench.Choices.Metrics); err != nil {
 		return usage("%v", err)
 	}
 	switch {
@@ -139,6 +143,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return usage("unexpected argument %q", f.Arg(0))
 	case o.rounds < 1 || o.rounds > maxRounds:
 		return usage("-rounds %d: want 1 to %d", o.rounds, maxRounds)
+	case o.tolerance < 0 || o.tolerance >= 1:
+		return usage("-tolerance %v: want a share from 0 to under 1", o.tolerance)
 	}
 	abs, err := filepath.Abs(o.weft)
 	if err != nil {
@@ -148,10 +154,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	return o, nil
 }
 
-// choose gives the part of all that a list with commas names; all for none.
-func choose(flag, list string, all []string) ([]string, error) {
+// choose gives the part of all that a list with commas names; the usual for none.
+func choose(flag, list string, all, usual []string) ([]string, error) {
 	if list == "" {
-		return all, nil
+		return usual, nil
 	}
 	var out []string
 	for name := range strings.SplitSeq(list, ",") {
@@ -190,18 +196,41 @@ func (o options) execute(ctx context.Context) error {
 	if r.Limits, err = judge(r.Rows, limits); err != nil {
 		return err
 	}
-	return o.write(r)
+	if err := o.write(r); err != nil {
+		return err
+	}
+	return o.compare(r)
+}
+
+// compare fails when -check names a file and a ratio is worse than in it.
+func (o options) compare(r Result) error {
+	if o.check == "" {
+		return nil
+	}
+	before, err := readResult(o.check)
+	if err != nil {
+		return err
+	}
+	worse, err := regressions(before.Rows, r.Rows, o.tolerance)
+	if err != nil {
+		return fmt.Errorf("check against %s: %w", o.check, err)
+	}
+	if len(worse) > 0 {
+		return fmt.Errorf("worse than %s:\n%s", o.check, strings.Join(worse, "\n"))
+	}
+	fmt.Fprintf(o.stderr, "no ratio is worse than in %s by more than %s %%\n", o.check, number(100*o.tolerance))
+	return nil
 }
 
 // measure runs the benchmark, here or away, and cleans up.
 func (o options) measure(ctx context.Context, m *Machine) (series, []limit, error) {
 	fmt.Fprintln(o.stderr, "preparing ...")
 	if o.bench.Away != nil {
-		s, kernel, err := o.bench.Away(ctx, o)
-		m.Kernel, m.Cores = kernel, 1
-		return s, o.bench.Limits, err
+		a, err := o.bench.Away(ctx, o)
+		m.Guest = a.Guest
+		return a.Series, a.Limits, err
 	}
-	p, err := o.bench.Prepare(ctx, newRig(o.weft, o.stderr))
+	p, err := o.bench.Prepare(ctx, newRig(o))
 	if err != nil {
 		return series{}, nil, fmt.Errorf("prepare: %w", err)
 	}

@@ -23,6 +23,9 @@ const (
 	// cgroups of the case before after their last user has gone, and a case
 	// must not pay for its forerunner.
 	settle = time.Second
+	// defaultTolerance is above what rounds of the instruction clock differ by,
+	// and below what a change for the worse costs that is worth a look.
+	defaultTolerance = 0.03
 	// closeTimeout bounds the cleaning up, also after Ctrl-C.
 	closeTimeout = 2 * time.Minute
 )
@@ -34,17 +37,22 @@ type benchmark struct {
 	// Prepare makes what the cases need. On error it has cleaned up.
 	Prepare func(context.Context, *rig) (plan, error)
 	// Away, in place of Prepare, measures in a guest.
-	Away func(context.Context, options) (series, string, error)
-	// Limits, of a benchmark that is Away.
-	Limits []limit
+	Away func(context.Context, options) (away, error)
 	// Choices, where a part can be measured: cases and metrics.
 	Choices choices
 	// Linked: what is measured is linked into this program, not bin/weft.
 	Linked bool
 }
 
-// choices are what -case and -metric may name.
-type choices struct{ Cases, Metrics []string }
+// away is what a benchmark in a guest brings back.
+type away struct {
+	Series series
+	Limits []limit
+	Guest  string // the guest in words
+}
+
+// choices are what -case and -metric may name. Usual are the cases without -case.
+type choices struct{ Cases, Usual, Metrics []string }
 
 // variant is one case, or the baseline. Run does everything once and yields
 // one value per metric; what it needs before and after is not in the values.
@@ -58,6 +66,7 @@ type plan struct {
 	Metrics  []metric
 	Baseline variant
 	Cases    []variant
+	Pairs    []pair
 	Limits   []limit
 	// Restless: the cases leave nothing behind, so none waits for the one before.
 	Restless bool
@@ -85,7 +94,7 @@ func slots(cases, round int) []int {
 
 // measure runs all rounds, one case at a time, and tells progress.
 func (p plan) measure(ctx context.Context, bench string, rounds int, progress io.Writer) (series, error) {
-	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name}
+	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name, Pairs: p.Pairs}
 	for _, c := range p.Cases {
 		s.Cases = append(s.Cases, c.Name)
 	}

@@ -26,19 +26,29 @@ const (
 	pathHand   = "hand"   // VXLAN, bridge and veth as a person makes them, in a namespace beside
 	pathBridge = "bridge" // weft's engine of that name
 	pathEBPF   = "ebpf"   // weft's engine of that name
+	// The engine ebpf, with many endpoints in the network.
+	pathCrowd = "ebpf-100k"
 )
 
-var casePaths = []string{pathRouted, pathHand, pathBridge, pathEBPF}
+var casePaths = []string{pathRouted, pathHand, pathBridge, pathEBPF, pathCrowd}
 
-// Address plan: two hosts 10.99.8.1 and .2 on one veth; for path number n, which
-// also numbers VNIs and UDP ports, 10.(100+n).0.0/16. Task i is 10.(100+n).i.2
-// where its host routes and 10.(100+n).0.(i+1) on an overlay.
+// crowd is how many endpoints pathCrowd has besides the two tasks.
+const crowd = 100_000
+
+// Address plan, for each path alike, as each has its own two hosts: they are
+// 10.99.8.1 and .2 on one veth; task i is 10.100.i.2 where its host routes and
+// 10.100.0.(i+1) on an overlay, other endpoints are in 10.64.0.0/12.
 const (
 	groundMTU  = 1500
 	overlayMTU = groundMTU - 50 // VXLAN over IPv4
 	groundVNI  = 5100
-	groundPort = 4800
+	groundPort = 4789
 	groundDev  = "eth0"
+)
+
+var (
+	taskNet  = netip.MustParsePrefix("10.100.0.0/16")
+	crowdNet = netip.MustParsePrefix("10.64.0.0/12")
 )
 
 // path is a way from one namespace to an address in another.
@@ -48,12 +58,17 @@ type path struct {
 	addr     netip.Addr
 }
 
-// ground is two hosts in namespaces, and what lies between their tasks.
+const noCore = -1
+
+// pairOfHosts are files of namespaces.
+type pairOfHosts [2]string
+
+// ground is the namespaces of all paths.
 type ground struct {
 	dir   string
-	host  [2]string // files of namespaces
 	log   *slog.Logger
 	undo  []func() error
+	core  int // that generators run on; noCore = any
 	paths map[string]path
 }
 
@@ -64,7 +79,7 @@ func newGround(ctx context.Context, log *slog.Logger, names []string) (*ground, 
 	if err != nil {
 		return nil, fmt.Errorf("make folder for namespaces: %w", err)
 	}
-	g := &ground{dir: dir, log: log, paths: map[string]path{}}
+	g := &ground{dir: dir, log: log, core: noCore, paths: map[string]path{}}
 	g.later(func() error { return os.RemoveAll(dir) })
 	if err := g.build(ctx, names); err != nil {
 		return nil, errors.Join(err, g.close())
@@ -86,33 +101,48 @@ func (g *ground) close() error {
 }
 
 func (g *ground) build(ctx context.Context, names []string) error {
-	for i := range g.host {
-		var err error
-		if g.host[i], err = g.namespace(fmt.Sprintf("host%d", i)); err != nil {
-			return err
-		}
+	makers := map[string]func(context.Context, string, pairOfHosts) error{
+		pathRaw: g.raw, pathRouted: g.routed, pathHand: g.hand, pathBridge: g.overlay, pathEBPF: g.overlay, pathCrowd: g.overlay,
 	}
-	if err := g.veth(g.host[0], groundDev, g.host[1], groundDev, groundMTU); err != nil {
-		return err
-	}
-	for i, ns := range g.host {
-		if err := netns.Do(ns, func() error { return address(groundDev, netip.PrefixFrom(vtep(i), 24).String()) }); err != nil {
-			return err
-		}
-	}
-	g.paths[pathRaw] = path{pathRaw, g.host[0], g.host[1], vtep(1)}
-	makers := map[string]func(context.Context, string, int) error{
-		pathRouted: g.routed, pathHand: g.hand, pathBridge: g.overlay, pathEBPF: g.overlay,
-	}
-	for n, name := range names {
+	for _, name := range append([]string{pathRaw}, names...) {
 		make, ok := makers[name]
 		if !ok {
 			return fmt.Errorf("no path %q", name)
 		}
-		if err := make(ctx, name, n); err != nil {
+		hosts, err := g.hosts(name)
+		if err == nil {
+			err = make(ctx, name, hosts)
+		}
+		if err != nil {
 			return fmt.Errorf("make path %s: %w", name, err)
 		}
 	}
+	return nil
+}
+
+// hosts makes two, joined by a veth. Each path has its own: an engine's programs
+// on a shared link would be part of every other path, too.
+func (g *ground) hosts(name string) (pairOfHosts, error) {
+	var h pairOfHosts
+	for i := range h {
+		var err error
+		if h[i], err = g.namespace(fmt.Sprintf("%s-host%d", name, i)); err != nil {
+			return h, err
+		}
+	}
+	if err := g.veth(h[0], groundDev, h[1], groundDev, groundMTU); err != nil {
+		return h, err
+	}
+	for i, ns := range h {
+		if err := netns.Do(ns, func() error { return address(groundDev, netip.PrefixFrom(vtep(i), 24).String()) }); err != nil {
+			return h, err
+		}
+	}
+	return h, nil
+}
+
+func (g *ground) raw(_ context.Context, name string, h pairOfHosts) error {
+	g.paths[name] = path{name, h[0], h[1], vtep(1)}
 	return nil
 }
 
@@ -167,19 +197,19 @@ func (g *ground) veth(a, aName, b, bName string, mtu int) error {
 }
 
 // routed is a task behind a veth on each host, and routes.
-func (g *ground) routed(_ context.Context, name string, n int) error {
+func (g *ground) routed(_ context.Context, name string, h pairOfHosts) error {
 	var tasks [2]string
-	for i := range g.host {
+	for i := range h {
 		var err error
 		if tasks[i], err = g.namespace(fmt.Sprintf("%s%d", name, i)); err != nil {
 			return err
 		}
-		if err := g.veth(g.host[i], name, tasks[i], "eth0", groundMTU); err != nil {
+		if err := g.veth(h[i], name, tasks[i], "eth0", groundMTU); err != nil {
 			return err
 		}
-		gateway, task := netip.AddrFrom4([4]byte{10, byte(100 + n), byte(i), 1}), netip.AddrFrom4([4]byte{10, byte(100 + n), byte(i), 2})
-		other := &net.IPNet{IP: net.IPv4(10, byte(100+n), byte(1-i), 0), Mask: net.CIDRMask(24, 32)}
-		err = netns.Do(g.host[i], func() error {
+		gateway, task := netip.AddrFrom4([4]byte{10, 100, byte(i), 1}), netip.AddrFrom4([4]byte{10, 100, byte(i), 2})
+		other := &net.IPNet{IP: net.IPv4(10, 100, byte(1-i), 0), Mask: net.CIDRMask(24, 32)}
+		err = netns.Do(h[i], func() error {
 			return errors.Join(address(name, netip.PrefixFrom(gateway, 24).String()),
 				os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
 				netlink.RouteAdd(&netlink.Route{Dst: other, Gw: vtep(1 - i).AsSlice()}))
@@ -191,18 +221,20 @@ func (g *ground) routed(_ context.Context, name string, n int) error {
 			return err
 		}
 	}
-	g.paths[name] = path{name, tasks[0], tasks[1], netip.AddrFrom4([4]byte{10, byte(100 + n), 1, 2})}
+	g.paths[name] = path{name, tasks[0], tasks[1], netip.AddrFrom4([4]byte{10, 100, 1, 2})}
 	return nil
 }
 
-// taskOn is the address of task i on overlay n.
-func taskOn(n, i int) netip.Addr { return netip.AddrFrom4([4]byte{10, byte(100 + n), 0, byte(i + 1)}) }
+// taskOn is the address of task i on an overlay.
+func taskOn(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 100, 0, byte(i + 1)}) }
+
+func taskPrefix(i int) netip.Prefix { return netip.PrefixFrom(taskOn(i), taskNet.Bits()) }
 
 // hand is the overlay as a person makes it: VXLAN device and bridge in a
 // namespace beside the host, entries and neighbours by hand.
-func (g *ground) hand(_ context.Context, name string, n int) error {
+func (g *ground) hand(_ context.Context, name string, h pairOfHosts) error {
 	var tasks [2]string
-	for i := range g.host {
+	for i := range h {
 		hidden, err := g.namespace(fmt.Sprintf("%s-hidden%d", name, i))
 		if err != nil {
 			return err
@@ -215,10 +247,10 @@ func (g *ground) hand(_ context.Context, name string, n int) error {
 			return err
 		}
 		defer side.Close()
-		err = netns.Do(g.host[i], func() error {
+		err = netns.Do(h[i], func() error {
 			attrs := netlink.NewLinkAttrs()
 			attrs.Name, attrs.MTU, attrs.Namespace = "vxlan0", overlayMTU, netlink.NsFd(side.FD())
-			return netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: groundVNI + n, SrcAddr: vtep(i).AsSlice(), Port: groundPort + n, Learning: false})
+			return netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: groundVNI, SrcAddr: vtep(i).AsSlice(), Port: groundPort, Learning: false})
 		})
 		if err != nil {
 			return fmt.Errorf("add VXLAN device: %w", err)
@@ -226,21 +258,21 @@ func (g *ground) hand(_ context.Context, name string, n int) error {
 		if err := g.veth(hidden, "task", tasks[i], "eth0", overlayMTU); err != nil {
 			return err
 		}
-		if err := netns.Do(hidden, func() error { return bridged(n, i) }); err != nil {
+		if err := netns.Do(hidden, func() error { return bridged(i) }); err != nil {
 			return err
 		}
-		if err := netns.Do(tasks[i], func() error { return neighbour(n, i) }); err != nil {
+		if err := netns.Do(tasks[i], func() error { return neighbour(i) }); err != nil {
 			return err
 		}
 	}
-	g.paths[name] = path{name, tasks[0], tasks[1], taskOn(n, 1)}
+	g.paths[name] = path{name, tasks[0], tasks[1], taskOn(1)}
 	return nil
 }
 
-func mac(n, i int) net.HardwareAddr { return net.HardwareAddr{2, 0, 0, 0, byte(n), byte(i + 1)} }
+func mac(i int) net.HardwareAddr { return net.HardwareAddr{2, 0, 0, 0, 8, byte(i + 1)} }
 
 // bridged puts VXLAN device and task on a bridge, with the entry of the other task.
-func bridged(n, i int) error {
+func bridged(i int) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = "bridge0", overlayMTU
 	br := &netlink.Bridge{LinkAttrs: attrs}
@@ -258,61 +290,81 @@ func bridged(n, i int) error {
 	return errors.Join(netlink.LinkSetMaster(vx, br), netlink.LinkSetMaster(task, br),
 		linkUp("bridge0"), linkUp("vxlan0"), linkUp("task"),
 		netlink.NeighAppend(&netlink.Neigh{LinkIndex: vx.Attrs().Index, Family: 7 /* AF_BRIDGE */, Flags: netlink.NTF_SELF,
-			State: netlink.NUD_PERMANENT, HardwareAddr: mac(n, 1-i), IP: vtep(1 - i).AsSlice()}))
+			State: netlink.NUD_PERMANENT, HardwareAddr: mac(1 - i), IP: vtep(1 - i).AsSlice()}))
 }
 
 // neighbour gives a task its addresses and the other task's.
-func neighbour(n, i int) error {
+func neighbour(i int) error {
 	l, err := netlink.LinkByName("eth0")
 	if err != nil {
 		return err
 	}
-	return errors.Join(netlink.LinkSetHardwareAddr(l, mac(n, i)), address("eth0", netip.PrefixFrom(taskOn(n, i), 16).String()),
+	return errors.Join(netlink.LinkSetHardwareAddr(l, mac(i)), address("eth0", taskPrefix(i).String()),
 		netlink.NeighSet(&netlink.Neigh{LinkIndex: l.Attrs().Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
-			HardwareAddr: mac(n, 1-i), IP: taskOn(n, 1-i).AsSlice()}))
+			HardwareAddr: mac(1 - i), IP: taskOn(1 - i).AsSlice()}))
 }
 
-// engine makes one of weft's engines for host i.
+// engine makes one of weft's for host i of a path.
 func (g *ground) engine(name string, i int) (vxlan.Kernel, error) {
 	node := weft.NewID()
-	switch name {
-	case pathBridge:
+	if name == pathBridge {
 		return linux.New(linux.Config{Node: node, NetNSDir: g.dir, Log: g.log})
-	default:
-		return bpf.New(bpf.Config{Node: node, Dir: filepath.Join(g.dir, fmt.Sprintf("bpf%d", i)), Log: g.log})
 	}
+	return bpf.New(bpf.Config{Node: node, Dir: filepath.Join(g.dir, fmt.Sprintf("%s-bpf%d", name, i)), Log: g.log})
 }
 
 // overlay is a network of one of weft's engines.
-func (g *ground) overlay(ctx context.Context, name string, n int) error {
+func (g *ground) overlay(ctx context.Context, name string, h pairOfHosts) error {
 	var ports [2]vxlan.Port
-	for i := range g.host {
+	for i := range h {
 		ns, err := g.namespace(fmt.Sprintf("%s%d", name, i))
 		if err != nil {
 			return err
 		}
-		task, addr := weft.NewID(), taskOn(n, i)
-		ports[i] = vxlan.Port{Task: task, NetNS: ns, IfName: "eth0", Addr: netip.PrefixFrom(addr, 16), MAC: weft.EndpointMAC(task, addr)}
+		task, addr := weft.NewID(), taskOn(i)
+		ports[i] = vxlan.Port{Task: task, NetNS: ns, IfName: "eth0", Addr: taskPrefix(i), MAC: weft.EndpointMAC(task, addr)}
 	}
 	id := weft.NewID()
-	for i, ns := range g.host {
+	for i, ns := range h {
 		k, err := g.engine(name, i)
 		if err != nil {
 			return err
 		}
-		o := 1 - i
-		want := vxlan.State{Networks: map[uint32]vxlan.Network{uint32(groundVNI + n): {
-			ID: id, VNI: uint32(groundVNI + n), Subnets: []netip.Prefix{ports[i].Addr.Masked()}, MTU: overlayMTU, VTEP: vtep(i),
-			Port: uint16(groundPort + n), Ports: []vxlan.Port{ports[i]},
-			Peers: []vxlan.Peer{{Addr: ports[o].Addr.Addr(), MAC: ports[o].MAC, VTEP: vtep(o)}},
-		}}}
+		n := network(id, i, ports[i])
+		n.Peers = []vxlan.Peer{{Addr: ports[1-i].Addr.Addr(), MAC: ports[1-i].MAC, VTEP: vtep(1 - i)}}
+		if name == pathCrowd {
+			n.Peers = append(n.Peers, others(crowd, i)...)
+		}
 		g.later(func() error {
 			return netns.Do(ns, func() error { return k.Apply(context.WithoutCancel(ctx), vxlan.State{}) })
 		})
-		if err := netns.Do(ns, func() error { return k.Apply(ctx, want) }); err != nil {
+		if err := netns.Do(ns, func() error { return k.Apply(ctx, only(n)) }); err != nil {
 			return err
 		}
 	}
 	g.paths[name] = path{name, ports[0].NetNS, ports[1].NetNS, ports[1].Addr.Addr()}
 	return nil
+}
+
+// network is the overlay of all paths as host i has it, without peers.
+func network(id weft.ID, i int, port vxlan.Port) vxlan.Network {
+	return vxlan.Network{
+		ID: id, VNI: groundVNI, Subnets: []netip.Prefix{taskNet, crowdNet}, MTU: overlayMTU, VTEP: vtep(i),
+		Port: groundPort, Ports: []vxlan.Port{port},
+	}
+}
+
+func only(n vxlan.Network) vxlan.State {
+	return vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}
+}
+
+// others are endpoints at the other host of host i, where nobody answers.
+func others(count, i int) []vxlan.Peer {
+	out := make([]vxlan.Peer, count)
+	addr := crowdNet.Addr().Next()
+	for j := range out {
+		out[j] = vxlan.Peer{Addr: addr, MAC: weft.EndpointMAC("other", addr), VTEP: vtep(1 - i)}
+		addr = addr.Next()
+	}
+	return out
 }

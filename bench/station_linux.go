@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
@@ -44,8 +46,8 @@ func start(cmd *exec.Cmd) (*station, error) {
 	return s, nil
 }
 
-// generator is the command of one end in a network namespace.
-func generator(ctx context.Context, ns string, args ...string) (*station, error) {
+// generator is one end in a network namespace, on one core or on any.
+func generator(ctx context.Context, ns string, core int, args ...string) (*station, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("start traffic generator: %w", err)
@@ -53,8 +55,24 @@ func generator(ctx context.Context, ns string, args ...string) (*station, error)
 	cmd := exec.CommandContext(ctx, self, append([]string{trafficWord}, args...)...)
 	cmd.Env, cmd.Stderr = append(os.Environ(), trafficEnv), os.Stderr
 	var s *station
-	err = netns.Do(ns, func() error { s, err = start(cmd); return err })
+	err = netns.Do(ns, func() error {
+		return onThread(core, func() error { s, err = start(cmd); return err })
+	})
 	return s, err
+}
+
+// onThread calls f on a core, where what it starts stays. The calling goroutine
+// has its thread to itself.
+func onThread(core int, f func() error) error {
+	if core == noCore {
+		return f()
+	}
+	var old, set unix.CPUSet
+	set.Set(core)
+	if err := errors.Join(unix.SchedGetaffinity(0, &old), unix.SchedSetaffinity(0, &set)); err != nil {
+		return fmt.Errorf("run on core %d: %w", core, err)
+	}
+	return errors.Join(f(), unix.SchedSetaffinity(0, &old))
 }
 
 // expect reads one line, which must begin with word, and gives the rest.
@@ -121,12 +139,12 @@ type way struct {
 }
 
 // open starts both ends of a path between namespaces.
-func (p path) open(ctx context.Context) (*way, error) {
-	server, err := generator(ctx, p.to, "serve", p.addr.String())
+func (p path) open(ctx context.Context, core int) (*way, error) {
+	server, err := generator(ctx, p.to, core, "serve", p.addr.String())
 	if err != nil {
 		return nil, fmt.Errorf("path %s: %w", p.name, err)
 	}
-	client, err := generator(ctx, p.from, "ask", p.addr.String())
+	client, err := generator(ctx, p.from, core, "ask", p.addr.String())
 	if err != nil {
 		return nil, fmt.Errorf("path %s: %w", p.name, errors.Join(err, server.close()))
 	}
