@@ -88,7 +88,7 @@ func dataplaneBench() benchmark {
 				return plan{}, err
 			}
 			g.core = core
-			p, err := trafficPlan(ctx, g, r.cases, r.metrics, onCore(core))
+			p, err := trafficPlan(ctx, g, g.openers(r.cases), r.metrics, onCore(core, hostCounts))
 			if err != nil {
 				return plan{}, errors.Join(err, g.close())
 			}
@@ -101,9 +101,26 @@ func dataplaneBench() benchmark {
 // meter makes one run of a pattern and gives operations per second of work.
 type meter func(ctx context.Context, w *way, p pattern) (float64, error)
 
-// trafficPlan opens every path of g and measures the patterns on each, and the
-// programming of weft's engines.
-func trafficPlan(ctx context.Context, g *ground, cases, metrics []string, meter meter) (plan, error) {
+// opener starts both ends of a path.
+type opener struct {
+	name string
+	open func(context.Context) (*way, error)
+}
+
+// openers of raw and the other paths of g.
+func (g *ground) openers(names []string) []opener {
+	var out []opener
+	for _, name := range append([]string{pathRaw}, names...) {
+		p := g.paths[name]
+		out = append(out, opener{name, func(ctx context.Context) (*way, error) { return p.open(ctx, g.core) }})
+	}
+	return out
+}
+
+// trafficPlan opens every path, of which the first is the baseline, and measures
+// the patterns on each, and the programming of weft's engines. Its Close closes g,
+// too.
+func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string, meter meter) (plan, error) {
 	p := plan{Restless: true, Pairs: trafficPairs}
 	var ways []*way
 	closeWays := func() error {
@@ -125,13 +142,13 @@ func trafficPlan(ctx context.Context, g *ground, cases, metrics []string, meter 
 	if isProgrammed {
 		p.Metrics = append(p.Metrics, metric{programMany, "ms", false}, metric{programOne, "ms", false})
 	}
-	for i, name := range append([]string{pathRaw}, cases...) {
-		w, err := g.paths[name].open(ctx, g.core)
+	for i, o := range list {
+		w, err := o.open(ctx)
 		if err != nil {
 			return plan{}, errors.Join(err, closeWays())
 		}
 		ways = append(ways, w)
-		v := variant{name, func(ctx context.Context) (sample, error) {
+		v := variant{o.name, func(ctx context.Context) (sample, error) {
 			out := sample{}
 			for _, m := range wanted {
 				var err error
@@ -139,8 +156,8 @@ func trafficPlan(ctx context.Context, g *ground, cases, metrics []string, meter 
 					return nil, fmt.Errorf("%s: %w", m, err)
 				}
 			}
-			if isProgrammed && (name == pathBridge || name == pathEBPF) {
-				return out, g.program(ctx, name, out)
+			if isProgrammed && (o.name == pathBridge || o.name == pathEBPF) {
+				return out, g.program(ctx, o.name, out)
 			}
 			return out, nil
 		}}
@@ -209,7 +226,7 @@ func (g *ground) program(ctx context.Context, name string, out sample) (err erro
 
 // onCore measures by the CPU time of both ends and of the softirq thread, which
 // all run on one core.
-func onCore(core int) meter {
+func onCore(core int, counts map[pattern]int) meter {
 	return func(_ context.Context, w *way, p pattern) (float64, error) {
 		soft, err := softirqThread(core)
 		if err != nil {
@@ -218,7 +235,7 @@ func onCore(core int) meter {
 		var used [2]time.Duration
 		var errs []error
 		at := 0
-		s, err := w.client.run(p, hostCounts[p], func() {
+		s, err := w.client.run(p, counts[p], func() {
 			for _, pid := range []int{w.client.cmd.Process.Pid, w.server.cmd.Process.Pid, soft} {
 				d, err := cpuTime(pid)
 				used[at], errs = used[at]+d, append(errs, err)

@@ -32,6 +32,7 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		rounds := f.Int("rounds", 1, "`number` of rounds")
 		cases := f.String("cases", strings.Join(casePaths, ","), "the paths")
 		metrics := f.String("metrics", "", "the patterns")
+		isDocker := f.Bool("docker", false, "two nodes of Docker Engine are the baseline")
 		if err := f.Parse(args); err != nil {
 			return err
 		}
@@ -40,7 +41,15 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		if err != nil {
 			return err
 		}
-		p, err := trafficPlan(ctx, g, split(*cases), split(*metrics), onClock)
+		list := g.openers(split(*cases))
+		if *isDocker {
+			o, derr := g.docker(ctx)
+			list, err = append([]opener{o}, list...), derr
+		}
+		var p plan
+		if err == nil {
+			p, err = trafficPlan(ctx, g, list, split(*metrics), onClock)
+		}
 		if err != nil {
 			return errors.Join(err, g.close())
 		}

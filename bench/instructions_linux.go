@@ -37,8 +37,7 @@ func isSlow(path string) bool { return path == pathCrowd }
 // awayInstructions builds the guest of this tree and boots it.
 func awayInstructions(ctx context.Context, o options) (away, error) {
 	s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 1024, DiskMiB: 512},
-		"for m in veth vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\n"+
-			strings.Join([]string{"bench", guestWord, "-rounds", strconv.Itoa(o.rounds), "-cases", strings.Join(o.cases, ","), "-metrics", strings.Join(o.metrics, ",")}, " ")+"\n")
+		"for m in veth vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\n"+guestCommand(o))
 	if err != nil {
 		return away{}, err
 	}
@@ -46,6 +45,12 @@ func awayInstructions(ctx context.Context, o options) (away, error) {
 		Series: s, Guest: "Linux " + kernel + " on one processor, whose clock counts instructions",
 		Limits: limitsOn(trafficLimits, pathRaw, o.cases, o.metrics),
 	}, nil
+}
+
+// guestCommand is the line of the guest's script that measures.
+func guestCommand(o options, more ...string) string {
+	words := append([]string{"bench", guestWord, "-rounds", strconv.Itoa(o.rounds), "-cases", strings.Join(o.cases, ","), "-metrics", strings.Join(o.metrics, ",")}, more...)
+	return strings.Join(words, " ") + "\n"
 }
 
 // inGuest boots a guest with this program in it, and gives the series that the

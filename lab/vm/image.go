@@ -20,6 +20,9 @@ type Config struct {
 	// Kernel is a folder with Debian's kernel package unpacked: boot/ and
 	// lib/modules/ (or usr/lib/modules/). need.sh makes it.
 	Kernel string
+	// Base, when set, is a folder that the guest's root begins as: a system whose
+	// /bin, /sbin and /lib may be links into /usr. It is copied, not changed.
+	Base string
 	// Files go into the guest: path in the guest to path here. Programs
 	// bring their shared libraries along.
 	Files map[string]string
@@ -116,6 +119,14 @@ func (m *Machine) findKernel() error {
 
 // makeRoot fills the guest's root folder.
 func (m *Machine) makeRoot(ctx context.Context, root, busybox string) error {
+	if m.cfg.Base != "" {
+		if err := os.MkdirAll(root, 0o755); err != nil {
+			return fmt.Errorf("make guest root: %w", err)
+		}
+		if out, err := exec.CommandContext(ctx, "cp", "-a", "--reflink=auto", m.cfg.Base+"/.", root).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy %s to the guest's root: %w: %s", m.cfg.Base, err, out)
+		}
+	}
 	for _, d := range []string{"proc", "sys", "dev", "run", "tmp", "etc", "root", "var/lib", "mnt", "usr/bin", "usr/sbin"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			return fmt.Errorf("make guest root: %w", err)
