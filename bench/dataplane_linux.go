@@ -121,7 +121,7 @@ func (g *ground) openers(names []string) []opener {
 // the patterns on each, and the programming of weft's engines. Its Close closes g,
 // too.
 func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string, meter meter) (plan, error) {
-	p := plan{Restless: true, Pairs: trafficPairs}
+	p := plan{Restless: true, Pairs: slices.Concat(trafficPairs, cryptPairs)}
 	var ways []*way
 	closeWays := func() error {
 		var errs []error

@@ -33,22 +33,31 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		cases := f.String("cases", strings.Join(casePaths, ","), "the paths")
 		metrics := f.String("metrics", "", "the patterns")
 		isDocker := f.Bool("docker", false, "two nodes of Docker Engine are the baseline")
+		isCrypt := f.Bool("wireguard", false, "the paths are those of WireGuard")
 		if err := f.Parse(args); err != nil {
 			return err
 		}
 		log := slog.New(slog.NewTextHandler(stderr, nil))
-		g, err := newGround(ctx, log, split(*cases))
+		paths, counts := split(*cases), guestCounts
+		if *isCrypt {
+			paths, counts = nil, cryptCounts
+		}
+		g, err := newGround(ctx, log, paths)
 		if err != nil {
 			return err
 		}
-		list := g.openers(split(*cases))
-		if *isDocker {
-			o, derr := g.docker(ctx)
-			list, err = append([]opener{o}, list...), derr
-		}
+		list := g.openers(paths)
 		var p plan
+		switch {
+		case *isDocker:
+			var o opener
+			o, err = g.docker(ctx)
+			list = append([]opener{o}, list...)
+		case *isCrypt:
+			list, err = g.wireguard(ctx, split(*cases))
+		}
 		if err == nil {
-			p, err = trafficPlan(ctx, g, list, split(*metrics), onClock)
+			p, err = trafficPlan(ctx, g, list, split(*metrics), onClock(counts))
 		}
 		if err != nil {
 			return errors.Join(err, g.close())
@@ -97,16 +106,18 @@ func awaitCalm(ctx context.Context) error {
 }
 
 // onClock measures by the instruction clock: busy time is instructions.
-func onClock(ctx context.Context, w *way, p pattern) (float64, error) {
-	if err := awaitCalm(ctx); err != nil {
-		return 0, err
+func onClock(counts map[pattern]int) meter {
+	return func(ctx context.Context, w *way, p pattern) (float64, error) {
+		if err := awaitCalm(ctx); err != nil {
+			return 0, err
+		}
+		s, err := w.client.run(p, counts[p], nil)
+		if err != nil {
+			return 0, err
+		}
+		if share := s.Idle.Seconds() / s.Elapsed.Seconds(); share > mostIdle {
+			return 0, fmt.Errorf("the processor idled for %.1f %% of the run: it measures waiting", 100*share)
+		}
+		return float64(s.Ops) / (s.Elapsed - s.Idle).Seconds(), nil
 	}
-	s, err := w.client.run(p, guestCounts[p], nil)
-	if err != nil {
-		return 0, err
-	}
-	if share := s.Idle.Seconds() / s.Elapsed.Seconds(); share > mostIdle {
-		return 0, fmt.Errorf("the processor idled for %.1f %% of the run: it measures waiting", 100*share)
-	}
-	return float64(s.Ops) / (s.Elapsed - s.Idle).Seconds(), nil
 }

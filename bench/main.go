@@ -53,7 +53,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), dockerBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), dockerBench(), wireguardBench()}
 }
 
 // options of one run.

@@ -56,6 +56,7 @@ type path struct {
 	name     string
 	from, to string // files of namespaces
 	addr     netip.Addr
+	own      netip.Addr // of the client, if it must not be chosen by the kernel
 }
 
 const noCore = -1
@@ -142,7 +143,7 @@ func (g *ground) hosts(name string) (pairOfHosts, error) {
 }
 
 func (g *ground) raw(_ context.Context, name string, h pairOfHosts) error {
-	g.paths[name] = path{name, h[0], h[1], vtep(1)}
+	g.paths[name] = path{name: name, from: h[0], to: h[1], addr: vtep(1)}
 	return nil
 }
 
@@ -221,7 +222,7 @@ func (g *ground) routed(_ context.Context, name string, h pairOfHosts) error {
 			return err
 		}
 	}
-	g.paths[name] = path{name, tasks[0], tasks[1], netip.AddrFrom4([4]byte{10, 100, 1, 2})}
+	g.paths[name] = path{name: name, from: tasks[0], to: tasks[1], addr: netip.AddrFrom4([4]byte{10, 100, 1, 2})}
 	return nil
 }
 
@@ -265,7 +266,7 @@ func (g *ground) hand(_ context.Context, name string, h pairOfHosts) error {
 			return err
 		}
 	}
-	g.paths[name] = path{name, tasks[0], tasks[1], taskOn(1)}
+	g.paths[name] = path{name: name, from: tasks[0], to: tasks[1], addr: taskOn(1)}
 	return nil
 }
 
@@ -342,7 +343,7 @@ func (g *ground) overlay(ctx context.Context, name string, h pairOfHosts) error 
 			return err
 		}
 	}
-	g.paths[name] = path{name, ports[0].NetNS, ports[1].NetNS, ports[1].Addr.Addr()}
+	g.paths[name] = path{name: name, from: ports[0].NetNS, to: ports[1].NetNS, addr: taskOn(1)}
 	return nil
 }
 

@@ -144,7 +144,11 @@ func (p path) open(ctx context.Context, core int) (*way, error) {
 	if err != nil {
 		return nil, fmt.Errorf("path %s: %w", p.name, err)
 	}
-	client, err := generator(ctx, p.from, core, "ask", p.addr.String())
+	words := []string{"ask", p.addr.String()}
+	if p.own.IsValid() {
+		words = append(words, p.own.String())
+	}
+	client, err := generator(ctx, p.from, core, words...)
 	if err != nil {
 		return nil, fmt.Errorf("path %s: %w", p.name, errors.Join(err, server.close()))
 	}

@@ -56,15 +56,19 @@ type spell struct {
 	Elapsed, Idle time.Duration // Idle: of it, the processor had nothing to do
 }
 
-// traffic runs one end, "serve ADDR" or "ask ADDR", and returns the exit code.
+// traffic runs one end, "serve ADDR" or "ask ADDR [OWN ADDR]", and returns the exit code.
 func traffic(args []string, in io.Reader, out io.Writer) int {
 	err := func() error {
-		if len(args) != 2 {
-			return errors.New("usage: traffic serve|ask ADDR")
+		if len(args) < 2 || len(args) > 3 {
+			return errors.New("usage: traffic serve ADDR | traffic ask ADDR [OWN ADDR]")
 		}
-		addr, err := netip.ParseAddr(args[1])
-		if err != nil || !addr.Is4() {
-			return fmt.Errorf("address %q: want IPv4", args[1])
+		var addrs []netip.Addr
+		for _, a := range args[1:] {
+			addr, err := netip.ParseAddr(a)
+			if err != nil || !addr.Is4() {
+				return fmt.Errorf("address %q: want IPv4", a)
+			}
+			addrs = append(addrs, addr)
 		}
 		// Threads that block in bare system calls keep their place in the
 		// scheduler, and no collection could stop them.
@@ -72,9 +76,13 @@ func traffic(args []string, in io.Reader, out io.Writer) int {
 		debug.SetGCPercent(-1)
 		switch args[0] {
 		case "serve":
-			return serveTraffic(addr, in, out)
+			return serveTraffic(addrs[0], in, out)
 		case "ask":
-			return askTraffic(addr, in, out)
+			t := target{to: addrs[0]}
+			if len(addrs) == 2 {
+				t.from = addrs[1]
+			}
+			return askTraffic(t, in, out)
 		}
 		return fmt.Errorf("no end %q: want serve or ask", args[0])
 	}()
@@ -211,7 +219,7 @@ func acknowledge(fd int) {
 
 // askTraffic reads lines "PATTERN COUNT", warms up, says "warm", waits for a
 // line, and says "done" with what the run took.
-func askTraffic(addr netip.Addr, in io.Reader, out io.Writer) error {
+func askTraffic(t target, in io.Reader, out io.Writer) error {
 	runtime.LockOSThread()
 	if err := batch(); err != nil {
 		return err
@@ -227,7 +235,7 @@ func askTraffic(addr netip.Addr, in io.Reader, out io.Writer) error {
 		if !ok {
 			return fmt.Errorf("no pattern %q", name)
 		}
-		err = ask(addr, func(run func() error, ops int) error {
+		err = ask(t, func(run func() error, ops int) error {
 			fmt.Fprintln(out, "warm")
 			if !lines.Scan() {
 				return io.ErrUnexpectedEOF
@@ -242,7 +250,7 @@ func askTraffic(addr netip.Addr, in io.Reader, out io.Writer) error {
 			return nil
 		}, count)
 		if err != nil {
-			return fmt.Errorf("%s to %s: %w", name, addr, err)
+			return fmt.Errorf("%s to %s: %w", name, t.to, err)
 		}
 	}
 	return nil
@@ -251,14 +259,22 @@ func askTraffic(addr netip.Addr, in io.Reader, out io.Writer) error {
 // timed runs the measured part, which is so many operations.
 type timed func(run func() error, ops int) error
 
-var askers = map[pattern]func(netip.Addr, timed, int) error{rr: askRR, crr: askCRR, udp: askUDP, bulk: askBulk}
+var askers = map[pattern]func(target, timed, int) error{rr: askRR, crr: askCRR, udp: askUDP, bulk: askBulk}
 
 // warmUp is the operations before a run: neighbours, routes and congestion
 // windows are then as in a long one.
 const warmUp = 64
 
-// dial connects a socket that gives up an answer after a second.
-func dial(addr netip.Addr, kind, port int) (int, error) {
+// target is the server's address and, where the kernel would choose another one,
+// the client's own.
+type target struct{ to, from netip.Addr }
+
+func sockaddr(a netip.Addr, port int) unix.RawSockaddrInet4 {
+	return unix.RawSockaddrInet4{Family: unix.AF_INET, Port: uint16(port>>8 | port<<8&0xff00), Addr: a.As4()}
+}
+
+// dial connects a socket.
+func (t target) dial(kind, port int) (int, error) {
 	fd, _, e := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, uintptr(kind|unix.SOCK_CLOEXEC), 0)
 	if e != 0 {
 		return 0, e
@@ -266,7 +282,14 @@ func dial(addr netip.Addr, kind, port int) (int, error) {
 	if kind == unix.SOCK_STREAM {
 		setInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	}
-	to := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: uint16(port>>8 | port<<8&0xff00), Addr: addr.As4()}
+	if t.from.IsValid() {
+		own := sockaddr(t.from, 0)
+		if _, _, e = unix.RawSyscall(unix.SYS_BIND, fd, uintptr(unsafe.Pointer(&own)), unix.SizeofSockaddrInet4); e != 0 {
+			closeFD(int(fd))
+			return 0, fmt.Errorf("bind to %s: %w", t.from, e)
+		}
+	}
+	to := sockaddr(t.to, port)
 	if _, _, e = unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&to)), unix.SizeofSockaddrInet4); e != 0 {
 		closeFD(int(fd))
 		return 0, fmt.Errorf("connect to port %d: %w", port, e)
@@ -277,7 +300,7 @@ func dial(addr netip.Addr, kind, port int) (int, error) {
 // patience makes reads of fd fail after a while. Only sockets that live long
 // have it: it is one more system call.
 func patience(fd int) error {
-	tv := unix.NsecToTimeval((2 * time.Second).Nanoseconds())
+	tv := unix.NsecToTimeval((10 * time.Second).Nanoseconds())
 	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 }
 
@@ -291,8 +314,8 @@ func exchange(fd int, b *[answerBytes]byte) error {
 	return nil
 }
 
-func askRR(addr netip.Addr, timed timed, count int) error {
-	fd, err := dial(addr, unix.SOCK_STREAM, answerPort)
+func askRR(t target, timed timed, count int) error {
+	fd, err := t.dial(unix.SOCK_STREAM, answerPort)
 	if err != nil {
 		return err
 	}
@@ -312,12 +335,12 @@ func askRR(addr netip.Addr, timed timed, count int) error {
 	return timed(func() error { return run(count) }, count)
 }
 
-func askCRR(addr netip.Addr, timed timed, count int) error {
+func askCRR(t target, timed timed, count int) error {
 	var b [answerBytes]byte
 	reset := unix.Linger{Onoff: 1}
 	run := func(n int) error {
 		for range n {
-			fd, err := dial(addr, unix.SOCK_STREAM, answerPort)
+			fd, err := t.dial(unix.SOCK_STREAM, answerPort)
 			if err != nil {
 				return err
 			}
@@ -336,8 +359,8 @@ func askCRR(addr netip.Addr, timed timed, count int) error {
 	return timed(func() error { return run(count) }, count)
 }
 
-func askUDP(addr netip.Addr, timed timed, count int) error {
-	fd, err := dial(addr, unix.SOCK_DGRAM, windowPort)
+func askUDP(t target, timed timed, count int) error {
+	fd, err := t.dial(unix.SOCK_DGRAM, windowPort)
 	if err != nil {
 		return err
 	}
@@ -366,8 +389,8 @@ func askUDP(addr netip.Addr, timed timed, count int) error {
 
 // askBulk counts in KiB. The first 8 MiB are sent before the clock starts: the
 // kernel has found its buffer sizes by then.
-func askBulk(addr netip.Addr, timed timed, count int) error {
-	fd, err := dial(addr, unix.SOCK_STREAM, drainPort)
+func askBulk(t target, timed timed, count int) error {
+	fd, err := t.dial(unix.SOCK_STREAM, drainPort)
 	if err != nil {
 		return err
 	}
