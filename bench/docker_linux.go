@@ -116,7 +116,7 @@ func docker(ctx context.Context, i int, args ...string) (string, error) {
 	cmd := dockerCmd(ctx, i, args...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
-	fmt.Fprintf(os.Stderr, "round 0: docker %s\n", args[0])
+	fmt.Fprintf(os.Stderr, "%sdocker %s at node %d\n", guestSays, args[0], i)
 	out, err := cmd.Output()
 	if err != nil {
 		return "", fmt.Errorf("docker %s: %w: %s", strings.Join(args, " "), err, stderr.Bytes())
@@ -205,7 +205,7 @@ func dockerWay(ctx context.Context) (*way, error) {
 		line = append(append(line, dockerImage, "/bench", trafficWord), args...)
 		cmd := dockerCmd(ctx, i, line...)
 		cmd.Stderr = os.Stderr
-		fmt.Fprintf(os.Stderr, "round 0: docker run at node %d\n", i)
+		fmt.Fprintf(os.Stderr, "%sdocker run at node %d\n", guestSays, i)
 		return start(cmd)
 	}
 	server, err := run(1, []string{"--ip", dockerServer}, "serve", "0.0.0.0")

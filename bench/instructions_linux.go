@@ -31,6 +31,9 @@ func instructionsBench() benchmark {
 	}
 }
 
+// guestSays begins a line of progress on the guest's console, besides those of rounds.
+const guestSays = "guest: "
+
 // isSlow: what takes a guest minutes to make is measured only by name.
 func isSlow(path string) bool { return path == pathCrowd }
 
@@ -82,7 +85,7 @@ func inGuest(ctx context.Context, o options, cfg vm.Config, script string) (s se
 	ctx, cancel := context.WithTimeout(ctx, guestLimit)
 	defer cancel()
 	r, err := m.Boot(ctx, func(line string) {
-		if strings.HasPrefix(line, "round ") {
+		if strings.HasPrefix(line, "round ") || strings.HasPrefix(line, guestSays) {
 			fmt.Fprintln(o.stderr, line)
 		}
 	})
