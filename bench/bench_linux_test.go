@@ -30,6 +30,11 @@ func TestCommandLine(t *testing.T) {
 		{"labup -rounds x", 2, "invalid value"},
 		{"labup -fast", 2, "not defined: -fast"},
 		{"labup twice", 2, `unexpected argument "twice"`},
+		{"labup -case weft", 2, "not defined: -case"},
+		{"instructions -case ebpf,ebpf", 2, "each once"},
+		{"instructions -case macvlan", 2, "want some of routed,"},
+		{"instructions -metric bulk,x", 2, "want some of RR,CRR,UDP,bulk"},
+		{"instructions -tolerance 1", 2, "-tolerance 1: want a share"},
 		{"labup -h", 0, "-svg file"},
 		{"labup -weft /nonexistent/weft", 1, ""},
 	} {
@@ -49,7 +54,7 @@ func TestCommandLine(t *testing.T) {
 func TestListIsWhole(t *testing.T) {
 	seen := map[string]bool{"list": true}
 	for _, b := range benchmarks() {
-		if seen[b.Name] || strings.ContainsAny(b.Name, " -") || b.Prepare == nil {
+		if seen[b.Name] || strings.ContainsAny(b.Name, " -") || (b.Prepare == nil) == (b.Away == nil) {
 			t.Errorf("benchmark %q: name taken, odd, or nothing to prepare", b.Name)
 		}
 		if seen[b.Name] = true; b.About == "" || strings.Contains(b.About, "\n") {
@@ -212,6 +217,29 @@ func TestOneEach(t *testing.T) {
 	for _, bad := range []map[string]string{nil, {"a": "h1", "b": "h2"}, {"a": "h1", "b": "h2", "c": "h2"}} {
 		if oneEach(bad) == nil {
 			t.Errorf("%v passed", bad)
+		}
+	}
+}
+
+func TestParseSpell(t *testing.T) {
+	if got, err := parseSpell(" 2000 65000000 1000"); err != nil || got != (spell{2000, 65 * time.Millisecond, time.Microsecond}) {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	for _, bad := range []string{"", "1 2", "0 5 0", "1 0 0", "1 5 6", "1 5 -1", "x 5 0"} {
+		if got, err := parseSpell(bad); err == nil {
+			t.Errorf("%q gave %+v", bad, got)
+		}
+	}
+}
+
+func TestParseIdle(t *testing.T) {
+	const list = "Timer List Version: v0.10\n  .idle_calls     : 1046\n  .idle_sleeptime : 1500 nsecs\n  .iowait_sleeptime: 7 nsecs\ncpu: 1\n  .idle_sleeptime : 500 nsecs\n"
+	if got, ok := parseIdle(list); !ok || got != 2*time.Microsecond {
+		t.Errorf("got %v, %v", got, ok)
+	}
+	for _, bad := range []string{"", "  .idle_sleeptime : x nsecs\n", "idle_sleeptime 5\n"} {
+		if got, ok := parseIdle(bad); ok {
+			t.Errorf("%q gave %v", bad, got)
 		}
 	}
 }

@@ -85,7 +85,7 @@ func createBench() benchmark {
 						return out, err
 					}},
 				},
-				Limits: []limit{{warm, everyHost, 1.5, false}},
+				Limits: []limit{{Case: warm, Metric: everyHost, Most: 1.5}},
 				Close:  func(ctx context.Context) error { return errors.Join(b.remove(), fresh.down(ctx), f.down(ctx)) },
 			}, nil
 		},

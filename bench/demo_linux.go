@@ -45,7 +45,7 @@ func demoBench() benchmark {
 					return timed(ctx, []string{"lab", "up", "--name", f.name}, []string{"lab", "down", "--name", f.name})
 				}},
 				Cases:  []variant{{demoCase, func(ctx context.Context) (sample, error) { return timed(ctx, demo) }}},
-				Limits: []limit{{demoCase, took, 60, false}},
+				Limits: []limit{{Case: demoCase, Metric: took, Most: 60}},
 				Close:  f.down,
 			}, nil
 		},

@@ -44,7 +44,7 @@ func encryptBench() benchmark {
 		Name:  "encrypt",
 		About: "one TCP stream between two hosts through an encrypted network (CPU seconds for a gibibyte, user space only; MB/s), and through VXLAN inside WireGuard, against a socket on the WireGuard device itself",
 		Prepare: func(ctx context.Context, r *rig) (plan, error) {
-			f, err := newCryptField(ctx, r)
+			f, err := newCryptField(ctx, slog.New(slog.NewTextHandler(r.log, nil)), "")
 			if err != nil {
 				return plan{}, err
 			}
@@ -76,23 +76,24 @@ type cryptField struct {
 	child       []string // pids of user-space engines
 }
 
-func newCryptField(ctx context.Context, r *rig) (*cryptField, error) {
+// newCryptField makes them with an engine of package wg; "" is the first that can
+// be made here.
+func newCryptField(ctx context.Context, log *slog.Logger, engine string) (*cryptField, error) {
 	dir, err := os.MkdirTemp("", "weft-bench")
 	if err != nil {
 		return nil, err
 	}
 	f := &cryptField{dir: dir}
-	if err := f.build(ctx, r); err != nil {
+	if err := f.build(ctx, log, engine); err != nil {
 		return nil, errors.Join(err, f.close(ctx))
 	}
 	return f, nil
 }
 
-func (f *cryptField) build(ctx context.Context, r *rig) error {
+func (f *cryptField) build(ctx context.Context, log *slog.Logger, engine string) error {
 	if err := f.underlay(); err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(r.log, nil))
 	keys := [2][]weft.NodeKey{}
 	nodes := [2]weft.ID{weft.NewID(), weft.NewID()}
 	for i := range f.host {
@@ -101,7 +102,7 @@ func (f *cryptField) build(ctx context.Context, r *rig) error {
 		if err != nil {
 			return err
 		}
-		if f.engine[i], err = wg.New(wg.Config{Node: nodes[i], NetNSDir: dir, RunDir: filepath.Join(dir, "wg"), KeyFile: filepath.Join(dir, "keys"), Bridge: bridge, Log: log}); err != nil {
+		if f.engine[i], err = wg.New(wg.Config{Node: nodes[i], NetNSDir: dir, RunDir: filepath.Join(dir, "wg"), KeyFile: filepath.Join(dir, "keys"), Bridge: bridge, Engine: engine, Log: log}); err != nil {
 			return err
 		}
 		if err := netns.Do(f.host[i], func() error { return f.engine[i].Probe(ctx) }); err != nil {

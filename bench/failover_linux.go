@@ -86,8 +86,8 @@ func failoverBench() benchmark {
 					{"worker host off", r.hostOff},
 				},
 				Limits: []limit{
-					{"worker's daemon killed", failed, 0, true}, {"worker's containerd killed", failed, 0, true}, {"manager's daemon killed", failed, 0, true},
-					{"worker's daemon killed", replaced, 0, true}, {"worker's containerd killed", replaced, 0, true}, {"manager's daemon killed", replaced, 0, true},
+					{Case: "worker's daemon killed", Metric: failed, EveryRound: true}, {Case: "worker's containerd killed", Metric: failed, EveryRound: true}, {Case: "manager's daemon killed", Metric: failed, EveryRound: true},
+					{Case: "worker's daemon killed", Metric: replaced, EveryRound: true}, {Case: "worker's containerd killed", Metric: replaced, EveryRound: true}, {Case: "manager's daemon killed", Metric: replaced, EveryRound: true},
 				},
 				Close: f.down,
 			}, nil

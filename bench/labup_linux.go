@@ -50,7 +50,7 @@ func labupBench() benchmark {
 					})
 					return out, err
 				}}},
-				Limits: []limit{{cluster, up, 5, false}},
+				Limits: []limit{{Case: cluster, Metric: up, Most: 5}},
 			}, nil
 		},
 	}

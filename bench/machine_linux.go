@@ -48,7 +48,7 @@ func describeMachine(ctx context.Context, weftBinary string) (Machine, error) {
 
 // builds gives the commit of the tree and the version of the binary, and
 // refuses a binary of another commit: its figures would be filed under the
-// wrong name. Result files do not make the tree dirty.
+// wrong name. Without a binary the version is the tree's. Result files do not make the tree dirty.
 func builds(ctx context.Context, weftBinary string) (commit, version string, err error) {
 	describe, err := output(ctx, "git", "describe", "--tags", "--always")
 	if err != nil {
@@ -63,6 +63,9 @@ func builds(ctx context.Context, weftBinary string) (commit, version string, err
 	}
 	if changed != "" {
 		commit += "-dirty"
+	}
+	if weftBinary == "" {
+		return commit, describe, nil // what is measured is in this program
 	}
 	said, err := output(ctx, weftBinary, "--version")
 	if err != nil {

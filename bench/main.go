@@ -25,6 +25,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -38,6 +39,9 @@ func main() {
 	if handled, code := wg.Main(os.Args); handled {
 		os.Exit(code)
 	}
+	if len(os.Args) > 1 && os.Args[1] == trafficWord {
+		os.Exit(traffic(os.Args[2:], os.Stdin, os.Stdout))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	// A second signal ends the program at once.
 	release := context.AfterFunc(ctx, stop)
@@ -49,7 +53,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), dockerBench(), wireguardBench()}
 }
 
 // options of one run.
@@ -58,6 +62,9 @@ type options struct {
 	rounds         int
 	weft           string
 	json, md, svg  string
+	cases, metrics []string // a part of the benchmark's choices
+	check          string   // a result file to be checked against
+	tolerance      float64
 	stdout, stderr io.Writer
 }
 
@@ -73,6 +80,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		}
 		w.Flush()
 		return 0
+	}
+	if len(args) > 0 && args[0] == guestWord {
+		return guest(ctx, args[1:], stdout, stderr)
 	}
 	o, err := parse(args, stderr)
 	switch {
@@ -111,14 +121,30 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.json, "json", "", "write the result to `file` as JSON")
 	f.StringVar(&o.md, "md", "", "write the result to `file` as Markdown")
 	f.StringVar(&o.svg, "svg", "", "write the result to `file` as a plot")
+	var cases, metrics string
+	if o.bench.Choices.Cases != nil {
+		f.StringVar(&cases, "case", "", "measure only these cases: a `list` with commas of "+strings.Join(o.bench.Choices.Cases, ","))
+		f.StringVar(&o.check, "check", "", "compare the ratios with those of the result `file`; a worse one is an error")
+		f.Float64Var(&o.tolerance, "tolerance", defaultTolerance, "the `share` by which a ratio may be worse than in the file of -check")
+		f.StringVar(&metrics, "metric", "", "measure only these metrics: a `list` with commas of "+strings.Join(o.bench.Choices.Metrics, ","))
+	}
 	if err := f.Parse(args[1:]); err != nil {
 		return options{}, err // printed by the flag set
+	}
+	var err error
+	if o.cases, err = choose("case", cases, o.bench.Choices.Cases, o.bench.Choices.Usual); err != nil {
+		return usage("%v", err)
+	}
+	if o.metrics, err = choose("metric", metrics, o.bench.Choices.Metrics, o.bench.Choices.Metrics); err != nil {
+		return usage("%v", err)
 	}
 	switch {
 	case f.NArg() > 0:
 		return usage("unexpected argument %q", f.Arg(0))
 	case o.rounds < 1 || o.rounds > maxRounds:
 		return usage("-rounds %d: want 1 to %d", o.rounds, maxRounds)
+	case o.tolerance < 0 || o.tolerance >= 1:
+		return usage("-tolerance %v: want a share from 0 to under 1", o.tolerance)
 	}
 	abs, err := filepath.Abs(o.weft)
 	if err != nil {
@@ -128,25 +154,35 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	return o, nil
 }
 
+// choose gives the part of all that a list with commas names; the usual for none.
+func choose(flag, list string, all, usual []string) ([]string, error) {
+	if list == "" {
+		return usual, nil
+	}
+	var out []string
+	for name := range strings.SplitSeq(list, ",") {
+		if !slices.Contains(all, name) || slices.Contains(out, name) {
+			return nil, fmt.Errorf("-%s %s: want some of %s, each once", flag, list, strings.Join(all, ","))
+		}
+		out = append(out, name)
+	}
+	return out, nil
+}
+
 // execute prepares, measures, cleans up and writes the result.
 func (o options) execute(ctx context.Context) error {
-	if os.Geteuid() != 0 {
+	if os.Geteuid() != 0 && o.bench.Away == nil {
 		return errors.New("a lab makes network namespaces: run it as root (sudo)")
 	}
-	m, err := describeMachine(ctx, o.weft)
+	binary := o.weft
+	if o.bench.Linked {
+		binary = ""
+	}
+	m, err := describeMachine(ctx, binary)
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(o.stderr, "preparing ...")
-	p, err := o.bench.Prepare(ctx, newRig(o.weft, o.stderr))
-	if err != nil {
-		return fmt.Errorf("prepare: %w", err)
-	}
-	s, err := p.measure(ctx, o.bench.Name, o.rounds, o.stderr)
-	if p.Close != nil {
-		fmt.Fprintln(o.stderr, "cleaning up ...")
-		err = errors.Join(err, closeBounded(ctx, p.Close))
-	}
+	s, limits, err := o.measure(ctx, &m)
 	if err != nil {
 		return err
 	}
@@ -157,10 +193,53 @@ func (o options) execute(ctx context.Context) error {
 	if r.Rows, err = s.rows(); err != nil {
 		return err
 	}
-	if r.Limits, err = judge(r.Rows, p.Limits); err != nil {
+	if r.Limits, err = judge(r.Rows, limits); err != nil {
 		return err
 	}
-	return o.write(r)
+	if err := o.write(r); err != nil {
+		return err
+	}
+	return o.compare(r)
+}
+
+// compare fails when -check names a file and a ratio is worse than in it.
+func (o options) compare(r Result) error {
+	if o.check == "" {
+		return nil
+	}
+	before, err := readResult(o.check)
+	if err != nil {
+		return err
+	}
+	worse, err := regressions(before.Rows, r.Rows, o.tolerance)
+	if err != nil {
+		return fmt.Errorf("check against %s: %w", o.check, err)
+	}
+	if len(worse) > 0 {
+		return fmt.Errorf("worse than %s:\n%s", o.check, strings.Join(worse, "\n"))
+	}
+	fmt.Fprintf(o.stderr, "no ratio is worse than in %s by more than %s %%\n", o.check, number(100*o.tolerance))
+	return nil
+}
+
+// measure runs the benchmark, here or away, and cleans up.
+func (o options) measure(ctx context.Context, m *Machine) (series, []limit, error) {
+	fmt.Fprintln(o.stderr, "preparing ...")
+	if o.bench.Away != nil {
+		a, err := o.bench.Away(ctx, o)
+		m.Guest = a.Guest
+		return a.Series, a.Limits, err
+	}
+	p, err := o.bench.Prepare(ctx, newRig(o))
+	if err != nil {
+		return series{}, nil, fmt.Errorf("prepare: %w", err)
+	}
+	s, err := p.measure(ctx, o.bench.Name, o.rounds, o.stderr)
+	if p.Close != nil {
+		fmt.Fprintln(o.stderr, "cleaning up ...")
+		err = errors.Join(err, closeBounded(ctx, p.Close))
+	}
+	return s, p.Limits, err
 }
 
 // closeBounded cleans up even when ctx has ended, in bounded time.

@@ -23,6 +23,9 @@ const (
 	// cgroups of the case before after their last user has gone, and a case
 	// must not pay for its forerunner.
 	settle = time.Second
+	// defaultTolerance is above what rounds of the instruction clock differ by,
+	// and below what a change for the worse costs that is worth a look.
+	defaultTolerance = 0.03
 	// closeTimeout bounds the cleaning up, also after Ctrl-C.
 	closeTimeout = 2 * time.Minute
 )
@@ -33,7 +36,23 @@ type benchmark struct {
 	About string // one sentence: what is measured against what
 	// Prepare makes what the cases need. On error it has cleaned up.
 	Prepare func(context.Context, *rig) (plan, error)
+	// Away, in place of Prepare, measures in a guest.
+	Away func(context.Context, options) (away, error)
+	// Choices, where a part can be measured: cases and metrics.
+	Choices choices
+	// Linked: what is measured is linked into this program, not bin/weft.
+	Linked bool
 }
+
+// away is what a benchmark in a guest brings back.
+type away struct {
+	Series series
+	Limits []limit
+	Guest  string // the guest in words
+}
+
+// choices are what -case and -metric may name. Usual are the cases without -case.
+type choices struct{ Cases, Usual, Metrics []string }
 
 // variant is one case, or the baseline. Run does everything once and yields
 // one value per metric; what it needs before and after is not in the values.
@@ -47,7 +66,10 @@ type plan struct {
 	Metrics  []metric
 	Baseline variant
 	Cases    []variant
+	Pairs    []pair
 	Limits   []limit
+	// Restless: the cases leave nothing behind, so none waits for the one before.
+	Restless bool
 	// Close removes what Prepare and the cases made; nil when there is
 	// nothing. It is called once, whatever happened.
 	Close func(context.Context) error
@@ -72,7 +94,7 @@ func slots(cases, round int) []int {
 
 // measure runs all rounds, one case at a time, and tells progress.
 func (p plan) measure(ctx context.Context, bench string, rounds int, progress io.Writer) (series, error) {
-	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name}
+	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name, Pairs: p.Pairs}
 	for _, c := range p.Cases {
 		s.Cases = append(s.Cases, c.Name)
 	}
@@ -87,7 +109,7 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 				v, into = p.Cases[slot-1], &r.Cases[slot-1]
 			}
 			fmt.Fprintf(progress, "round %d of %d: %s ... ", n+1, rounds, v.Name)
-			got, err := v.run(ctx)
+			got, err := v.run(ctx, p.Restless)
 			if err != nil {
 				fmt.Fprintln(progress, "failed")
 				return series{}, fmt.Errorf("round %d of %d, case %q: %w", n+1, rounds, v.Name, err)
@@ -101,9 +123,11 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 }
 
 // run rests, and runs the case in bounded time.
-func (v variant) run(ctx context.Context) (sample, error) {
-	if err := pause(ctx, settle); err != nil {
-		return nil, err
+func (v variant) run(ctx context.Context, restless bool) (sample, error) {
+	if !restless {
+		if err := pause(ctx, settle); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
 	defer cancel()

@@ -51,7 +51,7 @@ func (r Result) panels() []panel {
 		}
 		most := float64(noLimit)
 		for _, v := range r.Limits {
-			if row.Baseline == "" && v.Case == row.Case && v.Metric == row.Metric {
+			if v.Baseline == row.Baseline && v.Case == row.Case && v.Metric == row.Metric {
 				most = v.Limit
 			}
 		}
@@ -139,8 +139,8 @@ func (r Result) writeSVG(w io.Writer) error {
 	y := float64(plotTop)
 	base := ""
 	for _, row := range r.Rows {
-		if row.Baseline != "" {
-			base = row.Baseline
+		if row.Baseline != "" && row.Baseline == row.Case {
+			base = row.Baseline // of the noise rows
 		}
 	}
 	for _, p := range r.panels() {
@@ -182,6 +182,8 @@ func (p panel) draw(c *canvas, y float64, base string) float64 {
 		label := row.Case + ": " + row.Metric
 		if row.Baseline == row.Case {
 			label = "noise: " + row.Metric
+		} else if row.Baseline != "" && row.Baseline != base {
+			label = row.Case + " to " + row.Baseline + ": " + row.Metric
 		}
 		c.text(plotLeft, mid+4, "label", shorten(label, 46))
 		c.line(x(row.Min), mid, x(row.Max), mid, "range"+suffix)

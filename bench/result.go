@@ -5,12 +5,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"time"
 )
 
-// resultVersion of the JSON file.
-const resultVersion = 1
+// resultVersion of the JSON file. Version 2 adds limits on ratios and limits from
+// below ("baseline" and "least" of a limit) and "guest"; what has none of them is
+// written as in version 1.
+const resultVersion = 2
 
 // Machine says where, when and of what a result was measured: figures without
 // it compare with nothing.
@@ -23,6 +26,8 @@ type Machine struct {
 	CPU    string    `json:"cpu"`
 	Cores  int       `json:"cores"`
 	MemMB  int       `json:"memMB"` // 10^6 bytes
+	// Guest, in words, when the figures come from a virtual machine.
+	Guest string `json:"guest,omitempty"`
 	// Load averages of the last minute, before and after: what the
 	// benchmark itself and everyone else on the machine wanted to run.
 	LoadBefore float64 `json:"loadBefore"`
@@ -89,8 +94,12 @@ func (r Result) writeMarkdown(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# %s\n\n%s\n\n", r.Bench, r.About)
 	m := r.Machine
-	fmt.Fprintf(&b, "Measured %s in %.0f s, weft %s (tree %s, %s), Linux %s, %d cores of %s, %d MB of memory, load average %s before and %s after.\n\n",
-		m.Date.Format("2006-01-02 15:04 MST"), r.Seconds, m.Weft, m.Commit, m.Go, m.Kernel, m.Cores, cell(m.CPU), m.MemMB, number(m.LoadBefore), number(m.LoadAfter))
+	guest := ""
+	if m.Guest != "" {
+		guest = "; in a guest with " + m.Guest
+	}
+	fmt.Fprintf(&b, "Measured %s in %.0f s, weft %s (tree %s, %s), Linux %s, %d cores of %s, %d MB of memory, load average %s before and %s after%s.\n\n",
+		m.Date.Format("2006-01-02 15:04 MST"), r.Seconds, m.Weft, m.Commit, m.Go, m.Kernel, m.Cores, cell(m.CPU), m.MemMB, number(m.LoadBefore), number(m.LoadAfter), guest)
 	fmt.Fprintf(&b, "| Case | Metric | Median (min..max) | Unit | Divided by | Rounds |\n|---|---|---:|---|---|---:|\n")
 	for _, row := range r.Rows {
 		over, name := row.Baseline, row.Case
@@ -101,14 +110,20 @@ func (r Result) writeMarkdown(w io.Writer) error {
 			number(row.Median), number(row.Min), number(row.Max), cell(row.Unit), cell(over), row.Rounds)
 	}
 	if len(r.Limits) > 0 {
-		fmt.Fprintf(&b, "\n| Limit on | Metric | At most | Measured | Unit | Held |\n|---|---|---:|---:|---|---|\n")
+		fmt.Fprintf(&b, "\n| Limit on | Metric | Wanted | Measured | Unit | Held |\n|---|---|---:|---:|---|---|\n")
 	}
 	for _, v := range r.Limits {
-		held := "yes"
+		held, unit, bound := "yes", v.Unit, "at most"
 		if !v.Held {
 			held = "**no**"
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s %s | %s | %s |\n", cell(v.Case), cell(v.Metric), number(v.Limit), v.Of, number(v.Value), cell(v.Unit), held)
+		if v.Baseline != "" {
+			unit = "of " + v.Baseline
+		}
+		if v.Least {
+			bound = "at least"
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s %s | %s %s | %s | %s |\n", cell(v.Case), cell(v.Metric), bound, number(v.Limit), v.Of, number(v.Value), cell(unit), held)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -117,4 +132,22 @@ func (r Result) writeMarkdown(w io.Writer) error {
 // cell escapes what would end a table cell.
 func cell(s string) string {
 	return strings.NewReplacer("|", `\|`, "\n", " ").Replace(s)
+}
+
+// readResult reads a result file of this form or an earlier one.
+func readResult(file string) (Result, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return Result{}, fmt.Errorf("read result: %w", err)
+	}
+	var r Result
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&r); err != nil {
+		return Result{}, fmt.Errorf("read result %s: %w", file, err)
+	}
+	if r.Version < 1 || r.Version > resultVersion {
+		return Result{}, fmt.Errorf("read result %s: version %d, want 1 to %d", file, r.Version, resultVersion)
+	}
+	return r, nil
 }

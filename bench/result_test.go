@@ -23,11 +23,14 @@ var update = flag.Bool("update", false, "write the golden files")
 // example is a result with everything that can be in one.
 func example(t *testing.T) Result {
 	t.Helper()
-	rows, err := twoRounds().rows()
+	rows, err := twoCases().rows()
 	if err != nil {
 		t.Fatal(err)
 	}
-	limits, err := judge(rows, []limit{{"weft", "time", 10, false}, {"weft", "failed", 0, true}})
+	limits, err := judge(rows, []limit{
+		{Case: "weft", Metric: "time", Most: 10}, {Case: "weft", Metric: "failed", EveryRound: true},
+		{Case: "weft", Metric: "time", Over: "raw", Least: 3.5}, {Case: "slow", Metric: "time", Over: "weft", Least: 0.5, EveryRound: true},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,6 +39,7 @@ func example(t *testing.T) Result {
 		Machine: Machine{
 			Date: time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC), Commit: "0123456789ab", Weft: "v0.1.0", Go: "go1.26",
 			Kernel: "6.18.0", CPU: "Example CPU", Cores: 2, MemMB: 4096, LoadBefore: 0.5, LoadAfter: 1.25,
+			Guest: "Linux 6.12 on one processor",
 		},
 		Rows: rows, Limits: limits,
 	}
@@ -43,7 +47,7 @@ func example(t *testing.T) Result {
 
 func TestGolden(t *testing.T) {
 	r := example(t)
-	for name, write := range map[string]func(io.Writer) error{"v1.json": r.writeJSON, "v1.md": r.writeMarkdown, "v1.svg": r.writeSVG} {
+	for name, write := range map[string]func(io.Writer) error{"v2.json": r.writeJSON, "v2.md": r.writeMarkdown, "v2.svg": r.writeSVG} {
 		var got bytes.Buffer
 		if err := write(&got); err != nil {
 			t.Fatal(err)
@@ -70,23 +74,21 @@ func TestResultsAreWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range append(files, "testdata/v1.json") {
+	for _, f := range append(files, "testdata/v1.json", "testdata/v2.json") {
 		b, err := os.ReadFile(f)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var r Result
-		d := json.NewDecoder(bytes.NewReader(b))
-		d.DisallowUnknownFields()
-		if err := d.Decode(&r); err != nil {
-			t.Errorf("%s: %v", f, err)
+		r, err := readResult(f)
+		if err != nil {
+			t.Error(err)
 			continue
 		}
 		var again bytes.Buffer
 		if err := r.writeJSON(&again); err != nil {
 			t.Fatal(err)
 		}
-		if r.Version != resultVersion || len(r.Rows) == 0 || !bytes.Equal(b, again.Bytes()) {
+		if len(r.Rows) == 0 || !bytes.Equal(b, again.Bytes()) {
 			t.Errorf("%s: version %d, %d rows, or not as it was written", f, r.Version, len(r.Rows))
 		}
 		var raw struct{ Rows []map[string]any }
@@ -102,6 +104,23 @@ func TestResultsAreWhole(t *testing.T) {
 		noise := func(row Row) bool { return row.Baseline != "" && row.Baseline == row.Case }
 		if !slices.ContainsFunc(r.Rows, noise) {
 			t.Errorf("%s has no noise row", f)
+		}
+	}
+}
+
+func TestReadResultRefuses(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "r.json")
+	for text, want := range map[string]string{
+		`{"version":3}`:              "version 3, want 1 to 2",
+		`{}`:                         "version 0",
+		`{"version":2,"colour":"x"}`: "colour",
+		`{`:                          file,
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readResult(file); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
 }

@@ -39,9 +39,13 @@ const (
 type rig struct {
 	weft string // absolute path of the binary
 	log  io.Writer
+	// cases and metrics are the parts that were chosen, of a benchmark with choices.
+	cases, metrics []string
 }
 
-func newRig(binary string, log io.Writer) *rig { return &rig{weft: binary, log: log} }
+func newRig(o options) *rig {
+	return &rig{weft: o.weft, log: o.stderr, cases: o.cases, metrics: o.metrics}
+}
 
 // cmd runs `weft ARGS` and gives its standard output. Ctrl-C at the terminal
 // does not reach it by itself: when ctx ends it gets SIGINT and a grace, so

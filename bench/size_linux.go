@@ -84,7 +84,7 @@ func sizeBench() benchmark {
 					{manager, idle(1, func(ctx context.Context) error { return f.up(ctx, 1) })},
 					{worker, idle(2, func(ctx context.Context) error { return f.up(ctx, 2) })},
 				},
-				Limits: []limit{{binary, binarySize, 60, false}, {manager, private, 60, false}, {worker, private, 60, false}, {manager, proportional, 60, false}},
+				Limits: []limit{{Case: binary, Metric: binarySize, Most: 60}, {Case: manager, Metric: private, Most: 60}, {Case: worker, Metric: private, Most: 60}, {Case: manager, Metric: proportional, Most: 60}},
 			}, nil
 		},
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -29,17 +30,19 @@ type Row struct {
 	Unit     string  `json:"unit"`
 }
 
-// Verdict compares one raw row with the limit that was set for it: its median,
-// or its maximum where the limit must hold in every round. A limit that is
-// missed is a result, not a failure of the benchmark.
+// Verdict compares one row with the limit that was set for it: its median, or
+// its worst where the limit must hold in every round. A limit that is missed is
+// a result, not a failure of the benchmark.
 type Verdict struct {
-	Case   string  `json:"case"`
-	Metric string  `json:"metric"`
-	Limit  float64 `json:"limit"`
-	Of     string  `json:"of"` // "median" or "max"
-	Value  float64 `json:"value"`
-	Unit   string  `json:"unit"`
-	Held   bool    `json:"held"`
+	Case     string  `json:"case"`
+	Metric   string  `json:"metric"`
+	Baseline string  `json:"baseline,omitempty"` // of the row; a ratio is compared then
+	Limit    float64 `json:"limit"`
+	Least    bool    `json:"least,omitempty"` // at least Limit is wanted, not at most
+	Of       string  `json:"of"`              // "median", "max" or "min"
+	Value    float64 `json:"value"`
+	Unit     string  `json:"unit"`
+	Held     bool    `json:"held"`
 }
 
 // metric is one thing that cases yield.
@@ -50,14 +53,19 @@ type metric struct {
 	IsRatio bool
 }
 
-// limit is the largest value of a case's metric that is wanted, in the metric's
-// unit: of the median, or of every round. The latter is for counts of what must
-// not happen: a median of 0 would hide two rounds of five with failures.
+// limit is the largest value of a case's metric that is wanted, or the least, in
+// the metric's unit or, with Over, of the ratio to that case: of the median, or of
+// every round. The latter is for counts of what must not happen: a median of 0
+// would hide two rounds of five with failures.
 type limit struct {
 	Case, Metric string
-	Most         float64
+	Over         string // a baseline; "" is the raw row
+	Most, Least  float64
 	EveryRound   bool
 }
+
+// pair asks for the ratio of a case to another one, besides that to the baseline.
+type pair struct{ Case, Over string }
 
 // sample is what one run of a case yields: metric name to value.
 type sample map[string]float64
@@ -76,6 +84,7 @@ type series struct {
 	Metrics  []metric
 	Baseline string
 	Cases    []string
+	Pairs    []pair
 	Rounds   []round
 }
 
@@ -99,8 +108,8 @@ func significant(v float64) float64 {
 	return r
 }
 
-// rows summarises a series: the raw rows of the baseline and of every case,
-// then for every metric that is divided the noise row and the ratios.
+// rows summarises a series: the raw rows of the baseline and of every case, then
+// for every metric that is divided the noise row and the ratios, then the pairs.
 func (s series) rows() ([]Row, error) {
 	if err := s.check(); err != nil {
 		return nil, err
@@ -128,19 +137,42 @@ func (s series) rows() ([]Row, error) {
 			return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, s.Baseline, err)
 		}
 		out = append(out, s.row(-1, m, s.Baseline, noise))
-		for i, name := range s.Cases {
-			values, ok := s.values(i, m.Name)
-			if !ok {
+		for i := range s.Cases {
+			if out, err = s.ratio(out, m, i, -1); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, p := range s.Pairs {
+		i, j := slices.Index(s.Cases, p.Case), slices.Index(s.Cases, p.Over)
+		if i < 0 || j < 0 {
+			continue // a case that was not chosen
+		}
+		for _, m := range s.Metrics {
+			var err error
+			if !m.IsRatio {
 				continue
 			}
-			ratios, err := divide(values, base)
-			if err != nil {
-				return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, name, err)
+			if out, err = s.ratio(out, m, i, j); err != nil {
+				return nil, err
 			}
-			out = append(out, s.row(i, m, s.Baseline, ratios))
 		}
 	}
 	return out, nil
+}
+
+// ratio appends the row of case i over case j, if both yield m.
+func (s series) ratio(rows []Row, m metric, i, j int) ([]Row, error) {
+	over, ok := s.values(j, m.Name)
+	values, both := s.values(i, m.Name)
+	if !ok || !both {
+		return rows, nil
+	}
+	ratios, err := divide(values, over)
+	if err != nil {
+		return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, s.caseName(i), err)
+	}
+	return append(rows, s.row(i, m, s.caseName(j), ratios)), nil
 }
 
 // row makes the row of case i; -1 is the baseline.
@@ -239,21 +271,65 @@ func divide(a, b []float64) ([]float64, error) {
 	return out, nil
 }
 
-// judge compares raw rows with the limits. A limit on a row that is not there
-// is an error: it would hold of nothing.
+// judge compares rows with the limits. A limit on a row that is not there is an
+// error: it would hold of nothing.
 func judge(rows []Row, limits []limit) ([]Verdict, error) {
 	var out []Verdict
 	for _, l := range limits {
-		i := slices.IndexFunc(rows, func(r Row) bool { return r.Baseline == "" && r.Case == l.Case && r.Metric == l.Metric })
+		i := slices.IndexFunc(rows, func(r Row) bool { return r.Baseline == l.Over && r.Case == l.Case && r.Metric == l.Metric })
 		if i < 0 {
 			return nil, fmt.Errorf("limit on metric %q of case %q: no such row", l.Metric, l.Case)
 		}
-		v := Verdict{Case: l.Case, Metric: l.Metric, Limit: l.Most, Of: "median", Value: rows[i].Median, Unit: rows[i].Unit}
-		if l.EveryRound {
+		v := Verdict{Case: l.Case, Metric: l.Metric, Baseline: l.Over, Limit: l.Most, Of: "median", Value: rows[i].Median, Unit: rows[i].Unit}
+		if l.Least > 0 {
+			v.Limit, v.Least = l.Least, true
+		}
+		switch {
+		case l.EveryRound && v.Least:
+			v.Of, v.Value = "min", rows[i].Min
+		case l.EveryRound:
 			v.Of, v.Value = "max", rows[i].Max
 		}
 		v.Held = v.Value <= v.Limit
+		if v.Least {
+			v.Held = v.Value >= v.Limit
+		}
 		out = append(out, v)
+	}
+	return out, nil
+}
+
+// limitsOn are the limits whose rows a run of these cases and metrics has.
+func limitsOn(limits []limit, baseline string, cases, metrics []string) []limit {
+	return slices.DeleteFunc(slices.Clone(limits), func(l limit) bool {
+		return !slices.Contains(cases, l.Case) || !slices.Contains(metrics, l.Metric) ||
+			l.Over != "" && l.Over != baseline && !slices.Contains(cases, l.Over)
+	})
+}
+
+// regressions are the ratios that are worse than before's by more than tolerance,
+// a share of them, in words. Only rows of both count, but some must: without any
+// the check would say nothing. Greater is
+// better in all benchmarks that can be checked.
+func regressions(before, now []Row, tolerance float64) ([]string, error) {
+	var out []string
+	compared := 0
+	for _, b := range before {
+		if b.Unit != unitRatio || b.Case == b.Baseline {
+			continue
+		}
+		i := slices.IndexFunc(now, func(n Row) bool { return n.Case == b.Case && n.Metric == b.Metric && n.Baseline == b.Baseline })
+		if i < 0 {
+			continue
+		}
+		compared++
+		if least := b.Median * (1 - tolerance); now[i].Median < least {
+			out = append(out, fmt.Sprintf("%s of %s is %s of %s, it was %s: less than %s is a regression",
+				b.Metric, b.Case, number(now[i].Median), b.Baseline, number(b.Median), number(least)))
+		}
+	}
+	if compared == 0 {
+		return nil, errors.New("no ratio of this run is in the file that it is checked against")
 	}
 	return out, nil
 }

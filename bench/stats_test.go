@@ -138,16 +138,93 @@ func TestJudge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := judge(rows, []limit{{"weft", "time", 5, false}, {"weft", "time", 5, true}, {"weft", "failed", 0, true}})
+	got, err := judge(rows, []limit{{Case: "weft", Metric: "time", Most: 5}, {Case: "weft", Metric: "time", Most: 5, EveryRound: true}, {Case: "weft", Metric: "failed", EveryRound: true},
+		{Case: "weft", Metric: "time", Over: "raw", Least: 3}, {Case: "weft", Metric: "time", Over: "raw", Least: 3, EveryRound: true}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Verdict{{"weft", "time", 5, "median", 5, "s", true}, {"weft", "time", 5, "max", 8, "s", false}, {"weft", "failed", 0, "max", 3, "requests", false}}
+	want := []Verdict{
+		{Case: "weft", Metric: "time", Limit: 5, Of: "median", Value: 5, Unit: "s", Held: true},
+		{Case: "weft", Metric: "time", Limit: 5, Of: "max", Value: 8, Unit: "s"},
+		{Case: "weft", Metric: "failed", Limit: 0, Of: "max", Value: 3, Unit: "requests"},
+		{Case: "weft", Metric: "time", Baseline: "raw", Limit: 3, Least: true, Of: "median", Value: 3, Unit: "ratio", Held: true},
+		{Case: "weft", Metric: "time", Baseline: "raw", Limit: 3, Least: true, Of: "min", Value: 2, Unit: "ratio"},
+	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("verdicts %+v, want %+v", got, want)
 	}
 	// The ratio row of a metric is not its raw row.
-	if _, err := judge(rows[3:], []limit{{"weft", "time", 5, false}}); err == nil {
+	if _, err := judge(rows[3:], []limit{{Case: "weft", Metric: "time", Most: 5}}); err == nil {
 		t.Error("a limit without its row was accepted")
+	}
+}
+
+// TestPairs: a case is divided by another one of the same round, too, as far as
+// both were measured.
+func TestPairs(t *testing.T) {
+	s := twoCases()
+	rows, err := s.rows()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := rows[len(rows)-1], (Row{"b", "slow", "time", "weft", 1.5, 1, 2, 2, "ratio"}); got != want {
+		t.Errorf("last row %+v, want %+v", got, want)
+	}
+	s.Pairs = []pair{{"slow", "gone"}, {"gone", "weft"}}
+	without, err := s.rows()
+	if err != nil || len(without) != len(rows)-1 {
+		t.Errorf("pairs that were not chosen: %d rows and %v, want %d", len(without), err, len(rows)-1)
+	}
+	s.Pairs, s.Rounds[1].Cases[0]["time"] = []pair{{"slow", "weft"}}, 0
+	if _, err := s.rows(); err == nil {
+		t.Error("a division by 0 passed")
+	}
+}
+
+// twoCases is twoRounds with a case that takes one and two times what weft does.
+func twoCases() series {
+	s := twoRounds()
+	s.Cases, s.Pairs = append(s.Cases, "slow"), []pair{{"slow", "weft"}}
+	s.Rounds[0].Cases = append(s.Rounds[0].Cases, sample{"time": 2})
+	s.Rounds[1].Cases = append(s.Rounds[1].Cases, sample{"time": 16})
+	return s
+}
+
+func TestLimitsOn(t *testing.T) {
+	all := []limit{{Case: "a", Metric: "m"}, {Case: "a", Metric: "m", Over: "raw"}, {Case: "a", Metric: "m", Over: "b"}, {Case: "b", Metric: "m"}, {Case: "a", Metric: "n"}}
+	if got := limitsOn(all, "raw", []string{"a"}, []string{"m"}); !reflect.DeepEqual(got, all[:2]) {
+		t.Errorf("of one case and metric: %+v", got)
+	}
+	if got := limitsOn(all, "raw", []string{"a", "b"}, []string{"m", "n"}); !reflect.DeepEqual(got, all) {
+		t.Errorf("of all: %+v", got)
+	}
+}
+
+func TestRegressions(t *testing.T) {
+	rows := func(noise, ratio, raw float64) []Row {
+		return []Row{
+			{Case: "weft", Metric: "RR", Median: raw, Unit: "1/s"},
+			{Case: "raw", Metric: "RR", Baseline: "raw", Median: noise, Unit: unitRatio},
+			{Case: "weft", Metric: "RR", Baseline: "raw", Median: ratio, Unit: unitRatio},
+		}
+	}
+	for _, tc := range []struct {
+		name string
+		now  []Row
+		want string
+	}{
+		{"the same", rows(1, 0.8, 100), ""},
+		{"better", rows(1, 0.9, 100), ""},
+		{"slower machine, more noise", rows(0.5, 0.8, 10), ""},
+		{"inside", rows(1, 0.777, 100), ""},
+		{"worse", rows(1, 0.775, 100), "RR of weft is 0.775 of raw, it was 0.8"},
+	} {
+		got, err := regressions(rows(1, 0.8, 100), tc.now, 0.03)
+		if err != nil || (len(got) > 0) != (tc.want != "") || tc.want != "" && !strings.Contains(got[0], tc.want) {
+			t.Errorf("%s: %q, %v, want %q", tc.name, got, err, tc.want)
+		}
+	}
+	if _, err := regressions(rows(1, 0.8, 100), rows(1, 0.8, 100)[:2], 0.03); err == nil {
+		t.Error("a check of nothing passed")
 	}
 }

@@ -94,11 +94,17 @@ func note(values map[string]string, line string) error {
 func (m *Machine) qemuArgs(args []string) []string {
 	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
 	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
-	return []string{
-		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs),
-		"-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
+	processor := []string{"-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs)}
+	if m.cfg.Counted {
+		// A string instruction counts once for each step: without ERMS the
+		// kernel copies by words, as many instructions as a real copy costs.
+		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on", "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
+		cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
+	}
+	return append(processor,
+		"-M", "q35", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", m.kernel, "-initrd", m.initrd, "-append", cmdline,
 		// unsafe: the disk outlives the guest, not this machine.
-		"-drive", "file=" + m.disk + ",if=virtio,format=raw,cache=unsafe", "-device", "virtio-rng-pci",
-	}
+		"-drive", "file="+m.disk+",if=virtio,format=raw,cache=unsafe", "-device", "virtio-rng-pci",
+	)
 }

@@ -20,6 +20,9 @@ type Config struct {
 	// Kernel is a folder with Debian's kernel package unpacked: boot/ and
 	// lib/modules/ (or usr/lib/modules/). need.sh makes it.
 	Kernel string
+	// Base, when set, is a folder that the guest's root begins as: a system whose
+	// /bin, /sbin and /lib may be links into /usr. It is copied, not changed.
+	Base string
 	// Files go into the guest: path in the guest to path here. Programs
 	// bring their shared libraries along.
 	Files map[string]string
@@ -29,6 +32,12 @@ type Config struct {
 	// MemoryMiB (default 2048) and CPUs (default 2) of the guest; DiskMiB
 	// (default 2048) of its disk, which is sparse.
 	MemoryMiB, CPUs, DiskMiB int
+	// Counted gives the guest the instruction clock: one processor (CPUs is
+	// not asked), whose time advances a nanosecond with each instruction that
+	// it executes, and with the real time while it idles. How long something
+	// takes in the guest then tells how many instructions it takes, whatever
+	// else the machine does.
+	Counted bool
 	// Dir is where image, initramfs and console log go.
 	Dir string
 }
@@ -110,6 +119,14 @@ func (m *Machine) findKernel() error {
 
 // makeRoot fills the guest's root folder.
 func (m *Machine) makeRoot(ctx context.Context, root, busybox string) error {
+	if m.cfg.Base != "" {
+		if err := os.MkdirAll(root, 0o755); err != nil {
+			return fmt.Errorf("make guest root: %w", err)
+		}
+		if out, err := exec.CommandContext(ctx, "cp", "-a", "--reflink=auto", m.cfg.Base+"/.", root).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy %s to the guest's root: %w: %s", m.cfg.Base, err, out)
+		}
+	}
 	for _, d := range []string{"proc", "sys", "dev", "run", "tmp", "etc", "root", "var/lib", "mnt", "usr/bin", "usr/sbin"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			return fmt.Errorf("make guest root: %w", err)

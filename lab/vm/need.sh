@@ -6,6 +6,8 @@
 #   docker                  where there is no docker command, the client of Debian's
 #                           package, unpacked to bin/cache/docker (no engine is started)
 #   kernel                  Debian's cloud kernel, unpacked to bin/cache/kernel (not installed)
+#   kernel-new              the cloud kernel of a later Debian (SUITE below), which has what the
+#                           first lacks (tcx), unpacked to bin/cache/kernel-new (not installed)
 # Prints nothing when all is there. Exit code 1 names what could not be had.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -62,8 +64,10 @@ static_busybox() {
   mv "$cache/busybox.new" "$cache/busybox"
 }
 
+amd64_only() { [ "$(uname -m)" = x86_64 ] || fail "the VM lane knows amd64 only, this machine is $(uname -m)"; }
+
 kernel() {
-  [ "$(uname -m)" = x86_64 ] || fail "the VM lane knows amd64 only, this machine is $(uname -m)"
+  amd64_only
   ls "$cache"/kernel/boot/vmlinuz-* >/dev/null 2>&1 && return 0
   update
   local package
@@ -75,6 +79,41 @@ kernel() {
   mv "$cache/kernel.new" "$cache/kernel"
 }
 
+# The release that kernel-new comes from.
+SUITE=trixie
+
+# later APT-COMMAND...: asks for packages of SUITE, by lists of its own: what apt
+# knows and installs on this machine stays as it is.
+later() {
+  local apt=$cache/apt-$SUITE mirror
+  if [ ! -e "$apt/sources.list" ]; then
+    # The archive that this machine's own Debian comes from.
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' | grep -v -e security -e debug | grep debian | head -n 1) || true
+    mkdir -p "$apt/lists/partial" "$apt/archives/partial"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian} $SUITE main" >"$apt/sources.list"
+  fi
+  local options=(-q -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=/dev/null
+    -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt" -o APT::Sandbox::User=root -o Acquire::Languages=none)
+  "$1" "${options[@]}" "${@:2}"
+}
+
+kernel_new() {
+  amd64_only
+  ls "$cache"/kernel-new/boot/vmlinuz-* >/dev/null 2>&1 && return 0
+  command -v apt-get >/dev/null || fail "no apt-get to fetch the kernel of $SUITE with"
+  later apt-get update >/dev/null || fail "apt-get update of $SUITE failed"
+  local package tmp
+  package=$(later apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image-/ {print $2; exit}')
+  [ -n "$package" ] || fail "$SUITE has no linux-image-cloud-amd64"
+  echo "unpacking $package of $SUITE" >&2
+  rm -rf "$cache/kernel-new.tmp"
+  tmp=$(mktemp -d)
+  (cd "$tmp" && later apt-get download "$package" >/dev/null) || fail "could not fetch $package of $SUITE"
+  dpkg-deb -x "$tmp"/*.deb "$cache/kernel-new.tmp" || fail "could not unpack $package"
+  rm -rf "$tmp"
+  mv "$cache/kernel-new.tmp" "$cache/kernel-new"
+}
+
 for need in "$@"; do
   case $need in
     runc) install runc runc ;;
@@ -83,6 +122,7 @@ for need in "$@"; do
     busybox) static_busybox ;;
     docker) docker_client ;;
     kernel) kernel ;;
+    kernel-new) kernel_new ;;
     *) fail "do not know how to get $need" ;;
   esac
 done

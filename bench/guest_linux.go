@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"time"
+)
+
+// guestWord makes this program the one that measures inside the guest.
+const guestWord = "guest"
+
+// guestCounts are the operations of one run on the instruction clock: enough that
+// a timer's tick does not show, few enough for a guest that is slow to watch.
+var guestCounts = map[pattern]int{rr: 3000, crr: 500, udp: 128 * window, bulk: 128 << 10}
+
+// mostIdle is the share of a run in which the guest's processor may idle: what
+// is idle passes in real time, which says nothing. It is taken off, and bounded.
+const mostIdle = 0.02
+
+// guest measures all paths in this machine's namespaces and prints the series as
+// one line of the console's results. Progress goes to standard error.
+func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	err := func() error {
+		f := flag.NewFlagSet(guestWord, flag.ContinueOnError)
+		f.SetOutput(stderr)
+		rounds := f.Int("rounds", 1, "`number` of rounds")
+		cases := f.String("cases", strings.Join(casePaths, ","), "the paths")
+		metrics := f.String("metrics", "", "the patterns")
+		isDocker := f.Bool("docker", false, "two nodes of Docker Engine are the baseline")
+		isCrypt := f.Bool("wireguard", false, "the paths are those of WireGuard")
+		if err := f.Parse(args); err != nil {
+			return err
+		}
+		log := slog.New(slog.NewTextHandler(stderr, nil))
+		paths, counts := split(*cases), guestCounts
+		if *isCrypt {
+			paths, counts = nil, cryptCounts
+		}
+		g, err := newGround(ctx, log, paths)
+		if err != nil {
+			return err
+		}
+		list := g.openers(paths)
+		var p plan
+		switch {
+		case *isDocker:
+			var o opener
+			o, err = g.docker(ctx)
+			list = append([]opener{o}, list...)
+		case *isCrypt:
+			list, err = g.wireguard(ctx, split(*cases))
+		}
+		if err == nil {
+			p, err = trafficPlan(ctx, g, list, split(*metrics), onClock(counts))
+		}
+		if err != nil {
+			return errors.Join(err, g.close())
+		}
+		s, err := p.measure(ctx, guestWord, *rounds, stderr)
+		if err = errors.Join(err, p.Close(ctx)); err != nil {
+			return err
+		}
+		b, err := json.Marshal(s)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(stdout, "WEFT-RESULT series %s\n", b)
+		return nil
+	}()
+	if err != nil {
+		fmt.Fprintf(stdout, "WEFT-RESULT failed %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+		return 1
+	}
+	return 0
+}
+
+func split(list string) []string {
+	if list == "" {
+		return nil
+	}
+	return strings.Split(list, ",")
+}
+
+// calm is a rest in which the processor must have idled almost all the time.
+const calm = 20 * time.Millisecond
+
+// awaitCalm waits until nothing else runs: the kernel takes apart in the background
+// what a case before has removed, and would do so on the clock.
+func awaitCalm(ctx context.Context) error {
+	for range 500 {
+		before, start := idleTime(), time.Now()
+		if err := pause(ctx, calm); err != nil {
+			return err
+		}
+		if took := time.Since(start); idleTime()-before > took*9/10 {
+			return nil
+		}
+	}
+	return fmt.Errorf("no rest of %v was quiet, or /proc/timer_list does not show idle time", calm)
+}
+
+// onClock measures by the instruction clock: busy time is instructions.
+func onClock(counts map[pattern]int) meter {
+	return func(ctx context.Context, w *way, p pattern) (float64, error) {
+		if err := awaitCalm(ctx); err != nil {
+			return 0, err
+		}
+		s, err := w.client.run(p, counts[p], nil)
+		if err != nil {
+			return 0, err
+		}
+		if share := s.Idle.Seconds() / s.Elapsed.Seconds(); share > mostIdle {
+			return 0, fmt.Errorf("the processor idled for %.1f %% of the run: it measures waiting", 100*share)
+		}
+		return float64(s.Ops) / (s.Elapsed - s.Idle).Seconds(), nil
+	}
+}
