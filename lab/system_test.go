@@ -107,11 +107,60 @@ func binary(t *testing.T) string {
 	return path
 }
 
-// dump shows the daemons' last words.
+// dump shows the daemons' last words, what their tasks wait for, and what all
+// goroutines of the daemons and container supervisors were doing.
 func (r *rig) dump() {
+	ctx, cancel := context.WithTimeout(context.Background(), dumpLimit)
+	defer cancel()
 	logs, _ := filepath.Glob(filepath.Join(DefaultConfig().DataDir, r.name, "*.log"))
 	for _, f := range logs {
 		r.t.Logf("%s:\n%s", f, tail(f))
+		host := strings.TrimSuffix(filepath.Base(f), ".log")
+		out, err := r.run(ctx, "sh", "-c", strings.Join(r.on(host, "service", "ls", "-q"), " ")+" | xargs -r "+
+			strings.Join(r.on(host, "service", "ps", "--no-trunc", "--format", "'{{.Name}} {{.Node}} {{.DesiredState}} {{.CurrentState}} {{.Error}}'"), " "))
+		r.t.Logf("tasks by %s: %v\n%s", host, err, out)
+	}
+	for _, f := range logs {
+		r.dumpHost(ctx, strings.TrimSuffix(filepath.Base(f), ".log"))
+	}
+}
+
+// dumpLimit bounds the questions to daemons that may hang.
+const dumpLimit = 20 * time.Second
+
+// dumpHost ends a host's daemon, then its container supervisor, with SIGQUIT,
+// which has the Go runtime write all goroutines to their logs.
+func (r *rig) dumpHost(ctx context.Context, host string) {
+	h := r.host(host)
+	ps, err := processes()
+	if err != nil {
+		r.t.Error(err)
+		return
+	}
+	for _, log := range []string{h.Paths.Log, filepath.Join(h.Paths.DataRoot, "containerd.log")} {
+		before, err := os.ReadFile(log)
+		if err != nil {
+			r.t.Logf("%s: %v", log, err)
+			continue
+		}
+		for _, p := range ps {
+			daemon := log == h.Paths.Log && slices.Contains(p.Args, "daemon") && slices.Contains(p.Args, h.Paths.DataRoot)
+			server := log != h.Paths.Log && isContainerd(p.Args) && strings.HasPrefix(p.Args[len(p.Args)-1], h.Paths.ExecRoot+"/")
+			if !daemon && !server {
+				continue
+			}
+			if err := unix.Kill(p.PID, unix.SIGQUIT); err != nil {
+				r.t.Logf("ask process %d for its goroutines: %v", p.PID, err)
+				continue
+			}
+			for now, err := readProcess(p.PID); err == nil && now.Start == p.Start && !now.Zombie; now, err = readProcess(p.PID) {
+				if pause(ctx, 10*time.Millisecond) != nil {
+					break
+				}
+			}
+			after, err := os.ReadFile(log)
+			r.t.Logf("%s, process %d at its end: %v\n%s", log, p.PID, err, after[min(len(before), len(after)):])
+		}
 	}
 }
 
