@@ -67,13 +67,19 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	if e := os.Getenv(overlayEnv); e != "" {
-		upArgs = append(upArgs, "--overlay-engine", e)
-	}
+	upArgs = append(upArgs, engineArgs()...)
 	start := time.Now()
 	r.must(append([]string{r.weft, "lab", "up", "--name", name}, upArgs...)...)
 	t.Logf("lab up %v took %.2f s", upArgs, time.Since(start).Seconds())
 	return r
+}
+
+// engineArgs forces the engine that overlayEnv names.
+func engineArgs() []string {
+	if e := os.Getenv(overlayEnv); e != "" {
+		return []string{"--overlay-engine", e}
+	}
+	return nil
 }
 
 // oneRun waits until no other run of these tests is on this machine, of another
@@ -234,7 +240,7 @@ func TestLabDemo(t *testing.T) {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	out, err := exec.CommandContext(t.Context(), bin, "lab", "demo", "--name", "t-demo").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), bin, append([]string{"lab", "demo", "--name", "t-demo"}, engineArgs()...)...).CombinedOutput()
 	t.Logf("%s", out)
 	if err != nil {
 		t.Fatal(err)
