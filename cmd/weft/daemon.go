@@ -22,6 +22,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/agent/runtime/containerd"
 	"github.com/weftnet/weft/api"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // daemonConfig is what `weft daemon` is told by flags.
@@ -159,6 +160,11 @@ func newLogger(level string) (*slog.Logger, error) {
 func (c *daemonConfig) check() error {
 	if os.Geteuid() != 0 {
 		return errors.New("weft daemon makes network namespaces and containers: run it as root")
+	}
+	switch c.CryptEngine { // the others are judged with what this build has
+	case "", wg.EngineKernel, wg.EngineUser, wg.EngineNone:
+	default:
+		return fmt.Errorf("--encryption-engine %s: use %s, %s or %s, or leave the flag out to let the host decide", c.CryptEngine, wg.EngineKernel, wg.EngineUser, wg.EngineNone)
 	}
 	for _, p := range []*string{&c.DataRoot, &c.ExecRoot} {
 		abs, err := filepath.Abs(*p)
