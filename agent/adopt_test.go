@@ -275,7 +275,8 @@ func TestRemoveAllLeavesNothing(t *testing.T) {
 }
 
 // TestNamesAreBackAtOnce: the first question after a restart finds its answer,
-// before the kernel was looked at and before anybody was heard.
+// before the kernel was looked at, before anybody was heard, and before the
+// engines are there, which take long to choose.
 func TestNamesAreBackAtOnce(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		kill, _ := r.running(testTask(1, front))
@@ -287,6 +288,15 @@ func TestNamesAreBackAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.sockets.answers = make(chan []byte, 1)
+		r.journal.clear()
+		chosen := make(chan struct{})
+		r.engineGate = func(ctx context.Context) error {
+			select {
+			case <-chosen:
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		}
 		r.start()
 		answer := new(miekg.Msg)
 		if err := answer.Unpack(<-r.sockets.answers); err != nil {
@@ -294,6 +304,38 @@ func TestNamesAreBackAtOnce(t *testing.T) {
 		}
 		if len(answer.Answer) != 1 || !strings.Contains(answer.Answer[0].String(), "10.0.16.200") {
 			t.Errorf("the first answer was %v, want the service's address", answer)
+		}
+		settle(2 * planeNews)
+		if strings.Contains(r.journal.String(), "overlay ") {
+			t.Errorf("a pass without engines:\n%s", r.journal)
+		}
+		close(chosen)
+		settle(2 * planeNews)
+		if !strings.Contains(r.journal.String(), "overlay ") {
+			t.Errorf("no pass when the engines were there:\n%s", r.journal)
+		}
+	})
+}
+
+// TestNoEngines: an agent that gets no engines ends with the reason, and leaves
+// the containers alone.
+func TestNoEngines(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		kill, _ := r.running(testTask(1, front))
+		kill()
+		r.journal.clear()
+		want := errors.New("no engine works here")
+		r.engineGate = func(context.Context) error { return want }
+		a, err := New(r.config())
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.listen, a.linger.dial = r.sockets.listen, r.dial
+		if err := a.Run(t.Context()); !errors.Is(err, want) {
+			t.Errorf("Run ended with %v, want %v", err, want)
+		}
+		if n := r.sockets.opened(); n != 0 || strings.Contains(r.journal.String(), "stop") {
+			t.Errorf("%d resolvers are open; journal:\n%s", n, r.journal)
 		}
 	})
 }

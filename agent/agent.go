@@ -39,16 +39,18 @@ type Config struct {
 	// Underlay says how large packets may be.
 	Underlay Underlay
 
-	Runtime  runtime.Runtime
-	Execer   runtime.Execer
-	Logs     runtime.Logs
-	Images   runtime.Images
-	Sandbox  sandbox.Maker
-	Overlay  vxlan.Kernel
-	Balancer ingress.Engine
-	Names    *dns.Server
-	Gossip   gossip.Table
-	Leader   Leader
+	Runtime runtime.Runtime
+	Execer  runtime.Execer
+	Logs    runtime.Logs
+	Images  runtime.Images
+	Sandbox sandbox.Maker
+	// Engines gives what makes networks and service addresses. It may take long:
+	// Run calls it once, when the names of tasks that run already are answered
+	// again, and ends with its error. RemoveAll calls it, too.
+	Engines func(context.Context) (vxlan.Kernel, ingress.Engine, error)
+	Names   *dns.Server
+	Gossip  gossip.Table
+	Leader  Leader
 
 	// Describe says what this node is; called when a session opens, and every
 	// few seconds for the ranges that the host uses.
@@ -128,8 +130,8 @@ func (c Config) validate() error {
 	}{
 		{"StateDir", c.StateDir == ""}, {"NetNSDir", c.NetNSDir == ""}, {"Underlay", c.Underlay == nil},
 		{"Runtime", c.Runtime == nil}, {"Execer", c.Execer == nil}, {"Logs", c.Logs == nil},
-		{"Images", c.Images == nil}, {"Sandbox", c.Sandbox == nil}, {"Overlay", c.Overlay == nil},
-		{"Balancer", c.Balancer == nil}, {"Names", c.Names == nil}, {"Gossip", c.Gossip == nil},
+		{"Images", c.Images == nil}, {"Sandbox", c.Sandbox == nil}, {"Engines", c.Engines == nil},
+		{"Names", c.Names == nil}, {"Gossip", c.Gossip == nil},
 		{"Leader", c.Leader == nil}, {"Describe", c.Describe == nil}, {"Listeners", c.Listeners == nil},
 		{"Log", c.Log == nil},
 	} {
@@ -146,6 +148,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	inner, cancel := context.WithCancel(ctx)
 	a.resolvers = newResolvers(inner, a.cfg.Names, a.listen, a.cfg.Log)
 	err := a.resume(inner)
+	if err == nil {
+		a.plane.overlay, a.plane.balancer, err = a.cfg.Engines(inner)
+	}
 	if err == nil {
 		err = a.runLoops(inner)
 	}

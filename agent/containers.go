@@ -154,7 +154,11 @@ func (a *Agent) RemoveAll(ctx context.Context) error {
 	for _, b := range boxes {
 		errs = append(errs, a.cfg.Sandbox.Destroy(ctx, b.Task))
 	}
-	errs = append(errs, a.cfg.Overlay.Apply(ctx, vxlan.State{}))
+	overlay, _, err := a.cfg.Engines(ctx)
+	if err == nil {
+		err = overlay.Apply(ctx, vxlan.State{})
+	}
+	errs = append(errs, err)
 	for _, path := range []string{a.modelPath(), a.endpointsPath(), a.tasks.statusDir()} {
 		errs = append(errs, os.RemoveAll(path))
 	}

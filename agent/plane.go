@@ -43,7 +43,7 @@ const (
 type plane struct {
 	self     netstate.Node // id and VTEP; the rest is the leader's to say
 	netNSDir string
-	overlay  vxlan.Kernel
+	overlay  vxlan.Kernel // this and balancer are set by Agent.Run before run
 	balancer ingress.Engine
 	gateways sandbox.Maker
 	names    *dns.Server
@@ -94,7 +94,7 @@ type planeWaiter struct {
 
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
-		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
+		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir,
 		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},

@@ -17,6 +17,7 @@ import (
 	"github.com/weftnet/weft/agent/runtime/runtimetest"
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
+	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/vxlantest"
@@ -93,7 +94,9 @@ type rig struct {
 	paths    *fakePaths
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
-	keys     func(epoch uint64) ([]weft.NodeKey, error)
+	// engineGate is waited for by what asks for the engines; nil = at once.
+	engineGate func(context.Context) error
+	keys       func(epoch uint64) ([]weft.NodeKey, error)
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -123,7 +126,7 @@ func (r *rig) config() Config {
 		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
 		Underlay: r.paths,
 		Runtime:  &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
-		Sandbox: r.boxes, Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
+		Sandbox: r.boxes, Engines: r.engines, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
 			d := weft.NodeDescription{Hostname: "a"}
 			var err error
@@ -135,6 +138,15 @@ func (r *rig) config() Config {
 		Listeners: r.readListeners, Keys: r.keys,
 		Log: slog.New(slog.DiscardHandler),
 	}
+}
+
+func (r *rig) engines(ctx context.Context) (vxlan.Kernel, ingress.Engine, error) {
+	if r.engineGate != nil {
+		if err := r.engineGate(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	return vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, r.balancer, nil
 }
 
 func (r *rig) setListeners(l []weft.Listener, err error) {

@@ -270,6 +270,20 @@ func TestServiceRoundTrip(t *testing.T) {
 	})
 }
 
+func TestDecodeRanges(t *testing.T) {
+	for in, want := range map[string]string{
+		"fd00:5::": `IPAM.Config[0].Subnet: "fd00:5::" has no prefix length: write fd00:5::/64`,
+		"10.5.0.0": `IPAM.Config[0].Subnet: "10.5.0.0" has no prefix length: write 10.5.0.0/24`,
+		"10.5":     `IPAM.Config[0].Subnet: "10.5" is no range like 10.20.30.0/24 or fd00:20:30::/64`,
+	} {
+		var r network.CreateRequest
+		err := decodeJSON([]byte(`{"Name":"x","IPAM":{"Config":[{"Subnet":"`+in+`"}]}}`), &r)
+		if err == nil || !strings.Contains(err.Error(), want) || statusOf(err) != 400 {
+			t.Errorf("%s: %v, want %q", in, err, want)
+		}
+	}
+}
+
 func TestDecodeFaults(t *testing.T) {
 	for _, c := range []struct{ body, want string }{
 		{``, "the body is empty"},

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"mime"
 	"net/http"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
@@ -146,9 +147,24 @@ func checkParsed(path string, v any, t reflect.Type) error {
 		err = json.Unmarshal(text, reflect.New(t).Interface())
 	}
 	if err != nil {
+		if s, ok := v.(string); ok && t == reflect.TypeFor[netip.Prefix]() {
+			return invalidf("%s: %s", path, noRange(s))
+		}
 		return invalidf("%s: %v", path, err)
 	}
 	return nil
+}
+
+// noRange says what an address range looks like to who has written s for one.
+func noRange(s string) string {
+	a, err := netip.ParseAddr(s)
+	switch {
+	case err != nil:
+		return fmt.Sprintf("%q is no range like 10.20.30.0/24 or fd00:20:30::/64", s)
+	case a.Is6():
+		return fmt.Sprintf("%q has no prefix length: write %s/64", s, s)
+	}
+	return fmt.Sprintf("%q has no prefix length: write %s/24", s, s)
 }
 
 func checkStruct(path string, v any, t reflect.Type) error {

@@ -124,7 +124,8 @@ func badNetworks(w *words) {
 		{"--ipv6 --subnet fd00:5::/126 x", "fd00:5::/126 must be /16 to /125"},
 		{"--ipv6 --subnet fd00:5::1/64 x", "host bits"},
 		{"--ipv6 --subnet fe80::/64 x", "which hosts cannot use"},
-		{"--ipv6 --subnet fd00:5:: x", `IPAM\.Config\[0\]\.Subnet`},
+		{"--ipv6 --subnet fd00:5:: x", `IPAM\.Config\[0\]\.Subnet: "fd00:5::" has no prefix length: write fd00:5::/64`},
+		{"--ipv6 --opt com.docker.network.driver.mtu=1279 x", `Options\["com\.docker\.network\.driver\.mtu"\]: 1279: IPv6 needs 1280 bytes .* or a network without IPv6`},
 		{"--subnet fd00:5::/64 x", "EnableIPv6"},
 	} {
 		w.refused("h3", 1, tc.want, append([]string{"network", "create", "-d", "overlay"}, strings.Fields(tc.args)...)...)

@@ -179,6 +179,25 @@ func adoption(t *testing.T, lab string, n int) {
 	}
 }
 
+// daemonStart is when the process of a host's daemon began: a hundredth of a
+// second is its unit, rounded down.
+func (r *rig) daemonStart(host string) time.Time {
+	r.t.Helper()
+	pid, err := daemonPID(r.host(host))
+	if err != nil || pid == 0 {
+		r.t.Fatalf("daemon of %s: pid %d, %v", host, pid, err)
+	}
+	p, err := readProcess(pid)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	now, err := ticks()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return time.Now().Add(-time.Duration(now-p.Start) * time.Second / userHZ)
+}
+
 // strike deals one blow and brings the daemon back. It returns how long the
 // names of that host needed after the start; other hosts' names must not fail.
 func (r *rig) strike(b blow, host string, index int, tr *traffic) time.Duration {
@@ -193,9 +212,10 @@ func (r *rig) strike(b blow, host string, index int, tr *traffic) time.Duration 
 		if err := pause(r.t.Context(), b.away); err != nil {
 			r.t.Fatal(err)
 		}
-		start = time.Now()
 		r.must(r.weft, "lab", "start", "--name", r.name, host)
+		start = r.daemonStart(host)
 	}
+	// A question that began within a second has its answer, or the lack of it, by now.
 	if err := pause(r.t.Context(), time.Until(start.Add(1500*time.Millisecond))); err != nil {
 		r.t.Fatal(err)
 	}

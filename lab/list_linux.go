@@ -108,7 +108,7 @@ func (t Trace) strayLinks() ([]string, error) {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
-	links, err := h.LinkList()
+	links, err := listLinks(h)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}

@@ -59,6 +59,21 @@ func withLinks(file string, f func(*netlink.Handle) error) error {
 	})
 }
 
+// listTries bounds how often the links of a namespace are listed again: those of a
+// host that makes ten tasks at once change while the kernel lists them.
+const listTries = 10
+
+// listLinks repeats a list that was interrupted by a change (NLM_F_DUMP_INTR,
+// linux/netlink.h): such a list may lack links that were there all the time.
+func listLinks(h *netlink.Handle) ([]netlink.Link, error) {
+	for try := 1; ; try++ {
+		links, err := h.LinkList()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) || try == listTries {
+			return links, err
+		}
+	}
+}
+
 // isNetNS reports whether file is a mounted network namespace, not the empty
 // file that a crash between creation and mount leaves.
 func isNetNS(file string) bool {

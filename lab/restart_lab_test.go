@@ -191,10 +191,14 @@ func killWhileBusy(t *testing.T, lab string, n int) {
 		_, err := r.run(t.Context(), r.on("h1", "network", "rm", "busy")...)
 		return err
 	})
-	var before map[string][]string
+	before := map[string][]string{}
 	r.eventually("no task left", func() error {
-		before = r.inventories(hosts...)
-		for h, inv := range before {
+		for _, h := range hosts {
+			inv, err := r.inventory(h)
+			if err != nil { // something goes while it is listed
+				return err
+			}
+			before[h] = inv
 			if i := slices.IndexFunc(inv, func(s string) bool {
 				return slices.Contains([]string{"container", "file", "cgroup"}, strings.Fields(s)[0])
 			}); i >= 0 {

@@ -44,6 +44,7 @@ type reuse struct {
 func (u reuse) name(i int) string { return fmt.Sprintf("s%d", i+1) }
 
 func (u reuse) run(t *testing.T) {
+	result := newSoakResult(t)
 	r := newRig(t, u.lab, "--hosts", fmt.Sprint(u.hosts))
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--subnet", u.subnet, "small")...)
 	var hosts []string
@@ -81,7 +82,7 @@ func (u reuse) run(t *testing.T) {
 	}
 	cancel()
 	asking.Wait()
-	t.Logf("%d rounds of %d tasks in %s on %d hosts took %s: %s", u.rounds, u.services*u.replicas, u.subnet, u.hosts, time.Since(began).Round(time.Second), &j)
+	result.printf("%d rounds of %d tasks in %s on %d hosts took %s: %s", u.rounds, u.services*u.replicas, u.subnet, u.hosts, time.Since(began).Round(time.Second), &j)
 	for _, w := range j.wrong[:min(10, len(j.wrong))] {
 		t.Errorf("answered by another service: %s", w)
 	}

@@ -62,12 +62,16 @@ func (r *soakResult) write() {
 		}
 		f.Close()
 	}
-	text := fmt.Sprintf("%s %s after %s\ncommit %s\nkernel %s, %d cores, load at the end %s\n%s\n\n", r.t.Name(), verdict,
-		time.Since(r.began).Round(time.Second), commit, unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), load, r.began.UTC().Format(time.DateOnly))
+	name, engine := r.t.Name(), "bridge"
+	if e := os.Getenv(overlayEnv); e != "" && e != engine {
+		name, engine = name+"-"+e, e
+	}
+	text := fmt.Sprintf("%s %s after %s\ncommit %s\noverlay engine %s\nkernel %s, %d cores, load at the end %s\n%s\n\n", r.t.Name(), verdict,
+		time.Since(r.began).Round(time.Second), commit, engine, unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), load, r.began.UTC().Format(time.DateOnly))
 	for _, l := range r.lines {
 		text += l + "\n"
 	}
-	if err := os.WriteFile(filepath.Join("results", r.t.Name()+".txt"), []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join("results", name+".txt"), []byte(text), 0o644); err != nil {
 		r.t.Error(err)
 	}
 }

@@ -67,13 +67,19 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	if e := os.Getenv(overlayEnv); e != "" {
-		upArgs = append(upArgs, "--overlay-engine", e)
-	}
+	upArgs = append(upArgs, engineArgs()...)
 	start := time.Now()
 	r.must(append([]string{r.weft, "lab", "up", "--name", name}, upArgs...)...)
 	t.Logf("lab up %v took %.2f s", upArgs, time.Since(start).Seconds())
 	return r
+}
+
+// engineArgs forces the engine that overlayEnv names.
+func engineArgs() []string {
+	if e := os.Getenv(overlayEnv); e != "" {
+		return []string{"--overlay-engine", e}
+	}
+	return nil
 }
 
 // oneRun waits until no other run of these tests is on this machine, of another
@@ -107,11 +113,60 @@ func binary(t *testing.T) string {
 	return path
 }
 
-// dump shows the daemons' last words.
+// dump shows the daemons' last words, what their tasks wait for, and what all
+// goroutines of the daemons and container supervisors were doing.
 func (r *rig) dump() {
+	ctx, cancel := context.WithTimeout(context.Background(), dumpLimit)
+	defer cancel()
 	logs, _ := filepath.Glob(filepath.Join(DefaultConfig().DataDir, r.name, "*.log"))
 	for _, f := range logs {
 		r.t.Logf("%s:\n%s", f, tail(f))
+		host := strings.TrimSuffix(filepath.Base(f), ".log")
+		out, err := r.run(ctx, "sh", "-c", strings.Join(r.on(host, "service", "ls", "-q"), " ")+" | xargs -r "+
+			strings.Join(r.on(host, "service", "ps", "--no-trunc", "--format", "'{{.Name}} {{.Node}} {{.DesiredState}} {{.CurrentState}} {{.Error}}'"), " "))
+		r.t.Logf("tasks by %s: %v\n%s", host, err, out)
+	}
+	for _, f := range logs {
+		r.dumpHost(ctx, strings.TrimSuffix(filepath.Base(f), ".log"))
+	}
+}
+
+// dumpLimit bounds the questions to daemons that may hang.
+const dumpLimit = 20 * time.Second
+
+// dumpHost ends a host's daemon, then its container supervisor, with SIGQUIT,
+// which has the Go runtime write all goroutines to their logs.
+func (r *rig) dumpHost(ctx context.Context, host string) {
+	h := r.host(host)
+	ps, err := processes()
+	if err != nil {
+		r.t.Error(err)
+		return
+	}
+	for _, log := range []string{h.Paths.Log, filepath.Join(h.Paths.DataRoot, "containerd.log")} {
+		before, err := os.ReadFile(log)
+		if err != nil {
+			r.t.Logf("%s: %v", log, err)
+			continue
+		}
+		for _, p := range ps {
+			daemon := log == h.Paths.Log && slices.Contains(p.Args, "daemon") && slices.Contains(p.Args, h.Paths.DataRoot)
+			server := log != h.Paths.Log && isContainerd(p.Args) && strings.HasPrefix(p.Args[len(p.Args)-1], h.Paths.ExecRoot+"/")
+			if !daemon && !server {
+				continue
+			}
+			if err := unix.Kill(p.PID, unix.SIGQUIT); err != nil {
+				r.t.Logf("ask process %d for its goroutines: %v", p.PID, err)
+				continue
+			}
+			for now, err := readProcess(p.PID); err == nil && now.Start == p.Start && !now.Zombie; now, err = readProcess(p.PID) {
+				if pause(ctx, 10*time.Millisecond) != nil {
+					break
+				}
+			}
+			after, err := os.ReadFile(log)
+			r.t.Logf("%s, process %d at its end: %v\n%s", log, p.PID, err, after[min(len(before), len(after)):])
+		}
 	}
 }
 
@@ -185,7 +240,7 @@ func TestLabDemo(t *testing.T) {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	out, err := exec.CommandContext(t.Context(), bin, "lab", "demo", "--name", "t-demo").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), bin, append([]string{"lab", "demo", "--name", "t-demo"}, engineArgs()...)...).CombinedOutput()
 	t.Logf("%s", out)
 	if err != nil {
 		t.Fatal(err)

@@ -396,7 +396,7 @@ func (r *rig) groups(name string) ([]string, error) {
 func linksIn(ns string) ([]string, error) {
 	var names []string
 	err := withLinks(ns, func(h *netlink.Handle) error {
-		links, err := h.LinkList()
+		links, err := listLinks(h)
 		for _, l := range links {
 			names = append(names, l.Attrs().Name)
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/agent/runtime/containerd"
 	"github.com/weftnet/weft/api"
+	"github.com/weftnet/weft/vxlan/wg"
 )
 
 // daemonConfig is what `weft daemon` is told by flags.
@@ -89,37 +90,40 @@ func runDaemon(ctx context.Context, cfg daemonConfig) error {
 		return err
 	}
 	eng := newEngines(cfg, local, log)
-	if err := eng.choose(ctx); err != nil {
-		if cfg.OverlayEngine != "" || cfg.ServiceEngine != "" || ctx.Err() != nil {
-			return err
-		}
-		// The containers are there all the same, and the API says what is
-		// wrong; whoever takes part in a cluster tries again.
-		log.Error("no networks on this host", weft.KeyErr, err)
-	}
 	driver, err := containerd.New(containerd.Config{
 		Node: local, ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, Grouped: cfg.GroupShims, NoSync: cfg.NoSync, Log: log,
 	})
 	if err != nil {
 		return err
 	}
-	ln, err := listenAPI(cfg)
+	m, err := newMembership(cfg, eng, driver, log)
 	if err != nil {
 		return err
 	}
-	m, err := newMembership(cfg, eng, driver, log)
-	if err != nil {
-		return errors.Join(err, ln.Close())
-	}
 	server, err := api.New(apiConfig(m, driver, log))
 	if err != nil {
-		return errors.Join(err, ln.Close())
+		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return driver.Run(ctx) })
 	g.Go(func() error { return m.run(ctx) })
-	g.Go(func() error { return server.Serve(ctx, ln) })
+	// Names pause while no daemon runs, so they come back before anything that
+	// takes long.
+	m.awaitNames(ctx)
 	g.Go(func() error {
+		if err := eng.choose(ctx); err != nil {
+			if cfg.OverlayEngine != "" || cfg.ServiceEngine != "" || ctx.Err() != nil {
+				return err
+			}
+			// The containers are there all the same, and the API says what is
+			// wrong; whoever takes part in a cluster tries again.
+			log.Error("no networks on this host", weft.KeyErr, err)
+		}
+		ln, err := listenAPI(cfg)
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return driver.Run(ctx) })
+		g.Go(func() error { return server.Serve(ctx, ln) })
 		if err := driver.Ready(ctx); err != nil {
 			return err
 		}
@@ -156,6 +160,11 @@ func newLogger(level string) (*slog.Logger, error) {
 func (c *daemonConfig) check() error {
 	if os.Geteuid() != 0 {
 		return errors.New("weft daemon makes network namespaces and containers: run it as root")
+	}
+	switch c.CryptEngine { // the others are judged with what this build has
+	case "", wg.EngineKernel, wg.EngineUser, wg.EngineNone:
+	default:
+		return fmt.Errorf("--encryption-engine %s: use %s, %s or %s, or leave the flag out to let the host decide", c.CryptEngine, wg.EngineKernel, wg.EngineUser, wg.EngineNone)
 	}
 	for _, p := range []*string{&c.DataRoot, &c.ExecRoot} {
 		abs, err := filepath.Abs(*p)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -35,6 +36,7 @@ type member struct {
 	cfg     daemonConfig
 	log     *slog.Logger
 	engines *engines
+	able    func() // called when the engines are made
 	repairs *agent.Repairs
 	creds   *ca.Credentials
 	client  *wire.Client
@@ -49,10 +51,12 @@ type member struct {
 	agent   *agent.Agent
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
-	service ingress.Engine
-	crypt   *wg.Engine
 
 	stage stage
+
+	// making is held while data is made.
+	making sync.Mutex
+	data   atomic.Pointer[dataPlane] // nil until the engines are made
 
 	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
 	// as it was at the start.
@@ -61,13 +65,22 @@ type member struct {
 	heard bool
 }
 
+// dataPlane are the engines of a member.
+type dataPlane struct {
+	overlay vxlan.Kernel
+	service ingress.Engine
+	crypt   *wg.Engine
+}
+
 // stage tells how far a member's life has come.
 type stage struct {
+	named   chan struct{} // closed when the names of tasks that run already are answered
 	learned chan struct{} // closed by the first word from the leader
 	ended   chan struct{} // closed by membership.serve when run has returned
 	// retiring is closed by retire, retired by runAgent at its end.
 	retiring, retired chan struct{}
 	retireOnce        sync.Once
+	namedOnce         sync.Once
 }
 
 // newMember composes the node's parts and takes its port; nothing runs yet.
@@ -93,8 +106,8 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if err != nil {
 		return nil, err
 	}
-	m := &member{cfg: cfg, state: state, engines: ms.engines, repairs: ms.repairs, stage: stage{
-		learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
+	m := &member{cfg: cfg, state: state, engines: ms.engines, able: ms.able, repairs: ms.repairs, stage: stage{
+		named: make(chan struct{}), learned: make(chan struct{}), ended: make(chan struct{}), retiring: make(chan struct{}), retired: make(chan struct{}),
 	}, log: ms.log.With(weft.KeyNode, state.Node)}
 	if m.creds, err = ca.NewCredentials(bundle, time.Now); err != nil {
 		return nil, err
@@ -106,24 +119,14 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
 		return nil, err
 	}
-	if err := m.makeNode(ctx, d); err != nil {
-		return nil, err
-	}
-	return m, nil
+	return m, m.makeNode(d)
 }
 
-// makeNode composes what every node has.
-func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
+// makeNode composes what every node has, but for the engines: those take long.
+func (m *member) makeNode(d *containerd.Driver) error {
 	s := m.state
 	dir := netnsDir(m.cfg.ExecRoot)
-	overlay, service, err := m.engines.of(ctx, engineConfig{Node: s.Node, Log: m.log, Repaired: m.repairs.Record}.in(m.cfg))
-	if err != nil {
-		return err
-	}
-	m.service = service
-	if err := m.makeCrypt(ctx, overlay); err != nil {
-		return err
-	}
+	var err error
 	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
 		return err
 	}
@@ -146,15 +149,54 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
 		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: m.crypt, Router: &linux.Router{}}, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
+		Sandbox: m.boxes, Engines: m.agentEngines, Keys: m.keys, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
 	})
 	return err
 }
 
+// makeEngines makes the data plane once; after an error it may be called again.
+func (m *member) makeEngines(ctx context.Context) (*dataPlane, error) {
+	m.making.Lock()
+	defer m.making.Unlock()
+	if d := m.data.Load(); d != nil {
+		return d, nil
+	}
+	overlay, service, err := m.engines.of(ctx, engineConfig{Node: m.state.Node, Log: m.log, Repaired: m.repairs.Record}.in(m.cfg))
+	if err != nil {
+		return nil, err
+	}
+	crypt, err := m.makeCrypt(ctx, overlay)
+	if err != nil {
+		return nil, err
+	}
+	d := &dataPlane{overlay: vxlan.Routed{Kernel: crypt, Router: &linux.Router{}}, service: service, crypt: crypt}
+	m.data.Store(d)
+	m.able()
+	return d, nil
+}
+
+// agentEngines is agent.Config's Engines.
+func (m *member) agentEngines(ctx context.Context) (vxlan.Kernel, ingress.Engine, error) {
+	m.stage.namedOnce.Do(func() { close(m.stage.named) })
+	d, err := m.makeEngines(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return d.overlay, d.service, nil
+}
+
+// keys is agent.Config's Keys, asked for when the engines are made.
+func (m *member) keys(epoch uint64) ([]weft.NodeKey, error) {
+	if d := m.data.Load(); d != nil {
+		return d.crypt.Keys(epoch)
+	}
+	return nil, nil
+}
+
 // makeCrypt wraps the overlay engine in the one that encrypts. Encrypted networks
 // always have a bridge: beside an engine without one there is one for them.
-func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) error {
+func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) (*wg.Engine, error) {
 	dir := netnsDir(m.cfg.ExecRoot)
 	cfg := wg.Config{
 		Node: m.state.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
@@ -162,15 +204,16 @@ func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) error {
 	}
 	bridge, err := linux.New(linux.Config{Node: m.state.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if overlay.Name() != bridge.Name() {
 		cfg.Bridge, cfg.Plain = bridge, overlay
 	}
-	if m.crypt, err = wg.New(cfg); err != nil {
-		return err
+	crypt, err := wg.New(cfg)
+	if err != nil {
+		return nil, err
 	}
-	return m.crypt.Probe(ctx)
+	return crypt, crypt.Probe(ctx)
 }
 
 // makeServer composes the cluster port and, on a manager, what answers there.
@@ -195,9 +238,15 @@ func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 	return err
 }
 
-// run serves until ctx ends or a part fails for good.
+// run serves until ctx ends or a part fails for good. The agent is first: names
+// are what pauses while no daemon runs.
 func (m *member) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return m.runAgent(ctx) })
+	select {
+	case <-m.stage.named:
+	case <-ctx.Done():
+	}
 	g.Go(func() error { return m.server.Run(ctx, m.ln) })
 	g.Go(func() error { return m.client.Run(ctx) })
 	g.Go(func() error { return m.peers.Run(ctx) })
@@ -206,7 +255,6 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.under.run(ctx) })
-	g.Go(func() error { return m.runAgent(ctx) })
 	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }
@@ -246,7 +294,11 @@ func (m *member) retire(ctx context.Context) error {
 
 // remove takes away everything that the node made on its host.
 func (m *member) remove(ctx context.Context) error {
-	return errors.Join(m.agent.RemoveAll(ctx), m.service.Close(ctx), m.boxes.Close(ctx))
+	d, err := m.makeEngines(ctx)
+	if err != nil {
+		return fmt.Errorf("what the node made on its host cannot be removed: %w", err)
+	}
+	return errors.Join(m.agent.RemoveAll(ctx), d.service.Close(ctx), m.boxes.Close(ctx))
 }
 
 // learn takes the leader's view of the cluster and keeps it for the next start.

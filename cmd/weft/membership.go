@@ -39,11 +39,16 @@ type membership struct {
 	mu      sync.Mutex
 	current *member
 	stop    context.CancelFunc // ends current
-	failure error              // why there is membership on disk but no member
+	// failure is why this node cannot take part in the cluster that it is a member
+	// of. It stays while another try runs, until that has its engines.
+	failure error
+
+	resumed chan struct{} // closed by run when it has made first
+	first   *member       // nil when there was none to resume, or it could not be made
 }
 
 func newMembership(cfg daemonConfig, e *engines, d *containerd.Driver, log *slog.Logger) (*membership, error) {
-	return &membership{cfg: cfg, engines: e, driver: d, log: log, repairs: agent.NewRepairs(log), starts: make(chan *member)}, nil
+	return &membership{cfg: cfg, engines: e, driver: d, log: log, repairs: agent.NewRepairs(log), starts: make(chan *member), resumed: make(chan struct{})}, nil
 }
 
 // memberRetry is the pause before a member that failed is tried again.
@@ -54,6 +59,8 @@ const memberRetry = time.Second
 // and the API says what is wrong.
 func (ms *membership) run(ctx context.Context) error {
 	next := ms.resume(ctx)
+	ms.first = next
+	close(ms.resumed)
 	for {
 		if next == nil {
 			timer := time.NewTimer(memberRetry)
@@ -78,6 +85,24 @@ func (ms *membership) run(ctx context.Context) error {
 	}
 }
 
+// awaitNames blocks until the names of the containers that run already are
+// answered again, or nobody is there to answer them.
+func (ms *membership) awaitNames(ctx context.Context) {
+	select {
+	case <-ms.resumed:
+	case <-ctx.Done():
+		return
+	}
+	if ms.first == nil {
+		return
+	}
+	select {
+	case <-ms.first.stage.named:
+	case <-ms.first.stage.ended:
+	case <-ctx.Done():
+	}
+}
+
 // resume makes the member that the disk describes; nil when there is none, or
 // when it cannot be made now.
 func (ms *membership) resume(ctx context.Context) *member {
@@ -86,13 +111,22 @@ func (ms *membership) resume(ctx context.Context) *member {
 	if err == nil && state != nil {
 		m, err = ms.newMember(ctx, *state, nil)
 	}
+	if err != nil || state == nil {
+		ms.fail(ctx, "resume cluster membership", err)
+		return nil
+	}
+	return m
+}
+
+// fail notes why this node cannot take part; nil that it can, or need not. It
+// logs what is new.
+func (ms *membership) fail(ctx context.Context, what string, err error) {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	if err != nil && ctx.Err() == nil && (ms.failure == nil || ms.failure.Error() != err.Error()) {
-		ms.log.Error("resume cluster membership", weft.KeyErr, err)
+		ms.log.Error(what, weft.KeyErr, err)
 	}
 	ms.failure = err
-	return m
 }
 
 // serve runs one member to its end.
@@ -100,19 +134,26 @@ func (ms *membership) serve(ctx context.Context, m *member) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	ms.mu.Lock()
-	ms.current, ms.stop, ms.failure = m, stop, nil
+	ms.current, ms.stop = m, stop
 	ms.mu.Unlock()
 
 	err := m.run(ctx)
 
+	if ctx.Err() != nil {
+		err = nil
+	}
+	ms.fail(ctx, "cluster membership failed", err)
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	ms.current = nil
-	if err != nil && ctx.Err() == nil {
-		ms.failure = err
-		ms.log.Error("cluster membership failed", weft.KeyErr, err)
-	}
 	close(m.stage.ended)
+}
+
+// able is called by a member that has its engines.
+func (ms *membership) able() {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	ms.failure = nil
 }
 
 func (ms *membership) failed() error {
@@ -127,10 +168,10 @@ func (ms *membership) member() (*member, error) {
 	m, failure := ms.current, ms.failure
 	ms.mu.Unlock()
 	switch {
-	case m != nil:
-		return m, nil
 	case failure != nil:
 		return nil, cannotTakePart(failure)
+	case m != nil:
+		return m, nil
 	case ms.onDisk() != nil:
 		return nil, fmt.Errorf("%w: this node is taking up its place in the cluster; try again", weft.ErrUnavailable)
 	}

@@ -44,9 +44,11 @@ func (ms *membership) Local() weft.LocalInfo {
 	ms.mu.Unlock()
 	_, info.Engines = ms.engines.verdicts()
 	if m != nil {
-		info.Engines = append(slices.Clone(info.Engines), m.crypt.Choices()...)
+		if d := m.data.Load(); d != nil {
+			info.Engines = append(slices.Clone(info.Engines), d.crypt.Choices()...)
+		}
 	}
-	if m == nil {
+	if m == nil || failure != nil {
 		if failure != nil {
 			info.State, info.Error = weft.LocalError, failure.Error()
 		} else if s := ms.onDisk(); s != nil {
@@ -194,6 +196,9 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 	m, err := ms.newMember(ctx, state, b)
 	if err != nil {
 		return err
+	}
+	if _, err := m.makeEngines(ctx); err != nil { // here, where it refuses to become a member
+		return errors.Join(err, m.ln.Close())
 	}
 	if err := ms.start(ctx, m); err != nil {
 		return err

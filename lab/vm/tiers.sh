@@ -88,15 +88,22 @@ else
   without 0+1-race userns "$reason"
 fi
 
-if [ "$(id -u)" != 0 ]; then
-  without 2-lab root "needs root"
-elif [ -z "$docker" ]; then
-  without 2-lab docker "$docker_reason"
-elif [ -n "$runc" ]; then
-  tier 2-lab env CGO_ENABLED=0 go test -count=1 -v -timeout 15m -tags "$TAGS lab" -run 'Lab|Faults' ./lab/...
-else
-  without 2-lab root "$runc_reason"
-fi
+# lab_tier NAME RUN [VARIABLE=VALUE]
+lab_tier() {
+  if [ "$(id -u)" != 0 ]; then
+    without "$1" root "needs root"
+  elif [ -z "$docker" ]; then
+    without "$1" docker "$docker_reason"
+  elif [ -n "$runc" ]; then
+    tier "$1" env CGO_ENABLED=0 ${3:-} go test -count=1 -v -timeout 15m -tags "$TAGS lab" -run "$2" ./lab/...
+  else
+    without "$1" root "$runc_reason"
+  fi
+}
+
+lab_tier 2-lab 'Lab|Faults'
+# What issue 3 says of every engine, on the one that is not the default.
+lab_tier 2-lab-ebpf '^(TestLabDemo|TestLabDocker|TestLabRepairs|TestLabEncryptedNetwork|TestLabForeign|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsReuse|TestFaultsMTU|TestFaultsCutAndHeal|TestFaultsKillWhileBusy)$' WEFT_TEST_OVERLAY=ebpf
 
 if need runc qemu busybox kernel; then
   tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 12m -tags "$TAGS vm" ./lab/vm
