@@ -129,7 +129,8 @@ func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(ni
 //
 // On an encrypted network the router answers for every peer, and a peer's own
 // MAC leads to the router, too: a balancer writes it into packets to a service
-// address, and the router tells by it which peer is meant.
+// address, and the router tells by it which peer is meant. An entry that was read
+// as a wrong one (at the unspecified address) stays that.
 func Derive(n Network) Tables {
 	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
 	for _, v := range n.VIPs {
@@ -139,7 +140,7 @@ func Derive(n Network) Tables {
 		t.FDB[MACOf(v.MAC)] = netip.Addr{}
 	}
 	for _, p := range n.Peers {
-		if n.Encrypted && p.VTEP.IsValid() {
+		if n.Encrypted && p.VTEP.IsValid() && p.VTEP != half {
 			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
 			t.FDB[MACOf(p.MAC)] = netip.Addr{}
 			if p.Addr.IsValid() {

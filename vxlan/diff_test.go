@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -189,6 +190,17 @@ func TestEncryptedTables(t *testing.T) {
 		if vtep, ok := got.FDB[m]; !ok || vtep.IsValid() {
 			t.Errorf("frames to %s: %v %v, want the uplink and no VTEP", m.HardwareAddr(), vtep, ok)
 		}
+	}
+	// What was read as a wrong entry stays one, and is written anew.
+	wrong := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{a: router}, FDB: map[vxlan.MAC]netip.Addr{router: {}, vxlan.MACOf(mac): netip.IPv4Unspecified()}}
+	read := n
+	read.Peers, read.VIPs = vxlan.Observed(wrong)
+	if got := vxlan.Derive(read); !maps.Equal(got.FDB, wrong.FDB) || !maps.Equal(got.Neigh, wrong.Neigh) {
+		t.Errorf("%v became %v", wrong, got)
+	}
+	ops := vxlan.Diff(vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: read}}, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}})
+	if len(ops) != 1 || ops[0].Kind != vxlan.OpSetFDB || vxlan.MACOf(ops[0].MAC) != vxlan.MACOf(mac) {
+		t.Errorf("operations %v, want one that mends the peer", ops)
 	}
 	plain := n
 	plain.Encrypted = false
