@@ -24,6 +24,9 @@ type Config struct {
 	// is made and mounted when needed. Nodes may share it. It must be the
 	// same over the life of the objects, and absolute.
 	Dir string
+	// NetNSDir is the folder of namespace files, where package wg makes the
+	// one of its devices. Without it encrypted networks are refused.
+	NetNSDir string
 	// Log gets what was refused or left to the kernel's VXLAN device. Required.
 	Log *slog.Logger
 	// Repaired, when set, gets every repair before the Apply returns that
@@ -78,7 +81,7 @@ func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
 		return vxlan.State{}, err
 	}
 	defer s.close()
-	return s.state(ctx)
+	return s.state(ctx, vxlan.State{})
 }
 
 // Apply implements vxlan.Kernel. Without networks nothing stays, neither pins
@@ -101,11 +104,10 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 		return err
 	}
 	defer s.close()
-	have, err := s.state(ctx)
+	have, err := s.state(ctx, want)
 	if err != nil {
 		return err
 	}
-	want, refused := withoutEncrypted(want)
 	w := &writer{snapshot: s, want: want}
 	repairs, err := e.audit.Apply(ctx, have, want, w.do)
 	for _, r := range repairs {
@@ -114,25 +116,9 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 		}
 	}
 	if ctx.Err() != nil {
-		return errors.Join(refused, err)
+		return err
 	}
-	return errors.Join(refused, err, w.sweep(), e.tidy(b, s))
-}
-
-// withoutEncrypted leaves out the networks that this engine would send in the
-// clear: they have no packets at all here.
-func withoutEncrypted(want vxlan.State) (vxlan.State, error) {
-	var errs []error
-	out := want
-	out.Networks = make(map[uint32]vxlan.Network, len(want.Networks))
-	for vni, n := range want.Networks {
-		if n.Encrypted {
-			errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: fmt.Errorf("network %d is encrypted, which the overlay engine ebpf cannot do; start the daemon with --overlay-engine bridge: %w", vni, weft.ErrUnsupported)})
-			continue
-		}
-		out.Networks[vni] = n
-	}
-	return out, errors.Join(errs...)
+	return errors.Join(err, w.sweep(), e.tidy(b, s))
 }
 
 // Drops reads how many packets were dropped or refused since the maps were

@@ -29,6 +29,8 @@ type snapshot struct {
 	ports map[uint32]portValue
 	// near are the host's ends of ports and legs, by network.
 	near map[uint32][]nearEnd
+	// uplinks are those of encrypted networks; kept up to date by the writer.
+	uplinks map[uint32]*netlink.Veth
 }
 
 type nearEnd struct {
@@ -40,7 +42,7 @@ func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	s := &snapshot{e: e, o: o, near: make(map[uint32][]nearEnd)}
+	s := &snapshot{e: e, o: o, near: make(map[uint32][]nearEnd), uplinks: make(map[uint32]*netlink.Veth)}
 	var err error
 	if s.nets, err = dump[uint32, netValue](o.maps[overlayMapNets]); err != nil {
 		return nil, err
@@ -59,7 +61,11 @@ func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
 	}
 	for _, l := range s.host.byIndex {
 		if v, ok := l.(*netlink.Veth); ok {
-			if own, ok := parseAlias(e.cfg.Node, v.Alias); ok {
+			own, ok := parseAlias(e.cfg.Node, v.Alias)
+			switch {
+			case ok && own.isUplink && v.Name == weft.UplinkName(own.vni):
+				s.uplinks[own.vni] = v
+			case ok && !own.isUplink:
 				s.near[own.vni] = append(s.near[own.vni], nearEnd{own, v})
 			}
 		}
@@ -69,14 +75,26 @@ func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
 
 func (s *snapshot) close() { s.host.close() }
 
-// state is the snapshot in the words of package vxlan.
-func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
+// state is the snapshot in the words of package vxlan. Those have none for the
+// uplink of an encrypted network and for a service, of which each is nowhere in
+// particular: an entry that is the one and should be the other in a network of
+// want is wrong. Without want each will do.
+func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, error) {
 	seen := map[uint32]bool{}
 	for vni := range s.nets {
 		seen[vni] = true
 	}
 	for vni := range s.near {
 		seen[vni] = true
+	}
+	for vni := range s.uplinks {
+		seen[vni] = true
+	}
+	services := map[macKey]bool{}
+	for vni, n := range want.Networks {
+		for _, v := range n.VIPs {
+			services[macKey{VNI: vni, MAC: vxlan.MACOf(v.MAC)}] = n.Encrypted
+		}
 	}
 	tables := map[uint32]*vxlan.Tables{}
 	table := func(vni uint32) *vxlan.Tables {
@@ -87,7 +105,11 @@ func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
 		return tables[vni]
 	}
 	for k, d := range s.dests {
-		table(k.VNI).FDB[k.MAC] = s.vtepOf(k, d)
+		vtep := s.vtepOf(k, d)
+		if _, ok := want.Networks[k.VNI]; ok && s.nets[k.VNI].isEncrypted() && services[k] != (d.Kind == destVIP) {
+			vtep = wrong()
+		}
+		table(k.VNI).FDB[k.MAC] = vtep
 	}
 	for k, ep := range s.eps {
 		table(k.VNI).Neigh[k.Addr.Addr()] = ep.MAC
@@ -111,6 +133,10 @@ func (s *snapshot) vtepOf(k macKey, d destValue) netip.Addr {
 	switch {
 	case d.Kind == destVIP && d == (destValue{Kind: destVIP}):
 		return netip.Addr{}
+	case ok && head.isEncrypted():
+		if d == s.uplinkDest(k.VNI) {
+			return netip.Addr{}
+		}
 	case ok && d.Kind.isRemote() && d == s.host.remote(head, d.VTEP.Addr()):
 		return d.VTEP.Addr()
 	}
@@ -142,10 +168,10 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 		n = vxlan.Network{VNI: vni, Fault: "its entry was damaged"}
 	}
 	tunnel := 0
-	if v := s.e.tunnel(s.host, head.UDP.v()); v != nil {
+	if v := s.e.tunnel(s.host, head.UDP.v()); v != nil && !head.isEncrypted() {
 		tunnel = v.Index
 	}
-	if n.DeviceFault = s.deviceFault(head, tunnel); n.DeviceFault != "" {
+	if n.DeviceFault = s.deviceFault(vni, head, tunnel); n.DeviceFault != "" {
 		n.VTEP, n.Port = netip.Addr{}, 0
 	}
 	for _, near := range s.near[vni] {
@@ -164,9 +190,11 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 }
 
 // deviceFault says why packets of the network cannot come in; "" = they can.
-func (s *snapshot) deviceFault(head netValue, tunnel int) string {
+func (s *snapshot) deviceFault(vni uint32, head netValue, tunnel int) string {
 	name := weft.TunnelName(head.UDP.v())
 	switch dev := s.host.underlay(head.VTEP.Addr()); {
+	case head.isEncrypted():
+		return s.uplinkFault(vni, head)
 	case s.host.byName[name] == nil:
 		return vxlan.FaultGone
 	case tunnel == 0:
@@ -189,7 +217,7 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 	if !ok || val != localPort(near.vni, head, val.MAC, tunnel) {
 		return fault("the entry of %s was gone or damaged", l.Name)
 	}
-	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near, head) {
+	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near.owned, l.Index, head) {
 		return fault("the entry of %s was gone or damaged", val.MAC.HardwareAddr())
 	}
 	delete(t.FDB, val.MAC)
@@ -235,14 +263,21 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 	return f
 }
 
+// localPort is the entry of a port, localDest that of its hardware address.
 func localPort(vni uint32, head netValue, mac vxlan.MAC, tunnel int) portValue {
+	if head.isEncrypted() {
+		return portValue{VNI: vni, MAC: mac}
+	}
 	return portValue{VNI: vni, UDP: head.UDP, MAC: mac, Tunnel: uint32(tunnel), VTEP: head.VTEP}
 }
 
-func localDest(near nearEnd, head netValue) destValue {
-	d := destValue{Kind: destTask, MTU: head.MTU, IfIndex: uint32(near.link.Index), UDP: head.UDP, VTEP: head.VTEP}
-	if near.leg != "" {
+func localDest(own owned, index int, head netValue) destValue {
+	d := destValue{Kind: destTask, MTU: head.MTU, IfIndex: uint32(index), UDP: head.UDP, VTEP: head.VTEP}
+	if own.leg != "" {
 		d.Kind = destLeg
+	}
+	if head.isEncrypted() {
+		d.Kind, d.UDP, d.VTEP = d.Kind+destSealedTask-destTask, be16{}, addr16{}
 	}
 	return d
 }

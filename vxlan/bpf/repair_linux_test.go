@@ -190,10 +190,13 @@ func TestBreakOffAnywhere(t *testing.T) {
 		n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: weft.EndpointMAC("x", a), VTEP: other.vtep()})
 	}
 	n.HostLeg = &vxlan.HostLeg{Name: "leg0", Addr: netip.MustParsePrefix("10.100.0.250/24"), MAC: weft.NodeMAC("n", netip.MustParseAddr("10.100.0.250"))}
+	h.cryptNS()
+	secret, _ := sealed(h)
+	secret.VNI, secret.Ports = secret.VNI+1, []vxlan.Port{h.task(3, false)}
 	broken := errors.New("broken off")
-	for _, target := range []vxlan.State{state(n), {}} {
+	for _, target := range []vxlan.State{state(n, secret), {}} {
 		for at := 1; ; at++ {
-			start := state(n) // every run starts from the opposite of its target
+			start := state(n, secret) // every run starts from the opposite of its target
 			if len(target.Networks) > 0 {
 				start = vxlan.State{}
 			}

@@ -29,8 +29,13 @@ func (w *writer) sweep() error {
 	needed := map[string]bool{}
 	tunnels := map[string]bool{}
 	for vni, head := range w.nets {
-		tunnels[weft.TunnelName(head.UDP.v())] = true
-		needed[tunnelHook(w.tunnelIndex(head.UDP.v())).pin] = true
+		if head.isEncrypted() {
+			errs = append(errs, w.setOrigin(vni, head))
+			head = w.nets[vni]
+		} else {
+			tunnels[weft.TunnelName(head.UDP.v())] = true
+			needed[tunnelHook(w.tunnelIndex(head.UDP.v())).pin] = true
+		}
 		if dev := w.host.underlay(head.VTEP.Addr()); dev != 0 {
 			h := underlayHook(dev)
 			needed[h.pin] = true
@@ -40,6 +45,19 @@ func (w *writer) sweep() error {
 		}
 	}
 	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts())...)
+}
+
+// setOrigin files a new VTEP and UDP port of an encrypted network: they carry
+// nothing of it, and packets in the clear are known by them.
+func (w *writer) setOrigin(vni uint32, head netValue) error {
+	n, ok := w.want.Networks[vni]
+	now := head
+	now.VTEP, now.UDP = addrOf(n.VTEP), be(n.Port)
+	if !ok || now == head {
+		return nil
+	}
+	w.nets[vni] = now
+	return w.put(overlayMapNets, vni, now)
 }
 
 // sweepEntries removes what the maps hold of a network and nobody wants.
