@@ -33,8 +33,8 @@ type Network struct {
 	// VTEP is this node's own tunnel address and Port the UDP port.
 	VTEP netip.Addr
 	Port uint16
-	// Encrypted networks have no VXLAN device: packets to Peers leave by a
-	// router behind the bridge (weft.UplinkName), which encrypts them.
+	// Encrypted networks have no VXLAN device: packets to Peers leave by an
+	// uplink (weft.UplinkName) to a router, which encrypts them.
 	Encrypted bool
 	// Ports are the local tasks' ports.
 	Ports []Port

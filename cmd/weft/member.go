@@ -152,24 +152,16 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	return err
 }
 
-// makeCrypt wraps the overlay engine in the one that encrypts. Encrypted networks
-// always have a bridge: beside an engine without one there is one for them.
+// makeCrypt wraps the overlay engine in the one that encrypts.
 func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) error {
-	dir := netnsDir(m.cfg.ExecRoot)
-	cfg := wg.Config{
-		Node: m.state.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
-		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
-	}
-	bridge, err := linux.New(linux.Config{Node: m.state.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
+	crypt, err := wg.New(wg.Config{
+		Node: m.state.Node, NetNSDir: netnsDir(m.cfg.ExecRoot), RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Overlay: overlay, Log: m.log,
+	})
 	if err != nil {
 		return err
 	}
-	if overlay.Name() != bridge.Name() {
-		cfg.Bridge, cfg.Plain = bridge, overlay
-	}
-	if m.crypt, err = wg.New(cfg); err != nil {
-		return err
-	}
+	m.crypt = crypt
 	return m.crypt.Probe(ctx)
 }
 
