@@ -42,7 +42,8 @@ func draw(t *rapid.T, label string) vxlan.State {
 				}
 				n.Ports = append(n.Ports, p)
 			case 2:
-				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})}
+				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))}),
+					MTU: rapid.SampledFrom([]int{0, 1300, 1350}).Draw(t, label+" way")}
 				n.Peers = append(n.Peers, p)
 				if rapid.Bool().Draw(t, label+" is dual") {
 					p.Addr = second(i)
@@ -73,7 +74,7 @@ func text(s vxlan.State) string {
 	for vni := uint32(4097); vni < 4100; vni++ {
 		if n, ok := s.Networks[vni]; ok {
 			leg := n.HostLeg
-			n.HostLeg = nil
+			n.HostLeg, n.Ways = nil, false
 			if n.Encrypted { // of its peers only the tables are left in a kernel
 				out += fmt.Sprintf("%v\n", vxlan.Derive(n))
 				n.Peers, n.VIPs, n.VTEP, n.Port = nil, nil, netip.Addr{}, 0
