@@ -130,7 +130,8 @@ func (w *writer) tunnelIndex(port uint16) int {
 	return 0
 }
 
-// setNetwork files the head of a network. Its MTU stands in every entry, too.
+// setNetwork files the head of a network. Its MTU stands in every entry, too, but
+// for those of narrower ways.
 func (w *writer) setNetwork(n vxlan.Network) error {
 	v, err := encodeNet(n)
 	if err != nil {
@@ -151,7 +152,11 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 		if k.VNI != n.VNI || !d.Kind.isRemote() {
 			continue
 		}
-		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr())); err != nil {
+		mtu := d.MTU // a narrower way stays as narrow
+		if mtu == old.MTU {
+			mtu = v.MTU
+		}
+		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr(), mtu)); err != nil {
 			return err
 		}
 	}
@@ -166,7 +171,7 @@ func (w *writer) setFDB(op vxlan.Op) error {
 	case head.isEncrypted() && !isService(w.want.Networks[op.VNI], vxlan.MACOf(op.MAC)):
 		d = w.uplinkDest(op.VNI)
 	case op.VTEP.IsValid():
-		d = w.host.remote(head, op.VTEP)
+		d = w.host.remote(head, op.VTEP, uint16(op.MTU))
 	}
 	return w.put(overlayMapMacs, macKey{VNI: op.VNI, MAC: vxlan.MACOf(op.MAC)}, d)
 }

@@ -100,7 +100,7 @@ func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, er
 	table := func(vni uint32) *vxlan.Tables {
 		seen[vni] = true
 		if tables[vni] == nil {
-			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}
+			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}, MTU: map[vxlan.MAC]int{}}
 		}
 		return tables[vni]
 	}
@@ -110,6 +110,9 @@ func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, er
 			vtep = wrong()
 		}
 		table(k.VNI).FDB[k.MAC] = vtep
+		if d.Kind.isRemote() && d.MTU != s.nets[k.VNI].MTU {
+			table(k.VNI).MTU[k.MAC] = int(d.MTU)
+		}
 	}
 	for k, ep := range s.eps {
 		table(k.VNI).Neigh[k.Addr.Addr()] = ep.MAC
@@ -137,15 +140,19 @@ func (s *snapshot) vtepOf(k macKey, d destValue) netip.Addr {
 		if d == s.uplinkDest(k.VNI) {
 			return netip.Addr{}
 		}
-	case ok && d.Kind.isRemote() && d == s.host.remote(head, d.VTEP.Addr()):
+	case ok && d.Kind.isRemote() && d.MTU != 0 && d == s.host.remote(head, d.VTEP.Addr(), d.MTU):
 		return d.VTEP.Addr()
 	}
 	return wrong()
 }
 
-// remote is the entry of a hardware address behind vtep.
-func (h *host) remote(n netValue, vtep netip.Addr) destValue {
-	d := destValue{Kind: destTunnel, MTU: n.MTU, UDP: n.UDP, VTEP: addrOf(vtep)}
+// remote is the entry of a hardware address behind vtep, by a way of mtu bytes; 0
+// and what is wider than the network are the network's.
+func (h *host) remote(n netValue, vtep netip.Addr, mtu uint16) destValue {
+	if mtu == 0 || mtu > n.MTU {
+		mtu = n.MTU
+	}
+	d := destValue{Kind: destTunnel, MTU: mtu, UDP: n.UDP, VTEP: addrOf(vtep)}
 	if way := h.hop(n.VTEP.Addr(), vtep); way.direct {
 		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(way.ifindex), unix.AF_INET
 		if way.via.Is6() {
@@ -185,6 +192,7 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 		n.Ports = append(n.Ports, p)
 	}
 	n.Peers, n.VIPs = vxlan.Observed(*t)
+	n.Ways = true
 	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return cmp.Compare(a.Task, b.Task) })
 	return n
 }

@@ -44,7 +44,9 @@ func TestRepair(t *testing.T) {
 	m := newMesh(t, plan{hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
 	n := m.want[h].Networks[testVNI]
+	n.Peers[1].MTU = 1300 // n shares them with the wish
 	peer, port := n.Peers[0], m.ports[h][0]
+	must(t, h.apply(m.want[h]))
 	near := weft.PortVethName(port.Task, n.ID)
 	peerKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(peer.MAC)}
 	portKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(port.MAC)}
@@ -93,6 +95,13 @@ func TestRepair(t *testing.T) {
 	}{
 		{"peer gone", func() error { return h.pinnedMap("macs").Delete(peerKey) }},
 		{"peer elsewhere", change("macs", peerKey, h.remoteTo(t, netip.MustParseAddr("10.99.8.77")))},
+		{"peer narrower", change("macs", peerKey, h.wayTo(t, other.vtep(), 1300))},
+		{"narrow peer wider", change("macs", macKey{VNI: testVNI, MAC: vxlan.MACOf(n.Peers[1].MAC)}, h.wayTo(t, other.vtep(), 0))},
+		{"peer without MTU", func() error {
+			d := h.wayTo(t, other.vtep(), 0)
+			d.MTU = 0
+			return h.pinnedMap("macs").Put(peerKey, d)
+		}},
 		{"peer garbled", change("macs", peerKey, destValue{Kind: 99, MTU: 3})},
 		{"stray peer", change("macs", macKey{VNI: testVNI, MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}, h.remoteTo(t, other.vtep()))},
 		{"address gone", func() error { return h.pinnedMap("eps").Delete(epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}) }},
@@ -158,7 +167,10 @@ func TestRepair(t *testing.T) {
 }
 
 // remoteTo is a sound entry towards a VTEP.
-func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
+func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue { return h.wayTo(t, vtep, 0) }
+
+// wayTo is one of a narrower way.
+func (h *testHost) wayTo(t *testing.T, vtep netip.Addr, mtu uint16) destValue {
 	t.Helper()
 	v, err := encodeNet(vxlan.Network{ID: "n", VNI: testVNI, MTU: 1450, Port: testPort, VTEP: h.vtep()})
 	must(t, err)
@@ -169,7 +181,7 @@ func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
 			return err
 		}
 		defer at.close()
-		d = at.remote(v, vtep)
+		d = at.remote(v, vtep, mtu)
 		return nil
 	}))
 	if d.Kind != destDirect {

@@ -17,6 +17,7 @@
 #define IP_DF 0x4000
 #define IP_FRAGMENT 0x3fff /* more fragments, and the offset */
 #define ECN_CE 3	   /* RFC 3168 */
+#define MIN_MTU6 1280
 
 /* Set when the programs are loaded: the kernel switches the protocol on decapsulation (6.3). */
 const volatile u8 can_switch_family = 0;
@@ -204,8 +205,11 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 		tos = ip->tos;
 	} else {
 		if (unlikely(size > d->mtu)) {
+			/* Every link of IPv6 carries as much (RFC 8200 section 5): the outer packet is cut. */
+			if (size <= MIN_MTU6)
+				return by_tunnel(skb, p, d);
 			drop(TOO_BIG);
-			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu));
+			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu < MIN_MTU6 ? MIN_MTU6 : d->mtu));
 		}
 		if (l3 + sizeof(u32) > end(skb))
 			return drop(MALFORMED);

@@ -57,7 +57,7 @@ enum kind {
 struct dest {
 	u8 kind;
 	u8 nh_family; /* AF_INET or AF_INET6 */
-	u16 mtu;      /* largest inner packet in bytes */
+	u16 mtu;      /* largest inner packet in bytes, of a way to another node */
 	u32 ifindex;
 	u16 udp; /* network order: destination port there, or our own */
 	u16 zero;
