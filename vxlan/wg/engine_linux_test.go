@@ -3,10 +3,12 @@ package wg
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 func TestPacketsCrossEncrypted(t *testing.T) { onEach(t, 2, packetsCrossEncrypted) }
@@ -282,6 +285,34 @@ func daemonDies(t *testing.T, overlays []string) {
 	must(t, a.apply(vxlan.State{}))
 	if pid := child(a); pid != 0 {
 		t.Errorf("child %d outlives the last encrypted network", pid)
+	}
+}
+
+// TestChildGoesFirst: every thread of the child has its priority, and so has the
+// session that it leads.
+func TestChildGoesFirst(t *testing.T) {
+	hosts := rig(t, []string{onBridge, onBridge}, EngineUser)
+	applyAll(t, hosts, 0, 1)
+	must(t, exchange(hosts[0].tasks[1], hosts[1].tasks[1])) // all threads there are
+	d := hosts[0].e.driver.(*userDriver)
+	pid, err := d.running()
+	must(t, err)
+	if b, err := os.ReadFile(d.logPath()); err != nil || strings.Contains(string(b), "operation not permitted") {
+		netnstest.Missing(t, "root", fmt.Errorf("the child says %q, %w", b, err))
+	}
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	must(t, err)
+	for _, th := range threads {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/stat", pid, th.Name()))
+		must(t, err)
+		_, rest, _ := strings.Cut(string(b), ") ")
+		if f := strings.Fields(rest); f[16] != strconv.Itoa(priority) { // proc_pid_stat(5): the 19th is nice
+			t.Errorf("thread %s has nice %s", th.Name(), f[16])
+		}
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/autogroup", pid))
+	if err == nil && !strings.HasSuffix(string(b), fmt.Sprintf(" nice %d\n", priority)) {
+		t.Errorf("the session has %q", b)
 	}
 }
 
