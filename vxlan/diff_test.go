@@ -210,6 +210,43 @@ func TestEncryptedTables(t *testing.T) {
 	}
 }
 
+// TestWays: a narrow way is an entry's where the engine keeps it, and nobody's
+// business where it does not. The narrower one of two for a MAC counts.
+func TestWays(t *testing.T) {
+	a, b := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")
+	mac := weft.EndpointMAC("u", a)
+	of := func(ways bool, mtu, mtu6 int) vxlan.State {
+		n := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789, Ways: ways}
+		for addr, m := range map[netip.Addr]int{a: mtu, b: mtu6} {
+			n.Peers = append(n.Peers, vxlan.Peer{Addr: addr, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2"), MTU: m})
+		}
+		return vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}
+	}
+	for _, c := range []struct {
+		name       string
+		have, want vxlan.State
+		ops, mtu   int
+	}{
+		{"kept", of(true, 0, 0), of(false, 1300, 1300), 1, 1300},
+		{"not kept", of(false, 0, 0), of(false, 1300, 1300), 0, 0},
+		{"the same", of(true, 1300, 1300), of(false, 1300, 1300), 0, 0},
+		{"wider", of(true, 1300, 1300), of(false, 0, 0), 1, 0},
+		{"as wide as the network", of(true, 0, 0), of(false, 1450, 9000), 0, 0},
+		{"one of two", of(true, 0, 0), of(false, 1400, 1300), 1, 1300},
+		{"new", vxlan.State{}, of(false, 1300, 1300), 4, 1300},
+	} {
+		ops := vxlan.Diff(c.have, c.want)
+		if len(ops) != c.ops {
+			t.Errorf("%s: %v", c.name, ops)
+		}
+		for _, op := range ops {
+			if op.Kind == vxlan.OpSetFDB && op.MTU != c.mtu {
+				t.Errorf("%s: %s, want MTU %d", c.name, op, c.mtu)
+			}
+		}
+	}
+}
+
 func TestValidateNames(t *testing.T) {
 	good := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
 	if err := good.Validate(); err != nil {
