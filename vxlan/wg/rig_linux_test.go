@@ -92,6 +92,11 @@ func rig(t *testing.T, overlays []string, engine string) []*host {
 		must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "under0", PeerNamespace: netlink.NsFd(h.ns.FD())}))
 		u, err := netlink.LinkByName(attrs.Name)
 		must(t, err)
+		t.Cleanup(func() { // also when an engine is missing
+			netlink.LinkDel(u)
+			h.ns.Close()
+			netns.Remove(path)
+		})
 		must(t, netlink.LinkSetUp(u))
 		must(t, h.ns.Do(func() error {
 			for _, name := range []string{"lo", "under0"} {
@@ -115,9 +120,6 @@ func rig(t *testing.T, overlays []string, engine string) []*host {
 				t.Error(err)
 			}
 			h.mustBeClean()
-			netlink.LinkDel(u)
-			h.ns.Close()
-			netns.Remove(path)
 		})
 		hosts = append(hosts, h)
 	}
