@@ -102,7 +102,7 @@ func (f *cryptField) build(ctx context.Context, log *slog.Logger, engine string)
 		if err != nil {
 			return err
 		}
-		if f.engine[i], err = wg.New(wg.Config{Node: nodes[i], NetNSDir: dir, RunDir: filepath.Join(dir, "wg"), KeyFile: filepath.Join(dir, "keys"), Bridge: bridge, Engine: engine, Log: log}); err != nil {
+		if f.engine[i], err = wg.New(wg.Config{Node: nodes[i], NetNSDir: dir, RunDir: filepath.Join(dir, "wg"), KeyFile: filepath.Join(dir, "keys"), Overlay: bridge, Engine: engine, Log: log}); err != nil {
 			return err
 		}
 		if err := netns.Do(f.host[i], func() error { return f.engine[i].Probe(ctx) }); err != nil {

@@ -58,12 +58,9 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 	}
 	r.blackHole("h3", "h2", 1300)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
-	service := []string{"service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", fmt.Sprintf("%d:7", port)}
-	if os.Getenv("WEFT_TEST_OVERLAY") != "ebpf" { // which refuses encrypted networks by name
-		r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "secret")...)
-		service = append(service, "--network", "secret")
-	}
-	r.must(r.on("h1", append(service, "weft/whoami")...)...)
+	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "secret")...)
+	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--network", "secret",
+		"--publish", fmt.Sprintf("%d:7", port), "weft/whoami")...)
 	var web []replica
 	r.eventually("one task on every host", func() error {
 		var err error

@@ -302,9 +302,11 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	mac := MACOf(op.MAC)
 	had, inHad := v.hadTables.FDB[mac]
 	left, inLeft := v.leftTables.FDB[mac]
+	hadMTU, leftMTU := v.hadTables.MTU[mac], v.leftTables.MTU[mac]
+	isNarrow := v.had.Ways && inHad && inLeft && hadMTU != leftMTU
 	isHalf := inHad && had == half
 	switch {
-	case inHad == inLeft && had == left, inLeft && op.Kind == OpDelFDB:
+	case inHad == inLeft && had == left && !isNarrow, inLeft && op.Kind == OpDelFDB:
 		return "", ""
 	case v.isNewDevice && (op.Kind == OpSetFDB && had == op.VTEP.Unmap() || v.had.Device == "" && (!inHad || isHalf)):
 		return "", "" // it went with the device
@@ -317,7 +319,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	case !inLeft:
 		return stray, "it led to " + vtepText(had)
 	}
-	return wrong, fmt.Sprintf("it led to %s instead of %s", vtepText(had), vtepText(left))
+	return wrong, fmt.Sprintf("it led to %s instead of %s", wayText(had, hadMTU), wayText(left, leftMTU))
 }
 
 func (v *view) findNeigh(op Op) (fault, reason string) {

@@ -27,7 +27,7 @@ func things(s vxlan.State) map[string]string {
 		out[weft.VXLANName(vni)] = fmt.Sprint(n.VTEP, n.Port)
 		t := vxlan.Derive(n)
 		for mac, vtep := range t.FDB {
-			out[fmt.Sprintf("fdb %s of network %d", mac.HardwareAddr(), vni)] = vtep.String()
+			out[fmt.Sprintf("fdb %s of network %d", mac.HardwareAddr(), vni)] = fmt.Sprint(vtep, " ", t.MTU[mac])
 		}
 		for a, mac := range t.Neigh {
 			out[fmt.Sprintf("neighbour %s of network %d", a, vni)] = mac.HardwareAddr().String()
@@ -112,6 +112,10 @@ func damage(t *rapid.T, k *vxlantest.Kernel) {
 	case vxlan.OpSetFDB:
 		if st, _ := k.Read(context.Background()); !st.Networks[vni].Encrypted { // whose uplink leads to no VTEP
 			op.VTEP = netip.MustParseAddr("10.99.0.9")
+			op.MTU = rapid.SampledFrom([]int{0, 1300}).Draw(t, "damaged way")
+			if peers := st.Networks[vni].Peers; len(peers) > 0 && rapid.Bool().Draw(t, "damaged MTU alone") {
+				op.MAC, op.VTEP = peers[0].MAC, peers[0].VTEP
+			}
 		}
 	case vxlan.OpSetNeigh:
 		op.MAC = weft.VIPMAC("stranger", a)

@@ -27,8 +27,8 @@ const (
 	// OpSetDevice repairs or remakes the VXLAN device; its forwarding
 	// entries follow.
 	OpSetDevice
-	// OpSetFDB makes frames to MAC go to VTEP; without a VTEP they are
-	// answered for but go nowhere (a service address).
+	// OpSetFDB makes frames to MAC go to VTEP, by a way of MTU bytes; without
+	// a VTEP they are answered for but go nowhere (a service address).
 	OpSetFDB
 	// OpSetNeigh makes the bridge answer for Addr with MAC.
 	OpSetNeigh
@@ -71,6 +71,7 @@ type Op struct {
 	Addr    netip.Addr
 	MAC     net.HardwareAddr
 	VTEP    netip.Addr
+	MTU     int // OpSetFDB, where narrower than the network's; else 0
 }
 
 // String is one line for errors and logs.
@@ -84,11 +85,18 @@ func (o Op) String() string {
 	case OpSetNeigh, OpDelNeigh:
 		s = fmt.Sprintf("%s %s %s of network %d", o.Kind, o.Addr, o.MAC, o.VNI)
 	case OpSetFDB, OpDelFDB:
-		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, vtepText(o.VTEP), o.VNI)
+		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, wayText(o.VTEP, o.MTU), o.VNI)
 	case OpAddNetwork, OpDelNetwork, OpDelStale:
 		s = fmt.Sprintf("%s %d", o.Kind, o.VNI)
 	}
 	return s
+}
+
+func wayText(vtep netip.Addr, mtu int) string {
+	if mtu == 0 {
+		return vtepText(vtep)
+	}
+	return fmt.Sprintf("%s (MTU %d)", vtepText(vtep), mtu)
 }
 
 func vtepText(a netip.Addr) string {
@@ -105,6 +113,9 @@ type Tables struct {
 	Neigh map[netip.Addr]MAC
 	// FDB forwards: MAC to VTEP, or to nowhere (the zero Addr).
 	FDB map[MAC]netip.Addr
+	// MTU of the way to a MAC, in bytes, where it is narrower than the
+	// network's. Not every engine keeps it (Network.Ways).
+	MTU map[MAC]int
 }
 
 // MAC is a 48-bit hardware address as a map key.
@@ -129,7 +140,8 @@ func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(ni
 //
 // On an encrypted network the router answers for every peer, and a peer's own
 // MAC leads to the router, too: a balancer writes it into packets to a service
-// address, and the router tells by it which peer is meant.
+// address, and the router tells by it which peer is meant. An entry that was read
+// as a wrong one (at the unspecified address) stays that.
 func Derive(n Network) Tables {
 	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
 	for _, v := range n.VIPs {
@@ -139,7 +151,7 @@ func Derive(n Network) Tables {
 		t.FDB[MACOf(v.MAC)] = netip.Addr{}
 	}
 	for _, p := range n.Peers {
-		if n.Encrypted && p.VTEP.IsValid() {
+		if n.Encrypted && p.VTEP.IsValid() && p.VTEP != half {
 			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
 			t.FDB[MACOf(p.MAC)] = netip.Addr{}
 			if p.Addr.IsValid() {
@@ -152,9 +164,21 @@ func Derive(n Network) Tables {
 		}
 		if p.VTEP.IsValid() {
 			t.FDB[MACOf(p.MAC)] = p.VTEP.Unmap()
+			t.narrow(MACOf(p.MAC), p.MTU, n.MTU)
 		}
 	}
 	return t
+}
+
+// narrow files the MTU of a way. Of two for one MAC the smaller one counts.
+func (t *Tables) narrow(mac MAC, mtu, network int) {
+	if old, ok := t.MTU[mac]; mtu == 0 || mtu >= network || ok && old <= mtu {
+		return
+	}
+	if t.MTU == nil {
+		t.MTU = make(map[MAC]int)
+	}
+	t.MTU[mac] = mtu
 }
 
 // Observed is the opposite of Derive: the peers and VIPs that tables amount
@@ -168,13 +192,13 @@ func Observed(t Tables) (peers []Peer, vips []VIP) {
 			vips = append(vips, VIP{Addr: addr, MAC: mac.HardwareAddr()})
 			continue
 		}
-		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: vtep})
+		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: vtep, MTU: t.MTU[mac]})
 	}
 	for mac, vtep := range t.FDB {
 		switch {
 		case named[mac]:
 		case vtep.IsValid():
-			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: vtep})
+			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: vtep, MTU: t.MTU[mac]})
 		default:
 			vips = append(vips, VIP{MAC: mac.HardwareAddr()})
 		}
@@ -241,8 +265,8 @@ func diffNetwork(h, w Network) []Op {
 		ht.FDB = nil // it went with the device
 	}
 	for mac, vtep := range wt.FDB {
-		if old, ok := ht.FDB[mac]; !ok || old != vtep {
-			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+		if old, ok := ht.FDB[mac]; !ok || old != vtep || h.Ways && ht.MTU[mac] != wt.MTU[mac] {
+			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep, MTU: wt.MTU[mac]})
 		}
 	}
 	for mac, vtep := range ht.FDB {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -41,7 +42,8 @@ func draw(t *rapid.T, label string) vxlan.State {
 				}
 				n.Ports = append(n.Ports, p)
 			case 2:
-				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))})}
+				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))}),
+					MTU: rapid.SampledFrom([]int{0, 1300, 1350}).Draw(t, label+" way")}
 				n.Peers = append(n.Peers, p)
 				if rapid.Bool().Draw(t, label+" is dual") {
 					p.Addr = second(i)
@@ -72,7 +74,7 @@ func text(s vxlan.State) string {
 	for vni := uint32(4097); vni < 4100; vni++ {
 		if n, ok := s.Networks[vni]; ok {
 			leg := n.HostLeg
-			n.HostLeg = nil
+			n.HostLeg, n.Ways = nil, false
 			if n.Encrypted { // of its peers only the tables are left in a kernel
 				out += fmt.Sprintf("%v\n", vxlan.Derive(n))
 				n.Peers, n.VIPs, n.VTEP, n.Port = nil, nil, netip.Addr{}, 0
@@ -190,10 +192,58 @@ func TestEncryptedTables(t *testing.T) {
 			t.Errorf("frames to %s: %v %v, want the uplink and no VTEP", m.HardwareAddr(), vtep, ok)
 		}
 	}
+	// What was read as a wrong entry stays one, and is written anew.
+	wrong := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{a: router}, FDB: map[vxlan.MAC]netip.Addr{router: {}, vxlan.MACOf(mac): netip.IPv4Unspecified()}}
+	read := n
+	read.Peers, read.VIPs = vxlan.Observed(wrong)
+	if got := vxlan.Derive(read); !maps.Equal(got.FDB, wrong.FDB) || !maps.Equal(got.Neigh, wrong.Neigh) {
+		t.Errorf("%v became %v", wrong, got)
+	}
+	ops := vxlan.Diff(vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: read}}, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}})
+	if len(ops) != 1 || ops[0].Kind != vxlan.OpSetFDB || vxlan.MACOf(ops[0].MAC) != vxlan.MACOf(mac) {
+		t.Errorf("operations %v, want one that mends the peer", ops)
+	}
 	plain := n
 	plain.Encrypted = false
 	if ops := vxlan.Diff(vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: plain}}, vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}); ops[0].Kind != vxlan.OpSetDevice {
 		t.Errorf("a VXLAN device on an encrypted network stays: %v", ops)
+	}
+}
+
+// TestWays: a narrow way is an entry's where the engine keeps it, and nobody's
+// business where it does not. The narrower one of two for a MAC counts.
+func TestWays(t *testing.T) {
+	a, b := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")
+	mac := weft.EndpointMAC("u", a)
+	of := func(ways bool, mtu, mtu6 int) vxlan.State {
+		n := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789, Ways: ways}
+		for addr, m := range map[netip.Addr]int{a: mtu, b: mtu6} {
+			n.Peers = append(n.Peers, vxlan.Peer{Addr: addr, MAC: mac, VTEP: netip.MustParseAddr("10.99.0.2"), MTU: m})
+		}
+		return vxlan.State{Networks: map[uint32]vxlan.Network{n.VNI: n}}
+	}
+	for _, c := range []struct {
+		name       string
+		have, want vxlan.State
+		ops, mtu   int
+	}{
+		{"kept", of(true, 0, 0), of(false, 1300, 1300), 1, 1300},
+		{"not kept", of(false, 0, 0), of(false, 1300, 1300), 0, 0},
+		{"the same", of(true, 1300, 1300), of(false, 1300, 1300), 0, 0},
+		{"wider", of(true, 1300, 1300), of(false, 0, 0), 1, 0},
+		{"as wide as the network", of(true, 0, 0), of(false, 1450, 9000), 0, 0},
+		{"one of two", of(true, 0, 0), of(false, 1400, 1300), 1, 1300},
+		{"new", vxlan.State{}, of(false, 1300, 1300), 4, 1300},
+	} {
+		ops := vxlan.Diff(c.have, c.want)
+		if len(ops) != c.ops {
+			t.Errorf("%s: %v", c.name, ops)
+		}
+		for _, op := range ops {
+			if op.Kind == vxlan.OpSetFDB && op.MTU != c.mtu {
+				t.Errorf("%s: %s, want MTU %d", c.name, op, c.mtu)
+			}
+		}
 	}
 }
 

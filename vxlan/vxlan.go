@@ -33,8 +33,8 @@ type Network struct {
 	// VTEP is this node's own tunnel address and Port the UDP port.
 	VTEP netip.Addr
 	Port uint16
-	// Encrypted networks have no VXLAN device: packets to Peers leave by a
-	// router behind the bridge (weft.UplinkName), which encrypts them.
+	// Encrypted networks have no VXLAN device: packets to Peers leave by an
+	// uplink (weft.UplinkName) to a router, which encrypts them.
 	Encrypted bool
 	// Ports are the local tasks' ports.
 	Ports []Port
@@ -47,6 +47,10 @@ type Network struct {
 	// HostLeg, when set, is a port of the network in the host's own
 	// namespace (the ingress network's way in).
 	HostLeg *HostLeg
+	// Ways is set by Read alone: the engine keeps the MTU of each Peer in its
+	// tables, so that it is compared and repaired. It does not keep those of
+	// VIPs: what counts is the way to the backend.
+	Ways bool
 	// Fault and DeviceFault are set by Read alone and never compared: what
 	// is wrong with the bridge, and with the VXLAN device, where no wish
 	// would explain it. They are the reason of a Repair. Device names the
@@ -77,8 +81,8 @@ type Peer struct {
 	MAC  net.HardwareAddr
 	VTEP netip.Addr
 	// MTU of the way there in bytes (inner IP packet) where it is narrower
-	// than the network's; 0 = the network's. It is not part of the tables
-	// (see Router), and an engine may also answer "too big" by it.
+	// than the network's; 0 = the network's. Senders know it by their routes
+	// (see Router), and an engine may also answer "too big" by it (Ways).
 	MTU int
 }
 

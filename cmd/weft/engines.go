@@ -40,7 +40,7 @@ func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
 	if !c.EBPF {
 		return []vxlan.Engine{bridge}, nil
 	}
-	ebpf, err := bpf.New(bpf.Config{Node: c.Node, Dir: c.BPFDir, Log: c.Log, Repaired: c.Repaired})
+	ebpf, err := bpf.New(bpf.Config{Node: c.Node, Dir: c.BPFDir, NetNSDir: c.NetNSDir, Log: c.Log, Repaired: c.Repaired})
 	if err != nil {
 		return nil, err
 	}

@@ -194,22 +194,12 @@ func (m *member) keys(epoch uint64) ([]weft.NodeKey, error) {
 	return nil, nil
 }
 
-// makeCrypt wraps the overlay engine in the one that encrypts. Encrypted networks
-// always have a bridge: beside an engine without one there is one for them.
+// makeCrypt wraps the overlay engine in the one that encrypts.
 func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) (*wg.Engine, error) {
-	dir := netnsDir(m.cfg.ExecRoot)
-	cfg := wg.Config{
-		Node: m.state.Node, NetNSDir: dir, RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
-		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Bridge: overlay, Log: m.log,
-	}
-	bridge, err := linux.New(linux.Config{Node: m.state.Node, NetNSDir: dir, Log: m.log, Repaired: m.repairs.Record})
-	if err != nil {
-		return nil, err
-	}
-	if overlay.Name() != bridge.Name() {
-		cfg.Bridge, cfg.Plain = bridge, overlay
-	}
-	crypt, err := wg.New(cfg)
+	crypt, err := wg.New(wg.Config{
+		Node: m.state.Node, NetNSDir: netnsDir(m.cfg.ExecRoot), RunDir: filepath.Join(m.cfg.ExecRoot, "wg"), KeyFile: filepath.Join(m.cfg.DataRoot, "agent", "wireguard.json"),
+		Port: m.cfg.CryptPort, Engine: m.cfg.CryptEngine, Overlay: overlay, Log: m.log,
+	})
 	if err != nil {
 		return nil, err
 	}

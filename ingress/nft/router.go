@@ -13,7 +13,7 @@ import (
 )
 
 // routerRules is the table in the namespace through which encrypted networks
-// reach other nodes. The bridge has written the chosen backend's hardware address
+// reach other nodes. The balancer has written the chosen backend's hardware address
 // into a packet to a service address; by it the packet gets the backend's
 // own address, and connection tracking gives the answer the service's. Packets to
 // an endpoint's own address come with the router's hardware address and pass.

@@ -12,7 +12,7 @@ import (
 )
 
 // applyRouter makes the tables of the encrypted networks' way out. It is right
-// before the bridges choose by it.
+// before the balancer chooses by it.
 func (e *Engine) applyRouter(r ingress.Router, places map[string]*place) error {
 	if r.NetNS == "" {
 		e.routed = nil
@@ -61,7 +61,7 @@ func lacks(now, earlier map[netip.Addr]bool) bool {
 }
 
 // forgetTranslated drops the calling namespace's tracked flows that lead a
-// service address to a backend that is not there any more: the bridge has
+// service address to a backend that is not there any more: the balancer has
 // chosen another by now.
 func forgetTranslated(backends map[netip.Addr]bool, with6 bool) error {
 	match := matchFunc(func(c *netlink.ConntrackFlow) bool {

@@ -30,9 +30,14 @@ const (
 	destDirect kind = 3
 	destTunnel kind = 4
 	destVIP    kind = 5
+	// The local ones of an encrypted network.
+	destSealedTask kind = 6
+	destSealedLeg  kind = 7
 )
 
-func (k kind) isLocal() bool  { return k == destTask || k == destLeg }
+func (k kind) isLocal() bool {
+	return k == destTask || k == destLeg || k == destSealedTask || k == destSealedLeg
+}
 func (k kind) isRemote() bool { return k == destDirect || k == destTunnel }
 
 // Hooks are the slots of the pinned map "hooks" (c/overlay.h).
@@ -112,15 +117,24 @@ type netValue struct {
 	ID      [maxIDLength + 1]byte
 	MTU     uint16
 	UDP     be16
-	Count   uint32
+	Count   uint16
+	Flags   uint16
 	VTEP    addr16
 	Subnets [maxSubnets]prefixValue
 }
 
+// netEncrypted is a flag of a netValue.
+const netEncrypted = 1
+
+func (v netValue) isEncrypted() bool { return v.Flags&netEncrypted != 0 }
+
 // encodeNet is the head of a network as the map has it. What does not fit is
 // weft.ErrInvalid.
 func encodeNet(n vxlan.Network) (netValue, error) {
-	v := netValue{MTU: uint16(n.MTU), UDP: be(n.Port), Count: uint32(len(n.Subnets)), VTEP: addrOf(n.VTEP)}
+	v := netValue{MTU: uint16(n.MTU), UDP: be(n.Port), Count: uint16(len(n.Subnets)), VTEP: addrOf(n.VTEP)}
+	if n.Encrypted {
+		v.Flags = netEncrypted
+	}
 	if len(n.ID) > maxIDLength || bytes.IndexByte([]byte(n.ID), 0) >= 0 {
 		return v, fmt.Errorf("network %d: id %q is longer than %d bytes or has a zero byte: %w", n.VNI, n.ID, maxIDLength, weft.ErrInvalid)
 	}
@@ -137,7 +151,7 @@ func encodeNet(n vxlan.Network) (netValue, error) {
 // decodeNet is the opposite of encodeNet. A value that encodeNet does not make
 // gives false.
 func decodeNet(vni uint32, v netValue) (vxlan.Network, bool) {
-	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr()}
+	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr(), Encrypted: v.isEncrypted()}
 	end := bytes.IndexByte(v.ID[:], 0)
 	if end < 0 || v.Count > maxSubnets {
 		return n, false
@@ -158,4 +172,5 @@ func decodeNet(vni uint32, v netValue) (vxlan.Network, bool) {
 var reasons = [...]string{
 	"malformed", "spoofed source", "multicast", "other protocol", "unknown destination", "unknown address",
 	"no balancer", "refused by kernel", "too big", "received for unknown", "received from unknown", "received other protocol",
+	"unencrypted",
 }

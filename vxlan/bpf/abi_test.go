@@ -78,7 +78,7 @@ func TestNetworksComeBack(t *testing.T) {
 		n := vxlan.Network{
 			ID: weft.ID(rapid.StringMatching(`[a-z0-9-]{1,63}`).Draw(r, "id")), VNI: rapid.Uint32Range(1, 1<<24-1).Draw(r, "vni"),
 			MTU: rapid.IntRange(68, 65535).Draw(r, "mtu"), Port: rapid.Uint16Min(1).Draw(r, "port"),
-			VTEP: netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(r, "vtep"))),
+			VTEP: netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(r, "vtep"))), Encrypted: rapid.Bool().Draw(r, "encrypted"),
 		}
 		for range rapid.IntRange(0, maxSubnets).Draw(r, "subnets") {
 			a := drawAddr(r, "subnet")
@@ -92,7 +92,7 @@ func TestNetworksComeBack(t *testing.T) {
 			r.Fatal(err)
 		}
 		got, ok := decodeNet(n.VNI, v)
-		if !ok || got.ID != n.ID || got.MTU != n.MTU || got.Port != n.Port || got.VTEP != n.VTEP || !slices.Equal(got.Subnets, n.Subnets) {
+		if !ok || got.ID != n.ID || got.MTU != n.MTU || got.Port != n.Port || got.VTEP != n.VTEP || got.Encrypted != n.Encrypted || !slices.Equal(got.Subnets, n.Subnets) {
 			r.Fatalf("%+v became %+v, %v", n, got, ok)
 		}
 	})
@@ -115,7 +115,7 @@ func TestDamagedNetworksAreSeen(t *testing.T) {
 			r.Fatal(err)
 		}
 		got, ok := decodeNet(n.VNI, w)
-		if ok && got.ID == n.ID && got.MTU == n.MTU && got.Port == n.Port && got.VTEP == n.VTEP && slices.Equal(got.Subnets, n.Subnets) {
+		if ok && got.ID == n.ID && got.MTU == n.MTU && got.Port == n.Port && got.VTEP == n.VTEP && got.Encrypted == n.Encrypted && slices.Equal(got.Subnets, n.Subnets) {
 			r.Fatal("the damage is not seen")
 		}
 	})
@@ -147,6 +147,10 @@ func TestAliasesComeBack(t *testing.T) {
 		if !ok || leg.vni != vni || leg.leg != p.IfName {
 			r.Fatalf("leg %s became %+v, %v", p.IfName, leg, ok)
 		}
+		up, ok := parseAlias(node, uplinkAlias(node, vni))
+		if !ok || up.vni != vni || !up.isUplink || leg.isUplink || got.isUplink {
+			r.Fatalf("the uplink became %+v, %v", up, ok)
+		}
 		if _, ok := parseAlias(node+"x", portAlias(node, vni, p)); ok {
 			r.Fatal("the alias of another node was taken for ours")
 		}
@@ -156,6 +160,7 @@ func TestAliasesComeBack(t *testing.T) {
 func FuzzParseAlias(f *testing.F) {
 	f.Add("weft:n v1 ebpf 5 port t eth0 /run/x")
 	f.Add("weft:n v1 ebpf 5 leg weft-ingress")
+	f.Add("weft:n v1 ebpf 5 uplink")
 	f.Add("weft:n v1 port t eth0 /run/x")
 	f.Fuzz(func(t *testing.T, s string) {
 		o, ok := parseAlias("n", s)
@@ -166,7 +171,10 @@ func FuzzParseAlias(f *testing.F) {
 		if o.leg == "" {
 			again = portAlias("n", o.vni, o.port)
 		}
-		if back, ok := parseAlias("n", again); !ok || back.leg != o.leg || back.vni != o.vni || back.port.NetNS != o.port.NetNS {
+		if o.isUplink {
+			again = uplinkAlias("n", o.vni)
+		}
+		if back, ok := parseAlias("n", again); !ok || back.isUplink != o.isUplink || back.leg != o.leg || back.vni != o.vni || back.port.NetNS != o.port.NetNS {
 			t.Errorf("%q became %q", s, again)
 		}
 	})

@@ -14,12 +14,15 @@ import (
 //
 //	weft:<node> v1 ebpf <vni> port <task id> <if name> <namespace path>
 //	weft:<node> v1 ebpf <vni> leg <link name>
+//	weft:<node> v1 ebpf <vni> uplink
 
-// owned is what an alias tells: a port without address, or the name of the leg.
+// owned is what an alias tells: a port without address, the name of the leg, or
+// the uplink of an encrypted network.
 type owned struct {
-	vni  uint32
-	port vxlan.Port
-	leg  string
+	vni      uint32
+	port     vxlan.Port
+	leg      string
+	isUplink bool
 }
 
 func portAlias(node weft.ID, vni uint32, p vxlan.Port) string {
@@ -30,9 +33,13 @@ func legAlias(node weft.ID, vni uint32, name string) string {
 	return fmt.Sprintf("%s v1 ebpf %d leg %s", weft.LinkAlias(node), vni, name)
 }
 
+func uplinkAlias(node weft.ID, vni uint32) string {
+	return fmt.Sprintf("%s v1 ebpf %d uplink", weft.LinkAlias(node), vni)
+}
+
 func parseAlias(node weft.ID, s string) (owned, bool) {
 	f := strings.SplitN(s, " ", 8)
-	if len(f) < 6 || f[0] != weft.LinkAlias(node) || f[1] != "v1" || f[2] != "ebpf" {
+	if len(f) < 5 || f[0] != weft.LinkAlias(node) || f[1] != "v1" || f[2] != "ebpf" {
 		return owned{}, false
 	}
 	vni, err := strconv.ParseUint(f[3], 10, 32)
@@ -45,6 +52,8 @@ func parseAlias(node weft.ID, s string) (owned, bool) {
 		o.leg = f[5]
 	case f[4] == "port" && len(f) == 8 && f[5] != "" && f[6] != "" && f[7] != "":
 		o.port = vxlan.Port{Task: weft.ID(f[5]), IfName: f[6], NetNS: f[7]}
+	case f[4] == "uplink" && len(f) == 5:
+		o.isUplink = true
 	default:
 		return owned{}, false
 	}

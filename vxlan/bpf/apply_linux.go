@@ -92,9 +92,20 @@ func (w *writer) remove(name string, key any) error {
 	return nil
 }
 
-// setDevice files the network and makes the VXLAN device of its port. What the
+// setDevice files the network and makes the VXLAN device of its port, or the
+// uplink of an encrypted network. What the
 // maps hold of it stays until the new is written.
 func (w *writer) setDevice(n vxlan.Network) error {
+	if n.Encrypted {
+		if err := w.setUplink(n.VNI, n.MTU); err != nil {
+			return err
+		}
+		w.flag(n.VNI)
+		return w.setNetwork(n)
+	}
+	if err := w.delUplink(n.VNI); err != nil {
+		return err
+	}
 	old, isNew := w.nets[n.VNI], w.e.tunnel(w.host, n.Port) == nil
 	if isNew {
 		if err := w.e.makeTunnel(w.host, n.Port); err != nil {
@@ -130,13 +141,13 @@ func (w *writer) refile(vni uint32, old netValue) error {
 		index := uint32(near.link.Index)
 		val, ok := w.ports[index]
 		k := macKey{VNI: vni, MAC: val.MAC}
-		if !ok || val != localPort(vni, old, val.MAC, int(val.Tunnel)) || w.dests[k] != localDest(near, old) {
+		if !ok || val != localPort(vni, old, val.MAC, int(val.Tunnel)) || w.dests[k] != localDest(near.owned, near.link.Index, old) {
 			continue // OpSetPort follows
 		}
 		if err := w.put(overlayMapPorts, index, localPort(vni, head, val.MAC, w.tunnelIndex(head.UDP.v()))); err != nil {
 			return err
 		}
-		if err := w.put(overlayMapMacs, k, localDest(near, head)); err != nil {
+		if err := w.put(overlayMapMacs, k, localDest(near.owned, near.link.Index, head)); err != nil {
 			return err
 		}
 	}
@@ -157,7 +168,8 @@ func (w *writer) tunnelIndex(port uint16) int {
 	return 0
 }
 
-// setNetwork files the head of a network. Its MTU stands in every entry, too.
+// setNetwork files the head of a network. Its MTU stands in every entry, too, but
+// for those of narrower ways.
 func (w *writer) setNetwork(n vxlan.Network) error {
 	v, err := encodeNet(n)
 	if err != nil {
@@ -171,11 +183,18 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 	if old.MTU == v.MTU || old.MTU == 0 {
 		return nil
 	}
+	if v.isEncrypted() {
+		return w.setUplink(n.VNI, n.MTU)
+	}
 	for k, d := range w.dests {
 		if k.VNI != n.VNI || !d.Kind.isRemote() {
 			continue
 		}
-		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr())); err != nil {
+		mtu := d.MTU // a narrower way stays as narrow
+		if mtu == old.MTU {
+			mtu = v.MTU
+		}
+		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr(), mtu)); err != nil {
 			return err
 		}
 	}
@@ -184,8 +203,13 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 
 func (w *writer) setFDB(op vxlan.Op) error {
 	d := destValue{Kind: destVIP}
-	if op.VTEP.IsValid() {
-		d = w.host.remote(w.nets[op.VNI], op.VTEP)
+	switch head := w.nets[op.VNI]; {
+	case head.isEncrypted() && op.VTEP.IsValid():
+		return fmt.Errorf("network %d is encrypted and nothing of it leaves by a tunnel: %w", op.VNI, weft.ErrInvalid)
+	case head.isEncrypted() && !isService(w.want.Networks[op.VNI], vxlan.MACOf(op.MAC)):
+		d = w.uplinkDest(op.VNI)
+	case op.VTEP.IsValid():
+		d = w.host.remote(head, op.VTEP, uint16(op.MTU))
 	}
 	return w.put(overlayMapMacs, macKey{VNI: op.VNI, MAC: vxlan.MACOf(op.MAC)}, d)
 }
@@ -210,7 +234,7 @@ func (w *writer) delNeigh(k epKey) error {
 func (w *writer) isClaimed(k macKey) bool {
 	var d destValue
 	var p portValue
-	return w.o.maps[overlayMapMacs].Lookup(k, &d) == nil && d.Kind.isLocal() &&
+	return k.MAC != vxlan.MACOf(weft.RouterMAC(k.VNI)) && w.o.maps[overlayMapMacs].Lookup(k, &d) == nil && d.Kind.isLocal() &&
 		w.o.maps[overlayMapPorts].Lookup(d.IfIndex, &p) == nil && p.VNI == k.VNI && p.MAC == k.MAC
 }
 
@@ -250,14 +274,10 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 			return err
 		}
 	}
-	d := destValue{Kind: destTask, MTU: head.MTU, IfIndex: uint32(index), UDP: head.UDP, VTEP: head.VTEP}
-	if own.leg != "" {
-		d.Kind = destLeg
-	}
 	if err := w.put(overlayMapPorts, uint32(index), val); err != nil {
 		return err
 	}
-	if err := w.put(overlayMapMacs, macKey{VNI: own.vni, MAC: val.MAC}, d); err != nil {
+	if err := w.put(overlayMapMacs, macKey{VNI: own.vni, MAC: val.MAC}, localDest(own, index, head)); err != nil {
 		return err
 	}
 	for _, a := range addrs {
@@ -335,7 +355,7 @@ func (w *writer) delStale(vni uint32) error {
 
 // delNetwork removes all of a network but the ports to keep.
 func (w *writer) delNetwork(vni uint32, keep func(nearEnd) bool) error {
-	errs := []error{w.delPorts(vni, func(n nearEnd) bool { return !keep(n) })}
+	errs := []error{w.delPorts(vni, func(n nearEnd) bool { return !keep(n) }), w.delUplink(vni)}
 	for k := range w.dests {
 		if k.VNI == vni {
 			errs = append(errs, w.remove(overlayMapMacs, k))

@@ -25,6 +25,9 @@ type Config struct {
 	// is made and mounted when needed. Nodes may share it. It must be the
 	// same over the life of the objects, and absolute.
 	Dir string
+	// NetNSDir is the folder of namespace files, where package wg makes the
+	// one of its devices. Without it encrypted networks are refused.
+	NetNSDir string
 	// Log gets what was refused or left to the kernel's VXLAN device. Required.
 	Log *slog.Logger
 	// Attach forces how programs are attached: AttachTCX or AttachClsact. "" is
@@ -90,7 +93,7 @@ func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
 		return vxlan.State{}, err
 	}
 	defer s.close()
-	return s.state(ctx)
+	return s.state(ctx, vxlan.State{})
 }
 
 // Apply implements vxlan.Kernel. Without networks nothing stays, neither pins
@@ -118,11 +121,10 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	defer s.close()
 	adopted := errors.Join(s.adopt(), s.reroute(e.ways))
 	e.ways = s.host.hops // complete when Apply returns
-	have, err := s.state(ctx)
+	have, err := s.state(ctx, want)
 	if err != nil {
 		return err
 	}
-	want, refused := withoutEncrypted(want)
 	w := &writer{snapshot: s, want: want}
 	repairs, err := e.audit.Apply(ctx, have, want, w.do)
 	var swept error
@@ -133,7 +135,7 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	if ctx.Err() == nil && swept == nil { // until then the pins say what is to be swept
 		swept = e.tidy(b, s)
 	}
-	return errors.Join(refused, adopted, err, swept)
+	return errors.Join(adopted, err, swept)
 }
 
 // report tells what was repaired. What a lost map held is on its account.
@@ -185,22 +187,6 @@ func (e *Engine) Note() string {
 		return "its programs are attached by filters of clsact qdiscs, as this kernel has no tcx"
 	}
 	return ""
-}
-
-// withoutEncrypted leaves out the networks that this engine would send in the
-// clear: they have no packets at all here.
-func withoutEncrypted(want vxlan.State) (vxlan.State, error) {
-	var errs []error
-	out := want
-	out.Networks = make(map[uint32]vxlan.Network, len(want.Networks))
-	for vni, n := range want.Networks {
-		if n.Encrypted {
-			errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: fmt.Errorf("network %d is encrypted, which the overlay engine ebpf cannot do; start the daemon with --overlay-engine bridge: %w", vni, weft.ErrUnsupported)})
-			continue
-		}
-		out.Networks[vni] = n
-	}
-	return out, errors.Join(errs...)
 }
 
 // Drops reads how many packets were dropped or refused since the maps were

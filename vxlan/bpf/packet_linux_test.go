@@ -1,11 +1,13 @@
 package bpf
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -240,12 +242,9 @@ func testTooBigIsAnswered(t *testing.T, way string) {
 			m := newMesh(t, plan{way: way, hosts: 2}, v6)
 			h, other := m.hosts[0], m.hosts[1]
 			from, to := m.ports[h][0], m.ports[other][0]
-			// A narrow path to one peer: its entry says 1300 where the port has 1450.
-			k := macKey{VNI: testVNI, MAC: vxlan.MACOf(to.MAC)}
-			var d destValue
-			must(t, h.pinnedMap("macs").Lookup(k, &d))
-			d.MTU = 1300
-			must(t, h.pinnedMap("macs").Put(k, d))
+			// A narrow path to one peer, of which no route tells: 1300 where the port has 1450.
+			must(t, h.apply(m.narrow(h, to, 1300)))
+			expectEqual(t, h, m.want[h])
 			if err := overTCP(from, to); err != nil {
 				t.Errorf("TCP: %v; %v", err, h.drops())
 			}
@@ -253,41 +252,92 @@ func testTooBigIsAnswered(t *testing.T, way string) {
 				t.Error("TCP was never told")
 			}
 			must(t, netns.Do(from.NetNS, func() error { return flushRoutes(to.Addr.Addr()) }))
-			must(t, netns.Do(from.NetNS, func() error {
-				c, err := net.Dial("udp", netip.AddrPortFrom(to.Addr.Addr(), 9).String())
-				if err != nil {
-					return err
+			if mtu := pathMTU(t, from, to); mtu != 1300 {
+				t.Errorf("the path is said to carry %d bytes", mtu)
+			}
+			if v6 { // no link of IPv6 carries less than 1280
+				to := m.ports[other][1]
+				must(t, h.apply(m.narrow(h, to, 1200)))
+				before := h.drops()["too big"]
+				if mtu := pathMTU(t, from, to); mtu != 1280 || h.drops()["too big"] == before {
+					t.Errorf("the path is said to carry %d bytes; %v", mtu, h.drops())
 				}
-				defer c.Close()
-				rc, err := c.(*net.UDPConn).SyscallConn()
-				if err != nil {
-					return err
-				}
-				level, option, ask := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_MTU
-				if v6 {
-					level, option, ask = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_MTU
-				}
-				mtu := 0
-				err = rc.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, unix.IP_PMTUDISC_DO) })
-				if err != nil {
-					return err
-				}
-				if !eventually(func() bool {
-					c.Write(make([]byte, 1390)) // refused once the path is known
-					rc.Control(func(fd uintptr) { mtu, err = unix.GetsockoptInt(int(fd), level, ask) })
-					return err == nil && mtu == 1300
-				}) {
-					return errors.Join(err, fmt.Errorf("the path is said to carry %d bytes", mtu))
-				}
-				return nil
-			}))
-			if !v6 {
+				must(t, overUDP(from, to))
+			} else {
 				must(t, netns.Do(from.NetNS, func() error {
 					return errors.Join(writeSysctl("/proc/sys/net/ipv4/ip_no_pmtu_disc", "1"), flushRoutes(to.Addr.Addr()))
 				}))
 				must(t, overUDP(from, to)) // without DF now
 			}
 		})
+	}
+}
+
+// narrow is what the host wants when the way to a task has mtu bytes.
+func (m mesh) narrow(h *testHost, to vxlan.Port, mtu int) vxlan.State {
+	n := m.want[h].Networks[testVNI]
+	n.Peers = slices.Clone(n.Peers)
+	for i, p := range n.Peers {
+		if bytes.Equal(p.MAC, to.MAC) {
+			n.Peers[i].MTU = mtu
+		}
+	}
+	m.want[h] = state(n)
+	return m.want[h]
+}
+
+// pathMTU is what a socket that never lets its packets be cut is told of the way,
+// when it has sent 1390 bytes.
+func pathMTU(t *testing.T, from, to vxlan.Port) (mtu int) {
+	t.Helper()
+	must(t, netns.Do(from.NetNS, func() error {
+		c, err := net.Dial("udp", netip.AddrPortFrom(to.Addr.Addr(), 9).String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		rc, err := c.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			return err
+		}
+		level, option, ask := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_MTU
+		if to.Addr.Addr().Is6() {
+			level, option, ask = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_MTU
+		}
+		err = rc.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, unix.IP_PMTUDISC_DO) })
+		if err != nil {
+			return err
+		}
+		eventually(func() bool {
+			c.Write(make([]byte, 1390)) // refused once the path is known
+			rc.Control(func(fd uintptr) { mtu, err = unix.GetsockoptInt(int(fd), level, ask) })
+			return err == nil && mtu < 1390
+		})
+		return err
+	}))
+	return mtu
+}
+
+// TestWaysKeepTheirWidth: a narrower way stays as narrow when the network's MTU
+// changes, and goes with it where it is not the narrower one any more.
+func TestWaysKeepTheirWidth(t *testing.T) {
+	m := newMesh(t, plan{hosts: 2}, false)
+	h, other := m.hosts[0], m.hosts[1]
+	a, b := m.ports[other][0], m.ports[other][1]
+	has := func(p vxlan.Port) int {
+		return int(h.dests()[macKey{VNI: testVNI, MAC: vxlan.MACOf(p.MAC)}].MTU)
+	}
+	for _, c := range []struct{ network, way, a, b int }{
+		{1450, 1300, 1300, 1450}, {1400, 1300, 1300, 1400}, {1290, 1300, 1290, 1290}, {1450, 1300, 1300, 1450},
+		{1450, 1450, 1450, 1450}, {1450, 0, 1450, 1450}, {1400, 1450, 1400, 1400}, {1440, 1400, 1400, 1440}, {1400, 0, 1400, 1400},
+	} {
+		n := m.narrow(h, a, c.way).Networks[testVNI]
+		n.MTU = c.network
+		must(t, h.apply(state(n)))
+		expectEqual(t, h, state(n))
+		if has(a) != c.a || has(b) != c.b {
+			t.Errorf("network %d, way %d: entries of %d and %d, want %d and %d", c.network, c.way, has(a), has(b), c.a, c.b)
+		}
 	}
 }
 

@@ -36,6 +36,8 @@ type snapshot struct {
 	// detached are the underlay devices whose program was gone, and whether
 	// that is a network's DeviceFault.
 	detached map[int]bool
+	// uplinks are those of encrypted networks; kept up to date by the writer.
+	uplinks map[uint32]*netlink.Veth
 }
 
 type nearEnd struct {
@@ -47,7 +49,7 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	s := &snapshot{e: e, o: o, detached: make(map[int]bool), near: make(map[uint32][]nearEnd)}
+	s := &snapshot{e: e, o: o, detached: make(map[int]bool), near: make(map[uint32][]nearEnd), uplinks: make(map[uint32]*netlink.Veth)}
 	var err error
 	if s.nets, err = dump[uint32, netValue](o.maps[overlayMapNets]); err != nil {
 		return nil, err
@@ -73,7 +75,11 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 	}
 	for _, l := range s.host.byIndex {
 		if v, ok := l.(*netlink.Veth); ok {
-			if own, ok := parseAlias(e.cfg.Node, v.Alias); ok {
+			own, ok := parseAlias(e.cfg.Node, v.Alias)
+			switch {
+			case ok && own.isUplink && v.Name == weft.UplinkName(own.vni):
+				s.uplinks[own.vni] = v
+			case ok && !own.isUplink:
 				s.near[own.vni] = append(s.near[own.vni], nearEnd{own, v})
 			}
 		}
@@ -83,8 +89,11 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 
 func (s *snapshot) close() { s.host.close() }
 
-// state is the snapshot in the words of package vxlan.
-func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
+// state is the snapshot in the words of package vxlan. Those have none for the
+// uplink of an encrypted network and for a service, of which each is nowhere in
+// particular: an entry that is the one and should be the other in a network of
+// want is wrong. Without want each will do.
+func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, error) {
 	seen := map[uint32]bool{}
 	for vni := range s.nets {
 		seen[vni] = true
@@ -92,17 +101,34 @@ func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
 	for vni := range s.near {
 		seen[vni] = true
 	}
+	for vni := range s.uplinks {
+		seen[vni] = true
+	}
+	services := map[macKey]bool{}
+	for vni, n := range want.Networks {
+		for _, v := range n.VIPs {
+			services[macKey{VNI: vni, MAC: vxlan.MACOf(v.MAC)}] = n.Encrypted
+		}
+	}
 	tables := map[uint32]*vxlan.Tables{}
 	table := func(vni uint32) *vxlan.Tables {
 		seen[vni] = true
 		if tables[vni] == nil {
-			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}
+			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}, MTU: map[vxlan.MAC]int{}}
 		}
 		return tables[vni]
 	}
 	for k, d := range s.dests {
-		if !s.isOrphan(k) {
-			table(k.VNI).FDB[k.MAC] = s.vtepOf(k, d)
+		if s.isOrphan(k) {
+			continue
+		}
+		vtep := s.vtepOf(k, d)
+		if _, ok := want.Networks[k.VNI]; ok && s.nets[k.VNI].isEncrypted() && services[k] != (d.Kind == destVIP) {
+			vtep = wrong()
+		}
+		table(k.VNI).FDB[k.MAC] = vtep
+		if d.Kind.isRemote() && d.MTU != s.nets[k.VNI].MTU {
+			table(k.VNI).MTU[k.MAC] = int(d.MTU)
 		}
 	}
 	for k, ep := range s.eps {
@@ -137,7 +163,11 @@ func (s *snapshot) vtepOf(k macKey, d destValue) netip.Addr {
 	switch {
 	case d.Kind == destVIP && d == (destValue{Kind: destVIP}):
 		return netip.Addr{}
-	case ok && d.Kind.isRemote() && d == s.host.remote(head, d.VTEP.Addr()):
+	case ok && head.isEncrypted():
+		if d == s.uplinkDest(k.VNI) {
+			return netip.Addr{}
+		}
+	case ok && d.Kind.isRemote() && d.MTU != 0 && d == s.host.remote(head, d.VTEP.Addr(), d.MTU):
 		return d.VTEP.Addr()
 	}
 	return wrong()
@@ -153,7 +183,7 @@ func (s *snapshot) reroute(before map[[2]netip.Addr]hop) error {
 		}
 		vtep := d.VTEP.Addr()
 		old, known := before[[2]netip.Addr{head.VTEP.Addr(), vtep}]
-		if now := s.host.remote(head, vtep); known && d != now && d == remoteBy(head, vtep, old) {
+		if now := s.host.remote(head, vtep, d.MTU); known && d != now && d == remoteBy(head, vtep, d.MTU, old) {
 			if err := s.o.maps[overlayMapMacs].Put(k, now); err != nil {
 				return fmt.Errorf("write map %s: %w", overlayMapMacs, err)
 			}
@@ -163,13 +193,17 @@ func (s *snapshot) reroute(before map[[2]netip.Addr]hop) error {
 	return nil
 }
 
-// remote is the entry of a hardware address behind vtep.
-func (h *host) remote(n netValue, vtep netip.Addr) destValue {
-	return remoteBy(n, vtep, h.hop(n.VTEP.Addr(), vtep))
+// remote is the entry of a hardware address behind vtep, by a way of mtu bytes; 0
+// and what is wider than the network are the network's.
+func (h *host) remote(n netValue, vtep netip.Addr, mtu uint16) destValue {
+	return remoteBy(n, vtep, mtu, h.hop(n.VTEP.Addr(), vtep))
 }
 
-func remoteBy(n netValue, vtep netip.Addr, way hop) destValue {
-	d := destValue{Kind: destTunnel, MTU: n.MTU, UDP: n.UDP, VTEP: addrOf(vtep)}
+func remoteBy(n netValue, vtep netip.Addr, mtu uint16, way hop) destValue {
+	if mtu == 0 || mtu > n.MTU {
+		mtu = n.MTU
+	}
+	d := destValue{Kind: destTunnel, MTU: mtu, UDP: n.UDP, VTEP: addrOf(vtep)}
 	if way.direct {
 		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(way.ifindex), unix.AF_INET
 		if way.via.Is6() {
@@ -192,10 +226,10 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 		n = vxlan.Network{VNI: vni, Fault: "its entry was damaged"}
 	}
 	tunnel := 0
-	if v := s.e.tunnel(s.host, head.UDP.v()); v != nil {
+	if v := s.e.tunnel(s.host, head.UDP.v()); v != nil && !head.isEncrypted() {
 		tunnel = v.Index
 	}
-	if n.Device, n.DeviceFault = s.deviceFault(head, tunnel); n.DeviceFault != "" {
+	if n.Device, n.DeviceFault = s.deviceFault(vni, head, tunnel); n.DeviceFault != "" {
 		n.VTEP, n.Port = netip.Addr{}, 0
 	}
 	for _, near := range s.near[vni] {
@@ -209,14 +243,15 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 		n.Ports = append(n.Ports, p)
 	}
 	n.Peers, n.VIPs = vxlan.Observed(*t)
+	n.Ways = true
 	slices.SortFunc(n.Ports, func(a, b vxlan.Port) int { return cmp.Compare(a.Task, b.Task) })
 	return n
 }
 
 // deviceFault says at which device packets of the network cannot come in, and
-// why; "" = they can. Of two such devices it names the tunnel, and sweep counts the
-// other one.
-func (s *snapshot) deviceFault(head netValue, tunnel int) (device, fault string) {
+// why; "" = they can. Of two such devices it names the tunnel or the uplink, and
+// sweep counts the other one.
+func (s *snapshot) deviceFault(vni uint32, head netValue, tunnel int) (device, fault string) {
 	dev := s.host.underlay(head.VTEP.Addr())
 	under := ""
 	if dev != 0 && !s.via.isAttached(underlayHook(dev)) {
@@ -225,19 +260,33 @@ func (s *snapshot) deviceFault(head netValue, tunnel int) (device, fault string)
 			s.detached[dev] = false
 		}
 	}
-	name := weft.TunnelName(head.UDP.v())
+	if head.isEncrypted() {
+		device, fault = weft.UplinkName(vni), s.uplinkFault(vni, head)
+	} else {
+		device = weft.TunnelName(head.UDP.v())
+		fault = s.tunnelFault(device, tunnel)
+	}
 	switch {
-	case s.host.byName[name] == nil:
-		return name, vxlan.FaultGone
-	case tunnel == 0:
-		return name, name + " was down or another device"
-	case !s.via.isAttached(tunnelHook(tunnel)):
-		return name, detachedReason(name)
+	case fault != "":
+		return device, fault
 	case under != "":
 		s.detached[dev] = true
 		return under, detachedReason(under)
 	}
 	return "", ""
+}
+
+// tunnelFault says what is wrong with the VXLAN device of a UDP port.
+func (s *snapshot) tunnelFault(name string, tunnel int) string {
+	switch {
+	case s.host.byName[name] == nil:
+		return vxlan.FaultGone
+	case tunnel == 0:
+		return name + " was down or another device"
+	case !s.via.isAttached(tunnelHook(tunnel)):
+		return detachedReason(name)
+	}
+	return ""
 }
 
 func detachedReason(device string) string { return "the program of " + device + " was detached" }
@@ -255,13 +304,13 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 	f, err := linux.ReadFar(l, near.port.NetNS, name)
 	val, ok := s.ports[uint32(l.Index)]
 	addrs := s.takeOut(near, val.MAC, vxlan.MACOf(f.MAC), t)
-	if tunnel == 0 { // which is the device's fault: its repair renews the entry
+	if tunnel == 0 { // which is the device's fault: its repair renews the entry (an encrypted network has none)
 		tunnel = int(val.Tunnel)
 	}
 	if !ok || val != localPort(near.vni, head, val.MAC, tunnel) {
 		return fault("the entry of %s was gone or damaged", l.Name)
 	}
-	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near, head) {
+	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near.owned, l.Index, head) {
 		return fault("the entry of %s was gone or damaged", val.MAC.HardwareAddr())
 	}
 	switch {
@@ -323,14 +372,21 @@ func (s *snapshot) takeOut(near nearEnd, mac, far vxlan.MAC, t *vxlan.Tables) []
 	return addrs
 }
 
+// localPort is the entry of a port, localDest that of its hardware address.
 func localPort(vni uint32, head netValue, mac vxlan.MAC, tunnel int) portValue {
+	if head.isEncrypted() {
+		return portValue{VNI: vni, MAC: mac}
+	}
 	return portValue{VNI: vni, UDP: head.UDP, MAC: mac, Tunnel: uint32(tunnel), VTEP: head.VTEP}
 }
 
-func localDest(near nearEnd, head netValue) destValue {
-	d := destValue{Kind: destTask, MTU: head.MTU, IfIndex: uint32(near.link.Index), UDP: head.UDP, VTEP: head.VTEP}
-	if near.leg != "" {
+func localDest(own owned, index int, head netValue) destValue {
+	d := destValue{Kind: destTask, MTU: head.MTU, IfIndex: uint32(index), UDP: head.UDP, VTEP: head.VTEP}
+	if own.leg != "" {
 		d.Kind = destLeg
+	}
+	if head.isEncrypted() {
+		d.Kind, d.UDP, d.VTEP = d.Kind+destSealedTask-destTask, be16{}, addr16{}
 	}
 	return d
 }

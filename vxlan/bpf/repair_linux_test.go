@@ -46,7 +46,9 @@ func testRepair(t *testing.T, way string) {
 	m := newMesh(t, plan{way: way, hosts: 2}, false)
 	h, other := m.hosts[0], m.hosts[1]
 	n := m.want[h].Networks[testVNI]
+	n.Peers[1].MTU = 1300 // n shares them with the wish
 	peer, port := n.Peers[0], m.ports[h][0]
+	must(t, h.apply(m.want[h]))
 	near := weft.PortVethName(port.Task, n.ID)
 	peerKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(peer.MAC)}
 	portKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(port.MAC)}
@@ -100,6 +102,13 @@ func testRepair(t *testing.T, way string) {
 	for _, c := range append([]damage{
 		{"peer gone", func() error { return h.pinnedMap("macs").Delete(peerKey) }, "fdb missing"},
 		{"peer elsewhere", change("macs", peerKey, h.remoteTo(t, netip.MustParseAddr("10.99.8.77"))), "fdb wrong"},
+		{"peer narrower", change("macs", peerKey, h.wayTo(t, other.vtep(), 1300)), "fdb wrong"},
+		{"narrow peer wider", change("macs", macKey{VNI: testVNI, MAC: vxlan.MACOf(n.Peers[1].MAC)}, h.wayTo(t, other.vtep(), 0)), "fdb wrong"},
+		{"peer without MTU", func() error {
+			d := h.wayTo(t, other.vtep(), 0)
+			d.MTU = 0
+			return h.pinnedMap("macs").Put(peerKey, d)
+		}, "fdb wrong"},
 		{"peer garbled", change("macs", peerKey, destValue{Kind: 99, MTU: 3}), "fdb wrong"},
 		{"stray peer", change("macs", macKey{VNI: testVNI, MAC: vxlan.MAC{2, 9, 9, 9, 9, 9}}, h.remoteTo(t, other.vtep())), "fdb stray"},
 		{"address gone", func() error { return h.pinnedMap("eps").Delete(epKey{VNI: testVNI, Addr: addrOf(peer.Addr)}) }, "neighbour missing"},
@@ -241,7 +250,10 @@ func TestChangedRouteIsNoRepair(t *testing.T) {
 }
 
 // remoteTo is a sound entry towards a VTEP.
-func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
+func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue { return h.wayTo(t, vtep, 0) }
+
+// wayTo is one of a narrower way.
+func (h *testHost) wayTo(t *testing.T, vtep netip.Addr, mtu uint16) destValue {
 	t.Helper()
 	v, err := encodeNet(vxlan.Network{ID: "n", VNI: testVNI, MTU: 1450, Port: testPort, VTEP: h.vtep()})
 	must(t, err)
@@ -252,7 +264,7 @@ func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
 			return err
 		}
 		defer at.close()
-		d = at.remote(v, vtep)
+		d = at.remote(v, vtep, mtu)
 		return nil
 	}))
 	if d.Kind != destDirect {
@@ -275,10 +287,13 @@ func testBreakOffAnywhere(t *testing.T, way string) {
 		n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: weft.EndpointMAC("x", a), VTEP: other.vtep()})
 	}
 	n.HostLeg = &vxlan.HostLeg{Name: "leg0", Addr: netip.MustParsePrefix("10.100.0.250/24"), MAC: weft.NodeMAC("n", netip.MustParseAddr("10.100.0.250"))}
+	h.cryptNS()
+	secret, _ := sealed(h)
+	secret.VNI, secret.Ports = secret.VNI+1, []vxlan.Port{h.task(3, false)}
 	broken := errors.New("broken off")
-	for _, target := range []vxlan.State{state(n), {}} {
+	for _, target := range []vxlan.State{state(n, secret), {}} {
 		for at := 1; ; at++ {
-			start := state(n) // every run starts from the opposite of its target
+			start := state(n, secret) // every run starts from the opposite of its target
 			if len(target.Networks) > 0 {
 				start = vxlan.State{}
 			}

@@ -217,7 +217,7 @@ func (h *testHost) start() {
 	if h.bridge {
 		h.k, err = linux.New(linux.Config{Node: h.node, NetNSDir: h.dir, Log: log})
 	} else {
-		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", Log: log, Attach: h.way, Repaired: h.note})
+		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", NetNSDir: h.dir, Log: log, Attach: h.way, Repaired: h.note})
 	}
 	must(t, err)
 	t.Cleanup(func() {

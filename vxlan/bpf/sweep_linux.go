@@ -30,9 +30,14 @@ func (w *writer) sweep() error {
 	needed := map[string]hook{}
 	tunnels := map[string]bool{}
 	for vni, head := range w.nets {
-		tunnels[weft.TunnelName(head.UDP.v())] = true
-		if i := w.tunnelIndex(head.UDP.v()); i != 0 {
-			needed[tunnelHook(i).pin] = tunnelHook(i)
+		if head.isEncrypted() {
+			errs = append(errs, w.setOrigin(vni, head))
+			head = w.nets[vni]
+		} else {
+			tunnels[weft.TunnelName(head.UDP.v())] = true
+			if i := w.tunnelIndex(head.UDP.v()); i != 0 {
+				needed[tunnelHook(i).pin] = tunnelHook(i)
+			}
 		}
 		if dev := w.host.underlay(head.VTEP.Addr()); dev != 0 {
 			h := underlayHook(dev)
@@ -49,6 +54,19 @@ func (w *writer) sweep() error {
 		}
 	}
 	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts())...)
+}
+
+// setOrigin files a new VTEP and UDP port of an encrypted network: they carry
+// nothing of it, and packets in the clear are known by them.
+func (w *writer) setOrigin(vni uint32, head netValue) error {
+	n, ok := w.want.Networks[vni]
+	now := head
+	now.VTEP, now.UDP = addrOf(n.VTEP), be(n.Port)
+	if !ok || now == head {
+		return nil
+	}
+	w.nets[vni] = now
+	return w.put(overlayMapNets, vni, now)
 }
 
 // sweepEntries removes what the maps hold of a network and nobody wants.

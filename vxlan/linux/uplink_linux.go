@@ -19,7 +19,7 @@ import (
 // WireGuard devices; what happens there is vxlan/wg's.
 func (w *writer) addUplink(h *hidden, n vxlan.Network) error {
 	name, router := weft.UplinkName(n.VNI), weft.RouterName(n.VNI)
-	ns, far, err := w.k.openCrypt()
+	ns, far, err := openCrypt(w.k.cryptPath())
 	if err != nil {
 		return fmt.Errorf("make %s: %w", name, err)
 	}
@@ -64,7 +64,7 @@ func (w *writer) addUplink(h *hidden, n vxlan.Network) error {
 
 func (w *writer) setRouterMTU(n vxlan.Network) error {
 	router := weft.RouterName(n.VNI)
-	ns, far, err := w.k.openCrypt()
+	ns, far, err := openCrypt(w.k.cryptPath())
 	if err != nil {
 		return fmt.Errorf("set MTU of %s: %w", router, err)
 	}
@@ -80,8 +80,8 @@ func (w *writer) setRouterMTU(n vxlan.Network) error {
 	return nil
 }
 
-func (k *Kernel) openCrypt() (*netns.Handle, *conn, error) {
-	ns, err := netns.Open(k.cryptPath())
+func openCrypt(path string) (*netns.Handle, *conn, error) {
+	ns, err := netns.Open(path)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -113,33 +113,42 @@ func (k *Kernel) readUplink(n *vxlan.Network, up *netlink.Veth, br *netlink.Brid
 	}
 }
 
-// routerFault says what is wrong with the other end of an uplink; "" = it is
-// there, up, and has the MAC and the MTU that it should have. A namespace that
-// cannot be read has none.
+// routerFault is RouterFault; a router that cannot be read is remade.
 func (k *Kernel) routerFault(vni uint32, up *netlink.Veth) string {
-	router := weft.RouterName(vni)
-	ns, far, err := k.openCrypt()
-	if errors.Is(err, weft.ErrNotFound) {
-		return "the namespace of " + router + " was gone"
-	}
+	fault, err := RouterFault(k.cryptPath(), vni, up)
 	if err != nil {
 		k.cfg.Log.Warn("uplink cannot be read; it will be remade", weft.KeyVNI, vni, weft.KeyErr, err)
 		return err.Error()
+	}
+	return fault
+}
+
+// RouterFault says what is wrong with the other end of an uplink, in the
+// namespace of the WireGuard devices at path; "" = it is there, up, and has the
+// MAC and the MTU that it should have. It serves every engine.
+func RouterFault(path string, vni uint32, up *netlink.Veth) (string, error) {
+	router := weft.RouterName(vni)
+	ns, far, err := openCrypt(path)
+	if errors.Is(err, weft.ErrNotFound) {
+		return "the namespace of " + router + " was gone", nil
+	}
+	if err != nil {
+		return "", err
 	}
 	defer ns.Close()
 	defer far.close()
 	l, err := far.find(router)
 	switch {
 	case err != nil:
-		return err.Error()
+		return "", err
 	case l == nil || l.Attrs().ParentIndex != up.Index || up.ParentIndex != l.Attrs().Index:
-		return router + " was gone"
+		return router + " was gone", nil
 	case l.Attrs().Flags&unix.IFF_UP == 0:
-		return router + " was down"
+		return router + " was down", nil
 	case l.Attrs().MTU != up.MTU:
-		return fmt.Sprintf("%s had MTU %d, %s %d", router, l.Attrs().MTU, up.Name, up.MTU)
+		return fmt.Sprintf("%s had MTU %d, %s %d", router, l.Attrs().MTU, up.Name, up.MTU), nil
 	case !bytes.Equal(l.Attrs().HardwareAddr, weft.RouterMAC(vni)):
-		return fmt.Sprintf("%s had hardware address %s", router, l.Attrs().HardwareAddr)
+		return fmt.Sprintf("%s had hardware address %s", router, l.Attrs().HardwareAddr), nil
 	}
-	return ""
+	return "", nil
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -43,6 +44,12 @@ type network struct {
 	leg    *vxlan.HostLeg
 }
 
+// unforward removes the entry of a hardware address.
+func (n *network) unforward(mac net.HardwareAddr) {
+	delete(n.tables.FDB, vxlan.MACOf(mac))
+	delete(n.tables.MTU, vxlan.MACOf(mac))
+}
+
 // FailAt makes the n-th operation from now on (1 is the next) fail once with
 // err, e.g. unix.EBUSY, without any effect.
 func (k *Kernel) FailAt(n int, err error) {
@@ -75,6 +82,7 @@ func (k *Kernel) readLocked() vxlan.State {
 	st := vxlan.State{Networks: make(map[uint32]vxlan.Network, len(k.nets))}
 	for vni, n := range k.nets {
 		out := n.head
+		out.Ways = true
 		out.Peers, out.VIPs = vxlan.Observed(n.tables)
 		for _, task := range slices.Sorted(maps.Keys(n.ports)) {
 			out.Ports = append(out.Ports, n.ports[task])
@@ -143,29 +151,34 @@ func (k *Kernel) doLocked(op vxlan.Op) error {
 			k.nets = make(map[uint32]*network)
 		}
 		k.nets[op.VNI] = &network{head: *op.Network, ports: map[weft.ID]vxlan.Port{},
-			tables: vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}}
+			tables: vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}, MTU: map[vxlan.MAC]int{}}}
 	case vxlan.OpSetNetwork:
 		n.head.MTU, n.head.Subnets = op.Network.MTU, op.Network.Subnets
 	case vxlan.OpSetDevice:
 		n.head.VTEP, n.head.Port, n.head.Encrypted = op.Network.VTEP, op.Network.Port, op.Network.Encrypted
 		clear(n.tables.FDB)
+		clear(n.tables.MTU)
 	case vxlan.OpSetFDB:
+		n.unforward(op.MAC)
 		n.tables.FDB[vxlan.MACOf(op.MAC)] = op.VTEP
+		if op.MTU != 0 {
+			n.tables.MTU[vxlan.MACOf(op.MAC)] = op.MTU
+		}
 	case vxlan.OpDelFDB:
-		delete(n.tables.FDB, vxlan.MACOf(op.MAC))
+		n.unforward(op.MAC)
 	case vxlan.OpSetNeigh:
 		n.tables.Neigh[op.Addr] = vxlan.MACOf(op.MAC)
 	case vxlan.OpDelNeigh:
 		delete(n.tables.Neigh, op.Addr)
 	case vxlan.OpSetPort:
 		n.ports[op.Port.Task] = *op.Port
-		delete(n.tables.FDB, vxlan.MACOf(op.Port.MAC))
+		n.unforward(op.Port.MAC)
 	case vxlan.OpDelPort:
 		delete(n.ports, op.Port.Task)
 	case vxlan.OpSetHostLeg:
 		leg := *op.HostLeg
 		n.leg = &leg
-		delete(n.tables.FDB, vxlan.MACOf(leg.MAC))
+		n.unforward(leg.MAC)
 	case vxlan.OpDelHostLeg:
 		n.leg = nil
 	}

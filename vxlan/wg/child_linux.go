@@ -3,10 +3,12 @@ package wg
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
@@ -24,6 +26,10 @@ const (
 	hostFD = "/proc/self/fd/3"
 	// defaultMTU holds until the daemon sets the right one.
 	defaultMTU = 1280
+	// priority (setpriority(2)) has each thread weigh nine of others: a packet
+	// waits for several of them in turn, and not behind what the containers
+	// compute. In the kernel it would come before all of that.
+	priority = -10
 )
 
 // Main is the program of the child process: two WireGuard devices of user space
@@ -53,6 +59,9 @@ func runChild(dir string) error {
 	}
 	defer host.Close()
 	unix.CloseOnExec(3)
+	if err := goFirst(); err != nil {
+		fmt.Fprintln(os.Stderr, childName+": goes on without priority:", err)
+	}
 	// Two senders for each device; this process ends with the first.
 	ended := make(chan error, 2*weft.KeySlots)
 	// The first slot comes last: who answers there has all devices.
@@ -75,6 +84,21 @@ func runChild(dir string) error {
 		}()
 	}
 	return <-ended
+}
+
+// goFirst sets the priority of all threads of this process, which leads a session
+// of its own.
+func goFirst() error {
+	if err := unix.Setpriority(unix.PRIO_PGRP, 0, priority); err != nil {
+		return fmt.Errorf("set priority: %w", err)
+	}
+	// Where no cgroup has weights, sessions are weighed, and processes only
+	// within theirs (sched(7), autogrouping).
+	err := os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(priority)), 0)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("set priority of the session: %w", err)
+	}
+	return nil
 }
 
 // serve answers the daemon until the socket fails. One connection carries one

@@ -117,7 +117,7 @@ func (c *crypt) neighbours(want paths, links map[string]int) error {
 	for _, router := range want.links {
 		index := links[router]
 		if index == 0 {
-			continue // the bridge could not be made; that was reported
+			continue // the network could not be made; that was reported
 		}
 		wanted := map[netip.Addr]vxlan.MAC{}
 		for _, n := range want.neighs {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -27,7 +26,7 @@ const (
 // Config of an Engine.
 type Config struct {
 	Node weft.ID
-	// NetNSDir is the folder of namespace files, that of Bridge.
+	// NetNSDir is the folder of namespace files, that of Overlay.
 	NetNSDir string
 	// RunDir is for the child's sockets and log; it must fit a socket's path
 	// (108 bytes, unix(7)). Gone at reboot, as the child is.
@@ -39,12 +38,9 @@ type Config struct {
 	Port uint16
 	// Engine forces one of the engines; "" is the first that can be made.
 	Engine string
-	// Bridge makes the networks, but for what encrypted ones need behind their
-	// uplink. Required.
-	Bridge vxlan.Kernel
-	// Plain, when set, makes the networks that are not encrypted in its stead:
-	// an engine that has no bridge. The two share no object.
-	Plain vxlan.Kernel
+	// Overlay makes the networks, but for what encrypted ones need behind
+	// their uplink. Required.
+	Overlay vxlan.Kernel
 	// Log gets what was chosen and repaired. Required.
 	Log *slog.Logger
 }
@@ -64,8 +60,8 @@ var _ vxlan.Kernel = (*Engine)(nil)
 // New checks the configuration. It does no I/O.
 func New(cfg Config) (*Engine, error) {
 	switch {
-	case cfg.Node == "" || cfg.NetNSDir == "" || cfg.RunDir == "" || cfg.KeyFile == "" || cfg.Bridge == nil || cfg.Log == nil:
-		return nil, fmt.Errorf("configure encryption: node, folders, key file, bridge engine and log are needed: %w", weft.ErrInvalid)
+	case cfg.Node == "" || cfg.NetNSDir == "" || cfg.RunDir == "" || cfg.KeyFile == "" || cfg.Overlay == nil || cfg.Log == nil:
+		return nil, fmt.Errorf("configure encryption: node, folders, key file, overlay engine and log are needed: %w", weft.ErrInvalid)
 	case cfg.Engine != "" && cfg.Engine != EngineKernel && cfg.Engine != EngineUser && cfg.Engine != EngineNone:
 		return nil, fmt.Errorf("configure encryption: engine %q is not %s, %s or %s: %w", cfg.Engine, EngineKernel, EngineUser, EngineNone, weft.ErrInvalid)
 	}
@@ -141,26 +137,7 @@ func (e *Engine) Keys(epoch uint64) ([]weft.NodeKey, error) {
 }
 
 // Read implements vxlan.Kernel.
-func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
-	st, err := e.cfg.Bridge.Read(ctx)
-	if err != nil || e.cfg.Plain == nil {
-		return st, err
-	}
-	plain, err := e.cfg.Plain.Read(ctx)
-	maps.Copy(st.Networks, plain.Networks)
-	return st, err
-}
-
-// apply gives each network to the kernel that makes it.
-func (e *Engine) apply(ctx context.Context, want vxlan.State) error {
-	if e.cfg.Plain == nil {
-		return e.cfg.Bridge.Apply(ctx, want)
-	}
-	bridged, plain := want, plainOf(want)
-	bridged.Networks = maps.Clone(want.Networks)
-	maps.DeleteFunc(bridged.Networks, func(_ uint32, n vxlan.Network) bool { return !n.Encrypted })
-	return errors.Join(e.cfg.Plain.Apply(ctx, plain), e.cfg.Bridge.Apply(ctx, bridged))
-}
+func (e *Engine) Read(ctx context.Context) (vxlan.State, error) { return e.cfg.Overlay.Read(ctx) }
 
 // plainOf is the state without its encrypted networks.
 func plainOf(st vxlan.State) vxlan.State {
@@ -174,22 +151,22 @@ func plainOf(st vxlan.State) vxlan.State {
 }
 
 // Apply implements vxlan.Kernel. The namespace of the devices is there before
-// the bridges' uplinks lead into it, and what is behind them after.
+// the networks' uplinks lead into it, and what is behind them after.
 func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	encrypted := encryptedVNIs(want)
 	if len(encrypted) == 0 {
-		return errors.Join(e.apply(ctx, want), e.clear(ctx))
+		return errors.Join(e.cfg.Overlay.Apply(ctx, want), e.clear(ctx))
 	}
 	if e.driver == nil {
 		err := fmt.Errorf("the network is encrypted and this node has no WireGuard: %w: %w", e.reason, weft.ErrUnsupported)
-		return errors.Join(e.apply(ctx, plainOf(want)), ofEach(encrypted, err))
+		return errors.Join(e.cfg.Overlay.Apply(ctx, plainOf(want)), ofEach(encrypted, err))
 	}
 	err := e.prepare(ctx, want)
-	bridges := e.apply(ctx, want)
+	networks := e.cfg.Overlay.Apply(ctx, want)
 	if err == nil {
 		err = e.lead(ctx, want)
 	}
-	return errors.Join(bridges, ofEach(encrypted, err))
+	return errors.Join(networks, ofEach(encrypted, err))
 }
 
 func encryptedVNIs(st vxlan.State) []uint32 {

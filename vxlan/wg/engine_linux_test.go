@@ -3,10 +3,12 @@ package wg
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -17,10 +19,13 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
-func TestPacketsCrossEncrypted(t *testing.T) {
-	hosts := rig(t, 2, "")
+func TestPacketsCrossEncrypted(t *testing.T) { onEach(t, 2, packetsCrossEncrypted) }
+
+func packetsCrossEncrypted(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, "")
 	stop := capture(t)
 	applyAll(t, hosts, 0, 1, 2, 3)
 	for v := 1; v <= 3; v++ {
@@ -47,8 +52,10 @@ func TestPacketsCrossEncrypted(t *testing.T) {
 
 // TestNetworksStayApart: neither a task nor another node gets from one encrypted
 // network into another.
-func TestNetworksStayApart(t *testing.T) {
-	hosts := rig(t, 2, "")
+func TestNetworksStayApart(t *testing.T) { onEach(t, 2, networksStayApart) }
+
+func networksStayApart(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, "")
 	applyAll(t, hosts, 0, 1, 2)
 	a, b := hosts[0], hosts[1]
 	if err := exchange(a.tasks[1], b.tasks[1]); err != nil {
@@ -180,8 +187,10 @@ func (h *host) await(o *host, want vxlan.State, slot int) {
 
 // TestRotationLosesNothing changes keys under requests, with every order in
 // which the two nodes can hear of it.
-func TestRotationLosesNothing(t *testing.T) {
-	hosts := rig(t, 2, "")
+func TestRotationLosesNothing(t *testing.T) { onEach(t, 2, rotationLosesNothing) }
+
+func rotationLosesNothing(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, "")
 	a, b := hosts[0], hosts[1]
 	applyAll(t, hosts, 0, 1)
 	must(t, exchange(a.tasks[1], b.tasks[1]))
@@ -232,8 +241,10 @@ func TestRotationLosesNothing(t *testing.T) {
 
 // TestDaemonDies: a new daemon adopts the child without a lost request, and
 // starts another when that is gone.
-func TestDaemonDies(t *testing.T) {
-	hosts := rig(t, 2, EngineUser)
+func TestDaemonDies(t *testing.T) { onEach(t, 2, daemonDies) }
+
+func daemonDies(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, EngineUser)
 	a, b := hosts[0], hosts[1]
 	applyAll(t, hosts, 0, 1)
 	must(t, exchange(a.tasks[1], b.tasks[1]))
@@ -277,10 +288,101 @@ func TestDaemonDies(t *testing.T) {
 	}
 }
 
+// TestChildGoesFirst: every thread of the child has its priority, and so has the
+// session that it leads.
+func TestChildGoesFirst(t *testing.T) {
+	hosts := rig(t, []string{onBridge, onBridge}, EngineUser)
+	applyAll(t, hosts, 0, 1)
+	must(t, exchange(hosts[0].tasks[1], hosts[1].tasks[1])) // all threads there are
+	d := hosts[0].e.driver.(*userDriver)
+	pid, err := d.running()
+	must(t, err)
+	if b, err := os.ReadFile(d.logPath()); err != nil || strings.Contains(string(b), "operation not permitted") {
+		netnstest.Missing(t, "root", fmt.Errorf("the child says %q, %w", b, err))
+	}
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	must(t, err)
+	for _, th := range threads {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/stat", pid, th.Name()))
+		must(t, err)
+		_, rest, _ := strings.Cut(string(b), ") ")
+		if f := strings.Fields(rest); f[16] != strconv.Itoa(priority) { // proc_pid_stat(5): the 19th is nice
+			t.Errorf("thread %s has nice %s", th.Name(), f[16])
+		}
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/autogroup", pid))
+	if err == nil && len(b) > 0 && !strings.HasSuffix(string(b), fmt.Sprintf(" nice %d\n", priority)) {
+		t.Errorf("the session has %q", b)
+	}
+}
+
+// TestFailsClosed: without devices, and without the way to them, nothing leaves,
+// encrypted or not; the next pass mends both.
+func TestFailsClosed(t *testing.T) { onEach(t, 2, failsClosed) }
+
+func failsClosed(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, "")
+	a, b := hosts[0], hosts[1]
+	applyAll(t, hosts, 0, 1, 2)
+	must(t, exchange(a.tasks[1], b.tasks[1]))
+	stop := capture(t)
+	for name, spoil := range map[string]func() error{
+		"no devices": func() error { return a.ns.Do(func() error { return a.e.driver.remove(context.Background()) }) },
+		"no uplink": func() error {
+			return netns.Do(a.e.path(), func() error {
+				l, err := netlink.LinkByName(weft.RouterName(5001))
+				if err != nil {
+					return err
+				}
+				return netlink.LinkDel(l)
+			})
+		},
+		"no routes": func() error {
+			return netns.Do(a.e.path(), func() error {
+				return netlink.RouteDel(&netlink.Route{Table: 5001, Scope: netlink.SCOPE_LINK, Dst: ipNet(netip.PrefixFrom(b.tasks[1].Addr.Addr(), 32))})
+			})
+		},
+	} {
+		must(t, spoil())
+		to := b.tasks[1]
+		l, err := echo(to)
+		must(t, err)
+		err = netns.Do(a.tasks[1].NetNS, func() error {
+			c, err := net.DialTimeout("tcp", l.Addr().String(), time.Second)
+			if err == nil {
+				return errors.Join(errors.New("connected"), c.Close())
+			}
+			u, err := net.Dial("udp", l.Addr().String())
+			if err != nil {
+				return err
+			}
+			io.WriteString(u, marker) // refused or not: it is looked for below
+			return u.Close()
+		})
+		l.Close()
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		applyAll(t, hosts, 0, 1, 2)
+		if err := exchange(a.tasks[1], to); err != nil {
+			t.Errorf("%s: repaired: %v", name, err)
+		}
+	}
+	seen := stop()
+	if len(seen) < 1<<20 {
+		t.Errorf("%d bytes were captured: the capture proves nothing", len(seen))
+	}
+	if strings.Contains(string(seen), marker) {
+		t.Error("the underlay carried plain text")
+	}
+}
+
 // TestWithoutEngine: the encrypted network is refused by name and nothing of it
 // is made; the plain one works.
-func TestWithoutEngine(t *testing.T) {
-	hosts := rig(t, 2, EngineNone)
+func TestWithoutEngine(t *testing.T) { onEach(t, 2, withoutEngine) }
+
+func withoutEngine(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, EngineNone)
 	h := hosts[0]
 	want := h.state(hosts, 0, nil, 1, 2)
 	plain := want.Networks[5002]
@@ -301,8 +403,10 @@ func TestWithoutEngine(t *testing.T) {
 
 // TestInjectedVXLAN: plain VXLAN with the right VNI, MAC and source reaches no
 // task of an encrypted network; the same to a plain network does.
-func TestInjectedVXLAN(t *testing.T) {
-	hosts := rig(t, 2, "")
+func TestInjectedVXLAN(t *testing.T) { onEach(t, 2, injectedVXLAN) }
+
+func injectedVXLAN(t *testing.T, overlays []string) {
+	hosts := rig(t, overlays, "")
 	a, b := hosts[0], hosts[1]
 	for _, encrypted := range []bool{true, false} {
 		known := map[*host][]weft.NodeKey{a: a.keys(0), b: b.keys(0)}
@@ -352,6 +456,11 @@ func TestInjectedVXLAN(t *testing.T) {
 			t.Errorf("encrypted %v: heard %q first, %v; want %q", encrypted, buf[:n], err, want)
 		}
 		heard.Close()
+		if encrypted && b.overlay == onEBPF {
+			if n := b.drops()["unencrypted"]; n != 3 {
+				t.Errorf("%d injected packets were counted: %v", n, b.drops())
+			}
+		}
 	}
 }
 

@@ -12,5 +12,8 @@ func TestMain(m *testing.M) {
 	if handled, code := Main(os.Args); handled {
 		os.Exit(code)
 	}
+	if os.Geteuid() == 0 {
+		netnstest.MainRoot(m) // no user namespace gives eBPF
+	}
 	netnstest.Main(m)
 }

@@ -245,12 +245,12 @@ type paths struct {
 	neighs []neigh
 	// mtu is that of the devices: the largest of a network.
 	mtu int
-	// links are the routers, which linux makes.
+	// links are the routers, which the overlay engine makes.
 	links []string
 }
 
 // Our own choices: tables and priorities inside the namespace. A network's
-// VNI is the table of what leaves its bridge, the VNI plus inbound that of what
+// VNI is the table of what leaves by its router, the VNI plus inbound that of what
 // comes from other nodes.
 const (
 	inbound     = 1 << 24
@@ -262,7 +262,7 @@ const (
 )
 
 // derivePaths computes the routing. Networks are kept apart by it: what comes
-// from a network's bridge finds that network's endpoints and no others, and what
+// from a network's router finds that network's endpoints and no others, and what
 // comes from another node finds those of the network that its source is in. The
 // devices themselves take a source only from the node that has it.
 func derivePaths(st vxlan.State, slots map[netip.Addr]int) paths {

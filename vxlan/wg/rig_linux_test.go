@@ -19,6 +19,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/bpf"
 	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
 	"github.com/weftnet/weft/vxlan/netns/netnstest"
@@ -36,20 +37,39 @@ const (
 
 // host is one node in a namespace of its own.
 type host struct {
-	t     *testing.T
-	i     int
-	ns    *netns.Handle
-	dir   string
-	node  weft.ID
-	e     *Engine
-	tasks map[int]vxlan.Port // by network
+	t       *testing.T
+	i       int
+	ns      *netns.Handle
+	dir     string
+	node    weft.ID
+	overlay string
+	e       *Engine
+	tasks   map[int]vxlan.Port // by network
+}
+
+// The overlay engines below this one.
+const (
+	onBridge = "bridge"
+	onEBPF   = "ebpf"
+)
+
+// onEach runs a test of n hosts with each overlay engine, and with both in one
+// cluster.
+func onEach(t *testing.T, n int, f func(t *testing.T, overlays []string)) {
+	for name, pair := range map[string][2]string{"bridge": {onBridge, onBridge}, "ebpf": {onEBPF, onEBPF}, "both": {onEBPF, onBridge}} {
+		var overlays []string
+		for i := range n {
+			overlays = append(overlays, pair[i%2])
+		}
+		t.Run(name, func(t *testing.T) { f(t, overlays) })
+	}
 }
 
 func vtep(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 99, 8, byte(i)}) }
 
-// rig makes n hosts on one bridge in the test's own namespace, each with a task
-// on networks 1 and 2.
-func rig(t *testing.T, n int, engine string) []*host {
+// rig makes hosts with these overlay engines on one bridge in the test's own
+// namespace, each with a task on every network.
+func rig(t *testing.T, overlays []string, engine string) []*host {
 	t.Helper()
 	if err := probeUser(t.TempDir()); errors.Is(err, weft.ErrUnsupported) {
 		netnstest.Missing(t, "root", err)
@@ -61,10 +81,10 @@ func rig(t *testing.T, n int, engine string) []*host {
 	t.Cleanup(func() { netlink.LinkDel(br) })
 	must(t, netlink.LinkSetUp(br))
 	var hosts []*host
-	for i := 1; i <= n; i++ {
+	for i := 1; i <= len(overlays); i++ {
 		path, err := netns.Create(dir, fmt.Sprintf("h%d", i))
 		must(t, err)
-		h := &host{t: t, i: i, dir: filepath.Join(dir, fmt.Sprint(i)), node: weft.NewID(), tasks: map[int]vxlan.Port{}}
+		h := &host{t: t, i: i, dir: filepath.Join(dir, fmt.Sprint(i)), node: weft.NewID(), overlay: overlays[i-1], tasks: map[int]vxlan.Port{}}
 		h.ns, err = netns.Open(path)
 		must(t, err)
 		attrs := netlink.NewLinkAttrs()
@@ -72,6 +92,11 @@ func rig(t *testing.T, n int, engine string) []*host {
 		must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "under0", PeerNamespace: netlink.NsFd(h.ns.FD())}))
 		u, err := netlink.LinkByName(attrs.Name)
 		must(t, err)
+		t.Cleanup(func() { // also when an engine is missing
+			netlink.LinkDel(u)
+			h.ns.Close()
+			netns.Remove(path)
+		})
 		must(t, netlink.LinkSetUp(u))
 		must(t, h.ns.Do(func() error {
 			for _, name := range []string{"lo", "under0"} {
@@ -94,9 +119,7 @@ func rig(t *testing.T, n int, engine string) []*host {
 			if err := h.apply(vxlan.State{}); err != nil {
 				t.Error(err)
 			}
-			netlink.LinkDel(u)
-			h.ns.Close()
-			netns.Remove(path)
+			h.mustBeClean()
 		})
 		hosts = append(hosts, h)
 	}
@@ -108,9 +131,18 @@ func (h *host) restart(engine string) {
 	h.t.Helper()
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	nsDir := filepath.Join(h.dir, "netns")
-	bridge, err := linux.New(linux.Config{Node: h.node, NetNSDir: nsDir, Log: log})
+	var overlay vxlan.Engine
+	var err error
+	if h.overlay == onEBPF {
+		overlay, err = bpf.New(bpf.Config{Node: h.node, Dir: h.bpfDir(), NetNSDir: nsDir, Log: log})
+	} else {
+		overlay, err = linux.New(linux.Config{Node: h.node, NetNSDir: nsDir, Log: log})
+	}
 	must(h.t, err)
-	h.e, err = New(Config{Node: h.node, NetNSDir: nsDir, RunDir: filepath.Join(h.dir, "wg"), KeyFile: filepath.Join(h.dir, "keys.json"), Port: uint16(testPort + 10*h.i), Engine: engine, Bridge: bridge, Log: log})
+	if err := h.ns.Do(func() error { return overlay.Probe(context.Background()) }); errors.Is(err, weft.ErrUnsupported) {
+		netnstest.Missing(h.t, h.overlay, err)
+	}
+	h.e, err = New(Config{Node: h.node, NetNSDir: nsDir, RunDir: filepath.Join(h.dir, "wg"), KeyFile: filepath.Join(h.dir, "keys.json"), Port: uint16(testPort + 10*h.i), Engine: engine, Overlay: overlay, Log: log})
 	must(h.t, err)
 	must(h.t, h.ns.Do(func() error { return h.e.Probe(context.Background()) }))
 	if _, isKernel := h.e.driver.(*kernelDriver); engine == "" && !isKernel && os.Getenv("WEFT_TEST_WIREGUARD") == EngineKernel {
@@ -118,15 +150,47 @@ func (h *host) restart(engine string) {
 	}
 }
 
+func (h *host) bpfDir() string { return filepath.Join(h.dir, "bpf") }
+
+// drops are the counters of the eBPF engine.
+func (h *host) drops() map[string]uint64 {
+	h.t.Helper()
+	out, err := h.e.cfg.Overlay.(*bpf.Engine).Drops(context.Background())
+	must(h.t, err)
+	return out
+}
+
+// mustBeClean: nothing of the overlay is left in the host's namespace.
+func (h *host) mustBeClean() {
+	h.t.Helper()
+	if _, err := os.Stat(h.bpfDir()); err == nil {
+		h.t.Errorf("host %d: the bpffs is left behind", h.i)
+	}
+	must(h.t, h.ns.Do(func() error {
+		ls, err := netlink.LinkList()
+		for _, l := range ls {
+			if l.Attrs().Name != "lo" && l.Attrs().Name != "under0" {
+				h.t.Errorf("host %d: left behind: %s", h.i, l.Attrs().Name)
+			}
+		}
+		return err
+	}))
+}
+
 func (h *host) addTasks() {
 	for net, addr := range map[int]string{1: "10.100.1.%d/24", 2: "10.100.2.%d/24", 3: "fd77::%d/64"} {
-		id := weft.NewID()
-		path, err := netns.Create(filepath.Join(h.dir, "netns"), weft.TaskNetNS(h.node, id))
-		must(h.t, err)
-		h.t.Cleanup(func() { netns.Remove(path) })
-		p := netip.MustParsePrefix(fmt.Sprintf(addr, 10*h.i))
-		h.tasks[net] = vxlan.Port{Task: id, NetNS: path, IfName: "eth0", Addr: p, MAC: weft.EndpointMAC(id, p.Addr())}
+		h.tasks[net] = h.addTask(netip.MustParsePrefix(fmt.Sprintf(addr, 10*h.i)))
 	}
+}
+
+// addTask makes the namespace of a task.
+func (h *host) addTask(addr netip.Prefix) vxlan.Port {
+	h.t.Helper()
+	id := weft.NewID()
+	path, err := netns.Create(filepath.Join(h.dir, "netns"), weft.TaskNetNS(h.node, id))
+	must(h.t, err)
+	h.t.Cleanup(func() { netns.Remove(path) })
+	return vxlan.Port{Task: id, NetNS: path, IfName: "eth0", Addr: addr, MAC: weft.EndpointMAC(id, addr.Addr())}
 }
 
 func (h *host) apply(want vxlan.State) error {

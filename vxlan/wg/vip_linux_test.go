@@ -7,21 +7,26 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	balance "github.com/weftnet/weft/ingress/bpf"
 	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
-// names serves the name of a task by TCP and UDP at a port.
-func names(t *testing.T, p vxlan.Port, name string, port uint16) {
+// names serves the name of a task by TCP and UDP at an address of it.
+func names(t *testing.T, p vxlan.Port, name string, addr netip.AddrPort) {
 	t.Helper()
-	at := netip.AddrPortFrom(p.Addr.Addr(), port).String()
+	at := addr.String()
 	must(t, netns.Do(p.NetNS, func() error {
 		l, err := net.Listen("tcp", at)
 		if err != nil {
@@ -79,29 +84,74 @@ func ask(from vxlan.Port, network string, to netip.AddrPort) (name string, err e
 	return name, err
 }
 
-// TestServiceAddress: a service address leads to tasks on other nodes, over TCP
-// and UDP, the answers come from it, and it turns away from a task that goes.
+// TestServiceAddress: a service address leads to tasks on this and other nodes,
+// over TCP and UDP, the answers come from it, and it turns away from a task that
+// goes.
 func TestServiceAddress(t *testing.T) {
-	t.Run("IPv4", func(t *testing.T) { serviceAddress(t, 1, netip.MustParseAddr("10.100.1.200")) })
-	t.Run("IPv6", func(t *testing.T) { serviceAddress(t, 3, netip.MustParseAddr("fd77::200")) })
+	t.Run("IPv4", func(t *testing.T) {
+		onEach(t, 3, func(t *testing.T, overlays []string) {
+			serviceAddress(t, overlays, 1, netip.MustParseAddr("10.100.1.200"))
+		})
+	})
+	t.Run("IPv6", func(t *testing.T) {
+		onEach(t, 3, func(t *testing.T, overlays []string) {
+			serviceAddress(t, overlays, 3, netip.MustParseAddr("fd77::200"))
+		})
+	})
 }
 
-func serviceAddress(t *testing.T, v int, vip netip.Addr) {
+// balancer is the service engine for the host's overlay.
+func (h *host) balancer() ingress.Engine {
+	h.t.Helper()
+	if h.overlay != onEBPF {
+		return nft.New(h.dir)
+	}
+	services, err := balance.New(balance.Config{Node: h.node, Dir: h.bpfDir()})
+	must(h.t, err)
+	return ingress.Split{Services: services, Published: nft.New(h.dir)}
+}
+
+// hold gives a task a service address, as the sandbox of a backend does.
+func hold(t *testing.T, p vxlan.Port, vip netip.Addr) {
+	t.Helper()
+	must(t, netns.Do(p.NetNS, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		a := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(vip, vip.BitLen()))}
+		if vip.Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
+		return errors.Join(netlink.LinkSetUp(lo), netlink.AddrAdd(lo, a),
+			os.WriteFile("/proc/sys/net/ipv4/conf/all/arp_ignore", []byte("1"), 0o644),
+			os.WriteFile("/proc/sys/net/ipv4/conf/all/arp_announce", []byte("2"), 0o644),
+			os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644))
+	}))
+}
+
+func serviceAddress(t *testing.T, overlays []string, v int, vip netip.Addr) {
 	const port = 7000
-	hosts := rig(t, 3, "")
+	hosts := rig(t, overlays, "")
 	applyAll(t, hosts, 0, v)
 	client := hosts[0]
 	vni := uint32(5000 + v)
 	service := weft.NewID()
-	engine := nft.New(client.dir)
-	must(t, engine.Probe(t.Context()))
+	engine := client.balancer()
+	must(t, client.ns.Do(func() error { return engine.Probe(context.Background()) }))
 	backend := map[string]ingress.Backend{}
 	for _, h := range hosts[1:] {
 		p, name := h.tasks[v], fmt.Sprint("task on host ", h.i)
-		names(t, p, name, port)
+		names(t, p, name, netip.AddrPortFrom(p.Addr.Addr(), port))
 		backend[name] = ingress.Backend{Task: p.Task, Addr: p.Addr.Addr(), MAC: p.MAC}
 	}
-	balance := func(backends ...ingress.Backend) {
+	// A backend beside the client has the address itself and answers directly.
+	beside := client.addTask(netip.PrefixFrom(client.tasks[v].Addr.Addr().Next(), client.tasks[v].Addr.Bits()))
+	local := "task on host 1"
+	hold(t, beside, vip)
+	names(t, beside, local, netip.AddrPortFrom(vip, port))
+	backend[local] = ingress.Backend{Task: beside.Task, Addr: beside.Addr.Addr(), MAC: beside.MAC}
+	lead := func(backends ...ingress.Backend) {
 		t.Helper()
 		known := map[*host][]weft.NodeKey{}
 		for _, h := range hosts {
@@ -110,6 +160,13 @@ func serviceAddress(t *testing.T, v int, vip netip.Addr) {
 		want := client.state(hosts, 0, known, v)
 		n := want.Networks[vni]
 		n.VIPs = []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC(service, vip)}}
+		n.Ports = append(n.Ports, beside)
+		var remote []ingress.Backend
+		for _, b := range backends {
+			if b.Task != beside.Task {
+				remote = append(remote, b)
+			}
+		}
 		want.Networks[vni] = n
 		must(t, client.apply(want))
 		nsDir := filepath.Join(client.dir, "netns")
@@ -117,28 +174,29 @@ func serviceAddress(t *testing.T, v int, vip netip.Addr) {
 			return engine.Apply(context.Background(), ingress.Table{
 				Networks: []ingress.Network{{
 					VNI: vni, IPv6: vip.Is6(), NetNS: filepath.Join(nsDir, weft.OverlayNetNS(client.node, vni)), Bridge: weft.BridgeName(vni),
-					Ports:    []string{weft.PortVethName(client.tasks[v].Task, want.Networks[vni].ID)},
+					Ports:    []string{weft.PortVethName(client.tasks[v].Task, n.ID), weft.PortVethName(beside.Task, n.ID)},
 					Services: []ingress.Service{{ID: service, VIP: vip, MAC: weft.VIPMAC(service, vip), Backends: backends}},
 				}},
-				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{vni}, Backends: backends},
+				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{vni}, Backends: remote},
 			})
 		}))
 	}
 	a, b := "task on host 2", "task on host 3"
-	balance(backend[a], backend[b])
+	lead(backend[a], backend[b], backend[local])
 	for _, network := range []string{"tcp", "udp"} {
 		heard := map[string]int{}
-		for range 40 {
+		for range 60 {
 			name, err := ask(client.tasks[v], network, netip.AddrPortFrom(vip, port))
 			if err != nil {
 				t.Fatalf("%s: %v after %v", network, err, heard)
 			}
 			heard[name]++
 		}
-		if heard[a] < 5 || heard[b] < 5 {
+		if heard[a] < 5 || heard[b] < 5 || heard[local] < 5 {
 			t.Errorf("%s: answers %v", network, heard)
 		}
 	}
+	lead(backend[a], backend[b])
 	// One flow of datagrams, from one port, follows to the task that is left.
 	must(t, netns.Do(client.tasks[v].NetNS, func() error {
 		c, err := net.Dial("udp", netip.AddrPortFrom(vip, port).String())
@@ -160,7 +218,7 @@ func serviceAddress(t *testing.T, v int, vip netip.Addr) {
 			return err
 		}
 		other := map[string]string{a: b, b: a}[first]
-		balance(backend[other])
+		lead(backend[other])
 		if got, err := say(); err != nil || got != other {
 			return fmt.Errorf("after %q has gone: %q, %v", first, got, err)
 		}

@@ -17,6 +17,7 @@
 #define IP_DF 0x4000
 #define IP_FRAGMENT 0x3fff /* more fragments, and the offset */
 #define ECN_CE 3	   /* RFC 3168 */
+#define MIN_MTU6 1280
 
 /* Set when the programs are loaded: the kernel switches the protocol on decapsulation (6.3). */
 const volatile u8 can_switch_family = 0;
@@ -185,6 +186,8 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 	void *l3 = bytes(skb) + sizeof(struct eth);
 	u8 tos;
 
+	if (unlikely(!p->udp))
+		return drop(UNENCRYPTED); /* there is no such entry */
 	if (l3 + sizeof(struct ipv6) > end(skb)) {
 		if (proto != htons(ETH_P_IP) || l3 + sizeof(struct ipv4) > end(skb))
 			return drop(MALFORMED);
@@ -202,8 +205,11 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 		tos = ip->tos;
 	} else {
 		if (unlikely(size > d->mtu)) {
+			/* Every link of IPv6 carries as much (RFC 8200 section 5): the outer packet is cut. */
+			if (size <= MIN_MTU6)
+				return by_tunnel(skb, p, d);
 			drop(TOO_BIG);
-			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu));
+			return icmp6(skb, ICMPV6_TOO_BIG, 0, htonl(d->mtu < MIN_MTU6 ? MIN_MTU6 : d->mtu));
 		}
 		if (l3 + sizeof(u32) > end(skb))
 			return drop(MALFORMED);
@@ -359,10 +365,13 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 	case DEST_TUNNEL:
 		return to_node(skb, p, d, proto);
 	case DEST_TASK:
+	case DEST_SEALED_TASK:
+		/* The router takes frames to the hardware addresses of all who are elsewhere. */
 		if (bpf_skb_change_type(skb, PACKET_HOST))
 			return drop(REFUSED);
 		return bpf_redirect_peer(d->ifindex, 0);
 	case DEST_LEG:
+	case DEST_SEALED_LEG:
 		return bpf_redirect(d->ifindex, 0);
 	case DEST_VIP:
 		if (!balanced)
@@ -395,15 +404,15 @@ static inline_always int is_from(u32 vni, struct mac mac, const struct addr *vte
 }
 
 /*
- * unknown drops what is sent to one of our networks but to no one in it. Any
- * other packet on that port is somebody else's.
+ * not_here drops what is sent to one of our networks but to no one in it who may
+ * get it. Any other packet on that port is somebody else's.
  */
-static inline_always int unknown(u32 vni, u16 udp, const struct addr *vtep)
+static inline_always int not_here(u32 vni, u16 udp, const struct addr *vtep, u32 why)
 {
 	struct net *n = bpf_map_lookup_elem(&nets, &vni);
 
 	if (n && n->udp == udp && same_addr(&n->vtep, vtep))
-		return drop(RX_UNKNOWN_MAC);
+		return drop(why);
 	return ACT_NEXT;
 }
 
@@ -469,7 +478,9 @@ static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, stru
 	key.mac = in->dst;
 	d = bpf_map_lookup_elem(&macs, &key);
 	if (unlikely(!d))
-		return unknown(key.vni, udp->dst, &dst);
+		return not_here(key.vni, udp->dst, &dst, RX_UNKNOWN_MAC);
+	if (unlikely(d->kind >= DEST_SEALED_TASK))
+		return not_here(key.vni, udp->dst, &dst, UNENCRYPTED);
 	if (d->kind != DEST_TASK || d->udp != udp->dst || !same_addr(&d->vtep, &dst))
 		return ACT_NEXT; /* to the host leg, or not for this VTEP: the kernel knows */
 	if (unlikely(!is_from(key.vni, in->src, &src)))
@@ -554,6 +565,8 @@ int from_tunnel(struct __sk_buff *skb)
 	key.vni = tk.tunnel_id;
 	key.mac = eth->dst;
 	d = bpf_map_lookup_elem(&macs, &key);
+	if (d && d->kind >= DEST_SEALED_TASK)
+		return drop(UNENCRYPTED);
 	if (!d || (d->kind != DEST_TASK && d->kind != DEST_LEG))
 		return drop(RX_UNKNOWN_MAC);
 	if (!is_from(key.vni, eth->src, &src))

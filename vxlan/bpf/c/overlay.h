@@ -2,8 +2,9 @@
 /*
  * Keys and values of the pinned maps: the interface between the programs, the
  * engine (abi.go) and the balancer of package ingress/bpf. A change of any of
- * them needs a new number in abi.go. Addresses are 16 bytes, IPv4 as
- * ::ffff:a.b.c.d; fields named so are in network order, others in the host's.
+ * them needs a new number in abi.go, but for values that were not used before.
+ * Addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d; fields named so are in network
+ * order, others in the host's.
  */
 #pragma once
 #include "kernel.h"
@@ -44,12 +45,19 @@ enum kind {
 	DEST_DIRECT = 3, /* another node: ifindex is the underlay device */
 	DEST_TUNNEL = 4, /* another node by way of the VXLAN device, ifindex */
 	DEST_VIP = 5,	 /* a service: for the balancer */
+	/*
+	 * The same as DEST_TASK and DEST_LEG on an encrypted network: nothing
+	 * that comes from the underlay is for them. Who is elsewhere is behind
+	 * the uplink, which is one of these tasks.
+	 */
+	DEST_SEALED_TASK = 6,
+	DEST_SEALED_LEG = 7,
 };
 
 struct dest {
 	u8 kind;
 	u8 nh_family; /* AF_INET or AF_INET6 */
-	u16 mtu;      /* largest inner packet in bytes */
+	u16 mtu;      /* largest inner packet in bytes, of a way to another node */
 	u32 ifindex;
 	u16 udp; /* network order: destination port there, or our own */
 	u16 zero;
@@ -60,7 +68,7 @@ struct dest {
 /* What the program knows of the veth that a packet comes from. */
 struct port {
 	u32 vni;
-	u16 udp; /* network order */
+	u16 udp; /* network order; 0: nothing may leave in the clear */
 	struct mac mac;
 	u32 tunnel; /* ifindex of the VXLAN device */
 	struct addr vtep;
@@ -76,7 +84,8 @@ struct net {
 	u8 id[64]; /* ends with a zero */
 	u16 mtu;
 	u16 udp; /* network order */
-	u32 subnets;
+	u16 subnets;
+	u16 flags; /* 1: encrypted */
 	struct addr vtep;
 	struct prefix subnet[MAX_SUBNETS];
 };
@@ -95,6 +104,7 @@ enum count {
 	RX_UNKNOWN_MAC, /* from the underlay, to nobody here */
 	RX_SOURCE,	/* from the underlay, from whom we do not know there */
 	RX_PROTO,	/* from the underlay, neither IPv4 nor IPv6 */
+	UNENCRYPTED,	/* of an encrypted network, in the clear: from the underlay, or on the way there */
 	COUNTS
 };
 
