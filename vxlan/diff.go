@@ -151,7 +151,7 @@ func Derive(n Network) Tables {
 		t.FDB[MACOf(v.MAC)] = netip.Addr{}
 	}
 	for _, p := range n.Peers {
-		if n.Encrypted && p.VTEP.IsValid() && p.VTEP != half {
+		if n.Encrypted && p.VTEP.IsValid() && !p.VTEP.IsUnspecified() {
 			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
 			t.FDB[MACOf(p.MAC)] = netip.Addr{}
 			if p.Addr.IsValid() {

@@ -148,10 +148,10 @@ func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, er
 
 // isOrphan reports whether a hardware address led to a link that is gone: a task
 // may take its port along, and its entries are no one's damage. Sweep removes
-// them.
+// them. What led to an uplink is of endpoints elsewhere, and still theirs.
 func (s *snapshot) isOrphan(k macKey) bool {
 	d, ok := s.dests[k]
-	return ok && d.Kind.isLocal() && s.host.byIndex[int(d.IfIndex)] == nil
+	return ok && d.Kind.isLocal() && s.host.byIndex[int(d.IfIndex)] == nil && s.ports[d.IfIndex] != uplinkPort(k.VNI)
 }
 
 // wrong is the VTEP of an entry that is not as Apply would write it.

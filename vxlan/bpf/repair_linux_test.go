@@ -49,6 +49,7 @@ func testRepair(t *testing.T, way string) {
 	n.Peers[1].MTU = 1300 // n shares them with the wish
 	peer, port := n.Peers[0], m.ports[h][0]
 	must(t, h.apply(m.want[h]))
+	h.repairs() // the audit shares the wish, too
 	near := weft.PortVethName(port.Task, n.ID)
 	peerKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(peer.MAC)}
 	portKey := macKey{VNI: testVNI, MAC: vxlan.MACOf(port.MAC)}
