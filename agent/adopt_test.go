@@ -317,6 +317,30 @@ func TestNamesAreBackAtOnce(t *testing.T) {
 	})
 }
 
+// TestHangingKernelIsReported: a pass that does not end keeps all tasks waiting,
+// and must not do so without a word.
+func TestHangingKernelIsReported(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		hang := make(chan struct{})
+		r.kernel.setHang(hang)
+		r.start()
+		settle(planeSlow - time.Millisecond)
+		if s := r.log.String(); strings.Contains(s, "the kernel does not answer") {
+			t.Errorf("reported too soon: %s", s)
+		}
+		settle(planeSlow)
+		if n := strings.Count(r.log.String(), "the kernel does not answer"); n != 1 {
+			t.Errorf("reported %d times, want once:\n%s", n, r.log.String())
+		}
+		r.kernel.setHang(nil)
+		close(hang)
+		settle(10 * planeMaxGap)
+		if n := strings.Count(r.log.String(), "the kernel does not answer"); n != 1 {
+			t.Errorf("reported %d times after it came right:\n%s", n, r.log.String())
+		}
+	})
+}
+
 // TestNoEngines: an agent that gets no engines ends with the reason, and leaves
 // the containers alone.
 func TestNoEngines(t *testing.T) {

@@ -36,6 +36,9 @@ const (
 	planeTables = 30 * time.Millisecond
 	// planeRetryGap follows a failed pass.
 	planeRetryGap = 250 * time.Millisecond
+	// planeSlow is how long a pass may take before it is said to hang: far
+	// above what a thousand endpoints take on a busy machine.
+	planeSlow = 10 * time.Second
 )
 
 // plane holds what this node wants of its data plane and makes the kernel
@@ -226,7 +229,11 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var last string // error that was logged
 	for {
+		slow := time.AfterFunc(planeSlow, func() {
+			p.log.Error("the data plane is being applied for long: the kernel does not answer; tasks wait for it", "after", planeSlow)
+		})
 		table, paths, err := p.pass(ctx)
+		slow.Stop()
 		if ctx.Err() != nil {
 			return nil
 		}
