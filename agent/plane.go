@@ -70,7 +70,8 @@ type plane struct {
 	// withdrawn: nothing is published any more.
 	withdrawn bool
 
-	have vxlan.State // owned by run: what the last pass left in the kernel
+	have  vxlan.State // owned by run: what the last pass left in the kernel
+	named dns.Records // owned by prime, then by run: what the resolvers answer
 }
 
 // past is what is still there of what the leader has taken away.
@@ -310,8 +311,13 @@ func (p *plane) prime() {
 	endpoints, _ := p.gossip.Snapshot()
 	in, _ := p.wanted(endpoints)
 	out := netstate.Derive(in)
-	p.names.Update(dns.NewSnapshot(out.Names))
+	p.name(out.Names)
 	p.publish(out.Publish)
+}
+
+func (p *plane) name(r dns.Records) {
+	p.named = r
+	p.names.Update(dns.NewSnapshot(r))
 }
 
 // pass derives and applies once. The channels it returns are closed when gossip,
@@ -409,12 +415,16 @@ func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 
 // apply goes from what is there to what is wanted in three steps, so that no
 // name and no balancer ever points to what the overlay cannot reach: first the
-// overlay holds both, then balancers and names turn, then the old goes.
+// overlay holds both, then balancers and names turn, then the old goes. Names of
+// what drains or has ended go before all that: the kernel may take long.
 func (p *plane) apply(ctx context.Context, out netstate.Output) error {
+	if !reflect.DeepEqual(p.named, out.Names) {
+		p.name(dns.Still(p.named, out.Names))
+	}
 	both := netstate.Union(p.have, out.Overlay)
 	err := p.overlay.Apply(ctx, both)
 	err = errors.Join(err, p.balancer.Apply(ctx, out.Ingress))
-	p.names.Update(dns.NewSnapshot(out.Names))
+	p.name(out.Names)
 	if !reflect.DeepEqual(both, out.Overlay) {
 		err = errors.Join(err, p.overlay.Apply(ctx, out.Overlay))
 	}
