@@ -49,7 +49,7 @@ type plane struct {
 	overlay  vxlan.Kernel // this and balancer are set by Agent.Run before run
 	balancer ingress.Engine
 	gateways sandbox.Maker
-	names    *dns.Server
+	names    names
 	gossip   gossip.Table
 	underlay Underlay
 	log      *slog.Logger
@@ -70,8 +70,7 @@ type plane struct {
 	// withdrawn: nothing is published any more.
 	withdrawn bool
 
-	have  vxlan.State // owned by run: what the last pass left in the kernel
-	named dns.Records // owned by prime, then by run: what the resolvers answer
+	have vxlan.State // owned by run: what the last pass left in the kernel
 }
 
 // past is what is still there of what the leader has taken away.
@@ -99,7 +98,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
+		gateways: cfg.Sandbox, names: names{server: cfg.Names}, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
@@ -311,13 +310,19 @@ func (p *plane) prime() {
 	endpoints, _ := p.gossip.Snapshot()
 	in, _ := p.wanted(endpoints)
 	out := netstate.Derive(in)
-	p.name(out.Names)
+	p.names.update(out.Names)
 	p.publish(out.Publish)
 }
 
-func (p *plane) name(r dns.Records) {
-	p.named = r
-	p.names.Update(dns.NewSnapshot(r))
+// names are what the resolvers answer.
+type names struct {
+	server *dns.Server
+	given  dns.Records // owned by prime, then by run
+}
+
+func (n *names) update(r dns.Records) {
+	n.given = r
+	n.server.Update(dns.NewSnapshot(r))
 }
 
 // pass derives and applies once. The channels it returns are closed when gossip,
@@ -418,13 +423,13 @@ func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 // overlay holds both, then balancers and names turn, then the old goes. Names of
 // what drains or has ended go before all that: the kernel may take long.
 func (p *plane) apply(ctx context.Context, out netstate.Output) error {
-	if !reflect.DeepEqual(p.named, out.Names) {
-		p.name(dns.Still(p.named, out.Names))
+	if !reflect.DeepEqual(p.names.given, out.Names) {
+		p.names.update(dns.Still(p.names.given, out.Names))
 	}
 	both := netstate.Union(p.have, out.Overlay)
 	err := p.overlay.Apply(ctx, both)
 	err = errors.Join(err, p.balancer.Apply(ctx, out.Ingress))
-	p.name(out.Names)
+	p.names.update(out.Names)
 	if !reflect.DeepEqual(both, out.Overlay) {
 		err = errors.Join(err, p.overlay.Apply(ctx, out.Overlay))
 	}
