@@ -317,6 +317,65 @@ func TestNamesAreBackAtOnce(t *testing.T) {
 	})
 }
 
+// TestHangingKernelIsReported: a pass that does not end keeps all tasks waiting,
+// and must not do so without a word.
+func TestHangingKernelIsReported(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		hang := make(chan struct{})
+		r.kernel.setHang(hang)
+		r.start()
+		settle(planeSlow - time.Millisecond)
+		if s := r.log.String(); strings.Contains(s, "the kernel does not answer") {
+			t.Errorf("reported too soon: %s", s)
+		}
+		settle(planeSlow)
+		if n := strings.Count(r.log.String(), "the kernel does not answer"); n != 1 {
+			t.Errorf("reported %d times, want once:\n%s", n, r.log.String())
+		}
+		r.kernel.setHang(nil)
+		close(hang)
+		settle(10 * planeMaxGap)
+		if n := strings.Count(r.log.String(), "the kernel does not answer"); n != 1 {
+			t.Errorf("reported %d times after it came right:\n%s", n, r.log.String())
+		}
+	})
+}
+
+// TestNamesGoBeforeTheKernelTurns: a task that another node drains is not given as
+// an answer any more, however long the kernel takes.
+func TestNamesGoBeforeTheKernelTurns(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		other := weft.Endpoint{Network: front.ID, Task: testID("t9"), Service: svc, Slot: 9, Addr: netip.MustParseAddr("10.0.16.9"), State: weft.EndpointReady}
+		member := gossip.Member{ID: nodeB, Addr: vtepB, VTEP: vtepB}
+		r.table.set(member, other)
+		r.running(testTask(1, front))
+		ready := func() (n int) {
+			for _, s := range r.agent.plane.names.given.Networks[front.ID].Services {
+				for _, k := range s.Tasks {
+					if k.Ready {
+						n++
+					}
+				}
+			}
+			return n
+		}
+		if n := ready(); n != 2 {
+			t.Fatalf("%d tasks are answered, want 2", n)
+		}
+		hang := make(chan struct{})
+		r.kernel.setHang(hang)
+		other.State = weft.EndpointDraining
+		r.table.set(member, other)
+		settle(time.Second)
+		if n := ready(); n != 1 {
+			t.Errorf("%d tasks are answered while the kernel hangs, want 1", n)
+		}
+		r.kernel.setHang(nil)
+		close(hang)
+		settle(time.Second)
+	})
+}
+
 // TestNoEngines: an agent that gets no engines ends with the reason, and leaves
 // the containers alone.
 func TestNoEngines(t *testing.T) {

@@ -130,6 +130,13 @@ type fakeKernel struct {
 	mu    sync.Mutex
 	state vxlan.State
 	fail  map[uint32]error
+	hang  chan struct{} // while it is set and open, Apply waits for it
+}
+
+func (k *fakeKernel) setHang(c chan struct{}) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.hang = c
 }
 
 // brokenNetwork is how an overlay engine says which network failed.
@@ -155,6 +162,12 @@ func (k *fakeKernel) Read(context.Context) (vxlan.State, error) {
 }
 
 func (k *fakeKernel) Apply(ctx context.Context, want vxlan.State) error {
+	k.mu.Lock()
+	hang := k.hang
+	k.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var errs []error

@@ -36,6 +36,9 @@ const (
 	planeTables = 30 * time.Millisecond
 	// planeRetryGap follows a failed pass.
 	planeRetryGap = 250 * time.Millisecond
+	// planeSlow is how long a pass may take before it is said to hang: far
+	// above what a thousand endpoints take on a busy machine.
+	planeSlow = 10 * time.Second
 )
 
 // plane holds what this node wants of its data plane and makes the kernel
@@ -46,7 +49,7 @@ type plane struct {
 	overlay  vxlan.Kernel // this and balancer are set by Agent.Run before run
 	balancer ingress.Engine
 	gateways sandbox.Maker
-	names    *dns.Server
+	names    names
 	gossip   gossip.Table
 	underlay Underlay
 	log      *slog.Logger
@@ -95,7 +98,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
+		gateways: cfg.Sandbox, names: names{server: cfg.Names}, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
@@ -226,7 +229,11 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var last string // error that was logged
 	for {
+		slow := time.AfterFunc(planeSlow, func() {
+			p.log.Error("the data plane is being applied for long: the kernel does not answer; tasks wait for it", "after", planeSlow)
+		})
 		table, paths, err := p.pass(ctx)
+		slow.Stop()
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -303,8 +310,19 @@ func (p *plane) prime() {
 	endpoints, _ := p.gossip.Snapshot()
 	in, _ := p.wanted(endpoints)
 	out := netstate.Derive(in)
-	p.names.Update(dns.NewSnapshot(out.Names))
+	p.names.update(out.Names)
 	p.publish(out.Publish)
+}
+
+// names are what the resolvers answer.
+type names struct {
+	server *dns.Server
+	given  dns.Records // owned by prime, then by run
+}
+
+func (n *names) update(r dns.Records) {
+	n.given = r
+	n.server.Update(dns.NewSnapshot(r))
 }
 
 // pass derives and applies once. The channels it returns are closed when gossip,
@@ -402,12 +420,16 @@ func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 
 // apply goes from what is there to what is wanted in three steps, so that no
 // name and no balancer ever points to what the overlay cannot reach: first the
-// overlay holds both, then balancers and names turn, then the old goes.
+// overlay holds both, then balancers and names turn, then the old goes. Names of
+// what drains or has ended go before all that: the kernel may take long.
 func (p *plane) apply(ctx context.Context, out netstate.Output) error {
+	if !reflect.DeepEqual(p.names.given, out.Names) {
+		p.names.update(dns.Still(p.names.given, out.Names))
+	}
 	both := netstate.Union(p.have, out.Overlay)
 	err := p.overlay.Apply(ctx, both)
 	err = errors.Join(err, p.balancer.Apply(ctx, out.Ingress))
-	p.names.Update(dns.NewSnapshot(out.Names))
+	p.names.update(out.Names)
 	if !reflect.DeepEqual(both, out.Overlay) {
 		err = errors.Join(err, p.overlay.Apply(ctx, out.Overlay))
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -90,6 +91,7 @@ type rig struct {
 	sockets  *fakeSockets
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	journal  *journal
+	log      lockedBuffer
 	routes   vxlantest.Router
 	paths    *fakePaths
 	agent    *Agent                         // the last one started
@@ -136,8 +138,26 @@ func (r *rig) config() Config {
 			return d, err
 		},
 		Listeners: r.readListeners, Keys: r.keys,
-		Log: slog.New(slog.DiscardHandler),
+		Log: slog.New(slog.NewTextHandler(&r.log, nil)),
 	}
+}
+
+// lockedBuffer takes a log that several goroutines write.
+type lockedBuffer struct {
+	mu sync.Mutex // guards: b
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 func (r *rig) engines(ctx context.Context) (vxlan.Kernel, ingress.Engine, error) {

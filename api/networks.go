@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -230,6 +231,11 @@ func (s *Server) networkRemove(c *call) error {
 func (s *Server) localEndpoints(ctx context.Context, id weft.ID) (map[string]network.EndpointResource, error) {
 	out := map[string]network.EndpointResource{}
 	all, err := s.cfg.Containers.Containers(ctx)
+	if errors.Is(err, weft.ErrUnavailable) {
+		// The container runtime is starting. The network is the cluster's, and
+		// docker asks for it before it creates a service.
+		return out, nil
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -258,3 +258,31 @@ func TestConfigValidate(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// starting is a node whose container runtime does not answer yet.
+type starting struct{ api.ContainerStore }
+
+func (starting) Containers(context.Context) ([]weft.Container, error) {
+	return nil, fmt.Errorf("the container runtime is starting; try again: %w", weft.ErrUnavailable)
+}
+
+// TestNetworksDoNotNeedTheRuntime: docker asks for a network before it creates a
+// service on it, also on a node whose container runtime is starting.
+func TestNetworksDoNotNeedTheRuntime(t *testing.T) {
+	cfg := apitest.New().Config()
+	cfg.Log = slog.New(slog.DiscardHandler)
+	cfg.Containers = starting{cfg.Containers}
+	s, err := api.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := do(s, "POST", "/v1.44/swarm/init", `{"ListenAddr":"0.0.0.0:2377"}`); w.Code != http.StatusOK {
+		t.Fatalf("init: %d %s", w.Code, w.Body)
+	}
+	if w := do(s, "POST", "/v1.44/networks/create", `{"Name":"front","Driver":"overlay"}`); w.Code != http.StatusCreated {
+		t.Fatalf("create: %d %s", w.Code, w.Body)
+	}
+	if w := do(s, "GET", "/v1.44/networks/front", ""); w.Code != http.StatusOK {
+		t.Errorf("inspect: %d %s", w.Code, w.Body)
+	}
+}

@@ -3,6 +3,7 @@ package dns
 import (
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -372,5 +373,30 @@ func BenchmarkAnswerService(b *testing.B) {
 		req, _ := parse(packet)
 		resp, _ := respond(snap, view, req, uint64(i))
 		s.pack(req, resp, udpLimit(req), out)
+	}
+}
+
+// TestStill: what may be answered while the way to new tasks is being made.
+func TestStill(t *testing.T) {
+	addr := netip.MustParseAddr
+	task := func(name, a string, ready bool) Task {
+		return Task{Names: []string{name}, Addrs: []netip.Addr{addr(a)}, Ready: ready}
+	}
+	net := func(services ...Service) Records {
+		return Records{Networks: map[weft.ID]Network{"n": {Name: "front", Services: services}}}
+	}
+	before := net(
+		Service{Name: "web", VIP: []netip.Addr{addr("10.0.0.9")}, Tasks: []Task{task("stays", "10.0.0.1", true), task("drains", "10.0.0.2", true), task("ends", "10.0.0.3", true), task("starts", "10.0.0.4", false)}},
+		Service{Name: "old", VIP: []netip.Addr{addr("10.0.0.8")}})
+	now := net(
+		Service{Name: "web", VIP: []netip.Addr{addr("10.0.0.9")}, Tasks: []Task{task("stays", "10.0.0.1", true), task("drains", "10.0.0.2", false), task("starts", "10.0.0.4", true), task("new", "10.0.0.5", true), task("reused", "10.0.0.3", true)}},
+		Service{Name: "new", VIP: []netip.Addr{addr("10.0.0.7")}})
+	now.Networks["other"] = Network{Name: "other"}
+	want := net(Service{Name: "web", VIP: []netip.Addr{addr("10.0.0.9")}, Tasks: []Task{task("stays", "10.0.0.1", true), task("drains", "10.0.0.2", false), task("starts", "10.0.0.4", false)}})
+	if got := Still(before, now); !reflect.DeepEqual(got, want) {
+		t.Errorf("still there is\n%+v, want\n%+v", got, want)
+	}
+	if got := Still(now, now); !reflect.DeepEqual(got, now) {
+		t.Errorf("of the same is left\n%+v, want\n%+v", got, now)
 	}
 }

@@ -95,6 +95,48 @@ func (r *rrset) add(a netip.Addr) {
 	}
 }
 
+// Still is now without what before does not have: nothing new is in it, and
+// nothing that has gone. It is what may be answered while the way to the new is
+// being made. Both stay as they are.
+func Still(before, now Records) Records {
+	out := Records{Networks: map[weft.ID]Network{}}
+	for id, n := range now.Networks {
+		had, ok := before.Networks[id]
+		if !ok {
+			continue
+		}
+		services := map[string]Service{}
+		for _, s := range had.Services {
+			services[s.Name] = s
+		}
+		still := Network{Name: n.Name, Subnets: n.Subnets}
+		for _, s := range n.Services {
+			if old, ok := services[s.Name]; ok {
+				still.Services = append(still.Services, stillService(old, s))
+			}
+		}
+		out.Networks[id] = still
+	}
+	return out
+}
+
+func stillService(before, now Service) Service {
+	out := Service{Name: now.Name, Aliases: now.Aliases}
+	for _, a := range now.VIP {
+		if slices.Contains(before.VIP, a) {
+			out.VIP = append(out.VIP, a)
+		}
+	}
+	for _, t := range now.Tasks {
+		i := slices.IndexFunc(before.Tasks, func(o Task) bool { return slices.Equal(o.Names, t.Names) && slices.Equal(o.Addrs, t.Addrs) })
+		if i >= 0 {
+			t.Ready = t.Ready && before.Tasks[i].Ready
+			out.Tasks = append(out.Tasks, t)
+		}
+	}
+	return out
+}
+
 // fold is the form of a name in the tables: lower case (RFC 4343), without the
 // dot at its end.
 func fold(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }

@@ -26,6 +26,10 @@ type Config struct {
 	// repeated; it doubles. Defaults 100 ms and 10 s: short enough for a
 	// restarting runtime, long enough to leave a broken one alone.
 	RetryMin, RetryMax time.Duration
+	// RetryTold is the pause from which on a step that keeps failing is logged,
+	// once for each reason. Default 1 s: nothing is heard of a runtime that
+	// restarts, and an operator hears of the rest within seconds.
+	RetryTold time.Duration
 }
 
 // Runner drives one task. Create it with NewRunner and call Run once; Desire
@@ -51,6 +55,9 @@ func NewRunner(cfg Config) (*Runner, error) {
 	}
 	if cfg.RetryMax < cfg.RetryMin {
 		cfg.RetryMax = max(10*time.Second, cfg.RetryMin)
+	}
+	if cfg.RetryTold <= 0 {
+		cfg.RetryTold = time.Second
 	}
 	return &Runner{cfg: cfg, task: cfg.Task, changed: make(chan struct{}, 1)}, nil
 }
@@ -85,7 +92,7 @@ func (r *Runner) Status() weft.TaskStatus {
 // Run drives the task until it is removed (nil) or ctx ends (ctx's error).
 // The end of ctx leaves the container as it is, for the next Run to adopt.
 func (r *Runner) Run(ctx context.Context) error {
-	pause, released := r.cfg.RetryMin, false
+	pause, released, told := r.cfg.RetryMin, false, ""
 	for {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -95,6 +102,11 @@ func (r *Runner) Run(ctx context.Context) error {
 			return err
 		}
 		if next == Retry {
+			// Not what comes right by itself, as while the runtime starts.
+			if pause >= r.cfg.RetryTold && status.Err != told {
+				r.cfg.Log.Warn("a step of a task keeps failing", weft.KeyTask, r.cfg.Task.ID, weft.KeyErr, status.Err)
+				told = status.Err
+			}
 			if err := r.sleep(ctx, pause); err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package task
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ type fake struct {
 	calls    []string
 	errs     map[string][]error // per method, consumed from the front
 	prepTook time.Duration
+	log      bytes.Buffer
 }
 
 func newFake() *fake { return &fake{exit: make(chan Exit, 1), errs: map[string][]error{}} }
@@ -114,7 +116,7 @@ func run(t *testing.T, f *fake, start weft.Task) (*Runner, *[]weft.TaskStatus, f
 	t.Helper()
 	start.ID = "task1"
 	reports := new([]weft.TaskStatus)
-	r, err := NewRunner(Config{Task: start, Controller: f, Log: slog.New(slog.DiscardHandler),
+	r, err := NewRunner(Config{Task: start, Controller: f, Log: slog.New(slog.NewTextHandler(&f.log, nil)),
 		Report: func(_ context.Context, st weft.TaskStatus) error {
 			if err := f.call("report"); err != nil {
 				return err
@@ -254,10 +256,29 @@ func TestRetriesBackOff(t *testing.T) {
 		if n := 1000 - len(f.errs["prepare"]); n < 10 || n > 14 {
 			t.Errorf("%d attempts in a minute", n)
 		}
+		if n := strings.Count(f.log.String(), "a step of a task keeps failing"); n != 1 {
+			t.Errorf("the same failure is logged %d times, want once:\n%s", n, f.log.String())
+		}
 		r.Desire(weft.TaskShutdown) // must not wait for the pause
 		synctest.Wait()
 		if st := r.Status().State; st != weft.TaskShutdown {
 			t.Errorf("state %s", st)
+		}
+		stop()
+	})
+}
+
+// TestShortTroubleIsNoNews: what comes right while the runtime starts is not
+// logged for each task of a node.
+func TestShortTroubleIsNoNews(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.errs["prepare"] = []error{weft.ErrUnavailable, weft.ErrUnavailable, weft.ErrUnavailable}
+		r, _, stop := run(t, f, assigned(weft.TaskRunning))
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if st := r.Status().State; st != weft.TaskRunning || f.log.Len() > 0 {
+			t.Errorf("state %s; log: %s", st, f.log.String())
 		}
 		stop()
 	})

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -368,18 +369,24 @@ const (
 	receiveBuffer = 8 << 20
 )
 
-// open makes a connection whose transactions may be large.
+// answerLimit bounds the wait for the kernel's answer to one transaction or list.
+// Without it an answer that does not come would hold up the data plane for ever.
+const answerLimit = 30 * time.Second
+
+// open makes a connection whose transactions may be large. Each of them has a
+// socket of its own.
 func open(o ...nftables.ConnOption) (*nftables.Conn, error) {
-	return nftables.New(append(o, nftables.WithSockOptions(largeBuffers))...)
+	return nftables.New(append(o, nftables.WithSockOptions(prepareSocket))...)
 }
 
-// largeBuffers is generic so that the netlink library below nftables need not be
+// prepareSocket is generic so that the netlink library below nftables need not be
 // named.
-func largeBuffers[C interface {
+func prepareSocket[C interface {
 	SetWriteBuffer(int) error
 	SetReadBuffer(int) error
+	SetReadDeadline(time.Time) error
 }](c C) error {
-	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer))
+	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer), c.SetReadDeadline(time.Now().Add(answerLimit)))
 }
 
 // withConn calls f with a connection into the namespace at path.

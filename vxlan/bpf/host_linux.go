@@ -36,6 +36,10 @@ func lookAtHost() (*host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
 	}
+	if err := c.SetSocketTimeout(linux.AnswerLimit); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("bound the wait of an rtnetlink socket: %w", err)
+	}
 	h := &host{conn: c, hops: make(map[[2]netip.Addr]hop)}
 	if err := h.refresh(); err != nil {
 		c.Close()

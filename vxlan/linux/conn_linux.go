@@ -3,6 +3,7 @@ package linux
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -22,6 +23,10 @@ type conn struct {
 	raw map[int]*nl.SocketHandle
 }
 
+// AnswerLimit bounds the wait for the kernel's answer to one request: one that
+// does not come must not hold up the data plane for ever.
+const AnswerLimit = 30 * time.Second
+
 func dial() (*conn, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -32,6 +37,12 @@ func dial() (*conn, error) {
 	if err != nil {
 		h.Close()
 		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
+	}
+	limit := unix.NsecToTimeval(AnswerLimit.Nanoseconds())
+	if err := errors.Join(h.SetSocketTimeout(AnswerLimit), s.SetSendTimeout(&limit), s.SetReceiveTimeout(&limit)); err != nil {
+		h.Close()
+		s.Close()
+		return nil, fmt.Errorf("bound the wait of rtnetlink sockets: %w", err)
 	}
 	return &conn{Handle: h, raw: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
 }
