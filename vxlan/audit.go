@@ -263,6 +263,8 @@ func (v *view) findSettings() (fault, reason string) {
 		return "", ""
 	case v.had.MTU != v.left.MTU:
 		return wrong, fmt.Sprintf("MTU was %d instead of %d", v.had.MTU, v.left.MTU)
+	case v.had.Native != v.left.Native:
+		return wrong, fmt.Sprintf("taking packets without encapsulation was %t instead of %t", v.had.Native, v.left.Native)
 	case !slices.Equal(sortedPrefixes(v.had.Subnets), sortedPrefixes(v.left.Subnets)):
 		return wrong, fmt.Sprintf("subnets were %v instead of %v", v.had.Subnets, v.left.Subnets)
 	}
@@ -283,8 +285,8 @@ func (v *view) findDevice() (fault, reason string) {
 	return "", ""
 }
 
-// half is the VTEP of an entry of which only one of two halves is there.
-var half = netip.IPv4Unspecified()
+// half is the way of an entry of which only one of two halves is there.
+var half = Way{VTEP: netip.IPv4Unspecified()}
 
 func (v *view) findFDB(op Op) (fault, reason string) {
 	mac := MACOf(op.MAC)
@@ -294,7 +296,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	switch {
 	case inHad == inLeft && had == left, inLeft && op.Kind == OpDelFDB:
 		return "", ""
-	case v.isNewDevice && (!inHad || isHalf || op.Kind == OpSetFDB && had == op.VTEP.Unmap()):
+	case v.isNewDevice && (!inHad || isHalf || op.Kind == OpSetFDB && had == Way{op.VTEP.Unmap(), op.Native}):
 		return "", "" // it went with the device
 	case isHalf:
 		return wrong, "one of its two halves was there"
@@ -303,9 +305,9 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	case !inHad:
 		return missing, FaultGone
 	case !inLeft:
-		return stray, "it led to " + vtepText(had)
+		return stray, "it led to " + had.String()
 	}
-	return wrong, fmt.Sprintf("it led to %s instead of %s", vtepText(had), vtepText(left))
+	return wrong, fmt.Sprintf("it led to %s instead of %s", had, left)
 }
 
 func (v *view) findNeigh(op Op) (fault, reason string) {

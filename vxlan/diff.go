@@ -22,7 +22,7 @@ const (
 	OpDelStale OpKind = iota
 	// OpAddNetwork makes the namespace, the bridge and the VXLAN device.
 	OpAddNetwork
-	// OpSetNetwork changes MTU or subnets in place.
+	// OpSetNetwork changes MTU, subnets or Native in place.
 	OpSetNetwork
 	// OpSetDevice repairs or remakes the VXLAN device; its forwarding
 	// entries follow.
@@ -71,6 +71,7 @@ type Op struct {
 	Addr    netip.Addr
 	MAC     net.HardwareAddr
 	VTEP    netip.Addr
+	Native  bool // of OpSetFDB: see Peer.Native
 }
 
 // String is one line for errors and logs.
@@ -84,18 +85,28 @@ func (o Op) String() string {
 	case OpSetNeigh, OpDelNeigh:
 		s = fmt.Sprintf("%s %s %s of network %d", o.Kind, o.Addr, o.MAC, o.VNI)
 	case OpSetFDB, OpDelFDB:
-		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, vtepText(o.VTEP), o.VNI)
+		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, Way{o.VTEP, o.Native}, o.VNI)
 	case OpAddNetwork, OpDelNetwork, OpDelStale:
 		s = fmt.Sprintf("%s %d", o.Kind, o.VNI)
 	}
 	return s
 }
 
-func vtepText(a netip.Addr) string {
-	if !a.IsValid() {
+// Way is where frames to a hardware address go.
+type Way struct {
+	VTEP   netip.Addr // invalid = nowhere
+	Native bool       // see Peer.Native
+}
+
+// String is the way for messages.
+func (w Way) String() string {
+	switch {
+	case !w.VTEP.IsValid():
 		return "nowhere"
+	case w.Native:
+		return w.VTEP.String() + " without encapsulation"
 	}
-	return a.String()
+	return w.VTEP.String()
 }
 
 // Tables are the two tables of one network as the kernel keeps them. Peers and
@@ -103,8 +114,8 @@ func vtepText(a netip.Addr) string {
 type Tables struct {
 	// Neigh answers ARP and neighbour discovery: address to MAC.
 	Neigh map[netip.Addr]MAC
-	// FDB forwards: MAC to VTEP, or to nowhere (the zero Addr).
-	FDB map[MAC]netip.Addr
+	// FDB forwards: MAC to VTEP, or to nowhere (the zero Way).
+	FDB map[MAC]Way
 }
 
 // MAC is a 48-bit hardware address as a map key.
@@ -131,17 +142,17 @@ func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(ni
 // MAC leads to the router, too: a balancer writes it into packets to a service
 // address, and the router tells by it which peer is meant.
 func Derive(n Network) Tables {
-	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
+	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]Way, len(n.Peers)+len(n.VIPs))}
 	for _, v := range n.VIPs {
 		if v.Addr.IsValid() {
 			t.Neigh[v.Addr.Unmap()] = MACOf(v.MAC)
 		}
-		t.FDB[MACOf(v.MAC)] = netip.Addr{}
+		t.FDB[MACOf(v.MAC)] = Way{}
 	}
 	for _, p := range n.Peers {
 		if n.Encrypted && p.VTEP.IsValid() {
-			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
-			t.FDB[MACOf(p.MAC)] = netip.Addr{}
+			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = Way{}
+			t.FDB[MACOf(p.MAC)] = Way{}
 			if p.Addr.IsValid() {
 				t.Neigh[p.Addr.Unmap()] = MACOf(weft.RouterMAC(n.VNI))
 			}
@@ -151,7 +162,8 @@ func Derive(n Network) Tables {
 			t.Neigh[p.Addr.Unmap()] = MACOf(p.MAC)
 		}
 		if p.VTEP.IsValid() {
-			t.FDB[MACOf(p.MAC)] = p.VTEP.Unmap()
+			twin, ok := t.FDB[MACOf(p.MAC)]
+			t.FDB[MACOf(p.MAC)] = Way{p.VTEP.Unmap(), p.Native && (!ok || twin.Native)}
 		}
 	}
 	return t
@@ -163,18 +175,18 @@ func Observed(t Tables) (peers []Peer, vips []VIP) {
 	named := make(map[MAC]bool, len(t.Neigh))
 	for addr, mac := range t.Neigh {
 		named[mac] = true
-		vtep, ok := t.FDB[mac]
-		if ok && !vtep.IsValid() {
+		way, ok := t.FDB[mac]
+		if ok && !way.VTEP.IsValid() {
 			vips = append(vips, VIP{Addr: addr, MAC: mac.HardwareAddr()})
 			continue
 		}
-		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: vtep})
+		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native})
 	}
-	for mac, vtep := range t.FDB {
+	for mac, way := range t.FDB {
 		switch {
 		case named[mac]:
-		case vtep.IsValid():
-			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: vtep})
+		case way.VTEP.IsValid():
+			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native})
 		default:
 			vips = append(vips, VIP{MAC: mac.HardwareAddr()})
 		}
@@ -232,7 +244,7 @@ func sameDevice(h, w Network) bool {
 func diffNetwork(h, w Network) []Op {
 	var ops []Op
 	remade := !sameDevice(h, w)
-	if h.MTU != w.MTU || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
+	if h.MTU != w.MTU || h.Native != w.Native || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
 		ops = append(ops, Op{Kind: OpSetNetwork, VNI: w.VNI, Network: header(w)})
 	}
 	ht, wt := Derive(h), Derive(w)
@@ -240,14 +252,14 @@ func diffNetwork(h, w Network) []Op {
 		ops = append(ops, Op{Kind: OpSetDevice, VNI: w.VNI, Network: header(w)})
 		ht.FDB = nil // it went with the device
 	}
-	for mac, vtep := range wt.FDB {
-		if old, ok := ht.FDB[mac]; !ok || old != vtep {
-			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+	for mac, way := range wt.FDB {
+		if old, ok := ht.FDB[mac]; !ok || old != way {
+			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native})
 		}
 	}
-	for mac, vtep := range ht.FDB {
+	for mac, way := range ht.FDB {
 		if _, ok := wt.FDB[mac]; !ok {
-			ops = append(ops, Op{Kind: OpDelFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+			ops = append(ops, Op{Kind: OpDelFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native})
 		}
 	}
 	for addr, mac := range wt.Neigh {
@@ -265,13 +277,14 @@ func diffNetwork(h, w Network) []Op {
 
 func diffPorts(h, w Network) []Op {
 	var ops []Op
-	mtu := h.MTU != w.MTU // a port carries the network's
+	mtu := h.MTU != w.MTU                  // a port carries the network's
+	changed := mtu || h.Native != w.Native // and is found by its addresses, or not
 	have := make(map[string]Port, len(h.Ports))
 	for _, p := range h.Ports {
 		have[string(p.Task)] = p
 	}
 	for _, p := range w.Ports {
-		if old, ok := have[string(p.Task)]; !ok || mtu || comparePorts(old, p) != 0 {
+		if old, ok := have[string(p.Task)]; !ok || changed || comparePorts(old, p) != 0 {
 			ops = append(ops, Op{Kind: OpSetPort, VNI: w.VNI, Port: &p})
 		}
 		delete(have, string(p.Task))
@@ -311,7 +324,17 @@ func opTask(o Op) string {
 }
 
 func comparePeers(a, b Peer) int {
-	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), a.VTEP.Compare(b.VTEP))
+	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), a.VTEP.Compare(b.VTEP), compareBools(a.Native, b.Native))
+}
+
+func compareBools(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
 }
 
 func compareVIPs(a, b VIP) int {

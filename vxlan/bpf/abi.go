@@ -13,7 +13,7 @@ import (
 // abiVersion is the number of c/overlay.h's layouts. It names the folder of the
 // pins, so that engines of two versions never share a map: the newer one fills
 // maps of its own, and then takes the older ones away.
-const abiVersion = 1
+const abiVersion = 2
 
 // Limits of c/overlay.h.
 const (
@@ -30,6 +30,12 @@ const (
 	destDirect kind = 3
 	destTunnel kind = 4
 	destVIP    kind = 5
+)
+
+// Flags of an entry (enum flags).
+const (
+	wayNative uint16 = 1
+	wayOnLink uint16 = 2
 )
 
 func (k kind) isLocal() bool  { return k == destTask || k == destLeg }
@@ -90,7 +96,7 @@ type destValue struct {
 	MTU      uint16
 	IfIndex  uint32
 	UDP      be16
-	Zero     uint16
+	Flags    uint16
 	VTEP     addr16
 	NextHop  [16]byte // IPv4: the first four
 }
@@ -113,14 +119,32 @@ type netValue struct {
 	MTU     uint16
 	UDP     be16
 	Count   uint32
+	Native  uint32
 	VTEP    addr16
 	Subnets [maxSubnets]prefixValue
+}
+
+// nativeValue and the next are those of c/native.h.
+type nativeValue struct {
+	VNI     uint32
+	IfIndex uint32
+	MAC     vxlan.MAC
+	Zero    uint16
+}
+
+type echoKey struct {
+	VNI    uint32
+	Family uint32
+	VTEP   addr16
 }
 
 // encodeNet is the head of a network as the map has it. What does not fit is
 // weft.ErrInvalid.
 func encodeNet(n vxlan.Network) (netValue, error) {
 	v := netValue{MTU: uint16(n.MTU), UDP: be(n.Port), Count: uint32(len(n.Subnets)), VTEP: addrOf(n.VTEP)}
+	if n.Native {
+		v.Native = 1
+	}
 	if len(n.ID) > maxIDLength || bytes.IndexByte([]byte(n.ID), 0) >= 0 {
 		return v, fmt.Errorf("network %d: id %q is longer than %d bytes or has a zero byte: %w", n.VNI, n.ID, maxIDLength, weft.ErrInvalid)
 	}
@@ -137,7 +161,7 @@ func encodeNet(n vxlan.Network) (netValue, error) {
 // decodeNet is the opposite of encodeNet. A value that encodeNet does not make
 // gives false.
 func decodeNet(vni uint32, v netValue) (vxlan.Network, bool) {
-	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr()}
+	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr(), Native: v.Native == 1}
 	end := bytes.IndexByte(v.ID[:], 0)
 	if end < 0 || v.Count > maxSubnets {
 		return n, false

@@ -137,7 +137,7 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 		if k.VNI != n.VNI || !d.Kind.isRemote() {
 			continue
 		}
-		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr())); err != nil {
+		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.way())); err != nil {
 			return err
 		}
 	}
@@ -147,7 +147,7 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 func (w *writer) setFDB(op vxlan.Op) error {
 	d := destValue{Kind: destVIP}
 	if op.VTEP.IsValid() {
-		d = w.host.remote(w.nets[op.VNI], op.VTEP)
+		d = w.host.remote(w.nets[op.VNI], vxlan.Way{VTEP: op.VTEP, Native: op.Native})
 	}
 	return w.put(overlayMapMacs, macKey{VNI: op.VNI, MAC: vxlan.MACOf(op.MAC)}, d)
 }
@@ -234,11 +234,20 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 			}
 		}
 	}
+	if own.leg != "" {
+		addrs = nil // the host's own stack takes what is for it
+	}
+	if err := w.setNatives(own.vni, head, index, val.MAC, addrs); err != nil {
+		return err
+	}
 	return w.e.attach(w.o, portHook(p.Name, index))
 }
 
 // forget removes the entries of a hardware address that the port at index had.
 func (w *writer) forget(vni uint32, mac vxlan.MAC, index int) error {
+	if err := w.delNatives(index, nil); err != nil {
+		return err
+	}
 	k := macKey{VNI: vni, MAC: mac}
 	if d, ok := w.dests[k]; ok && d.Kind.isLocal() && d.IfIndex == uint32(index) {
 		if err := w.remove(overlayMapMacs, k); err != nil {

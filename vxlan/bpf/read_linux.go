@@ -27,6 +27,8 @@ type snapshot struct {
 	dests map[macKey]destValue
 	eps   map[epKey]epValue
 	ports map[uint32]portValue
+	// natives are as they were read, by the host's end of their port.
+	natives map[uint32]map[addr16]nativeValue
 	// near are the host's ends of ports and legs, by network.
 	near map[uint32][]nearEnd
 }
@@ -52,6 +54,9 @@ func (e *Engine) look(ctx context.Context, o *objects) (*snapshot, error) {
 		return nil, err
 	}
 	if s.ports, err = dump[uint32, portValue](o.maps[overlayMapPorts]); err != nil {
+		return nil, err
+	}
+	if s.natives, err = readNatives(o.maps[overlayMapNatives]); err != nil {
 		return nil, err
 	}
 	if s.host, err = lookAtHost(); err != nil {
@@ -82,12 +87,12 @@ func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
 	table := func(vni uint32) *vxlan.Tables {
 		seen[vni] = true
 		if tables[vni] == nil {
-			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}
+			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]vxlan.Way{}}
 		}
 		return tables[vni]
 	}
 	for k, d := range s.dests {
-		table(k.VNI).FDB[k.MAC] = s.vtepOf(k, d)
+		table(k.VNI).FDB[k.MAC] = s.wayOf(k, d)
 	}
 	for k, ep := range s.eps {
 		table(k.VNI).Neigh[k.Addr.Addr()] = ep.MAC
@@ -102,30 +107,42 @@ func (s *snapshot) state(ctx context.Context) (vxlan.State, error) {
 	return st, nil
 }
 
-// wrong is the VTEP of an entry that is not as Apply would write it.
-func wrong() netip.Addr { return netip.IPv4Unspecified() }
+// wrong is the way of an entry that is not as Apply would write it.
+func wrong() vxlan.Way { return vxlan.Way{VTEP: netip.IPv4Unspecified()} }
 
-// vtepOf is where an entry sends, by what the routes say now.
-func (s *snapshot) vtepOf(k macKey, d destValue) netip.Addr {
+// way is where an entry sends.
+func (d destValue) way() vxlan.Way {
+	return vxlan.Way{VTEP: d.VTEP.Addr(), Native: d.Flags&wayNative != 0}
+}
+
+// wayOf is where an entry sends, by what the routes say now.
+func (s *snapshot) wayOf(k macKey, d destValue) vxlan.Way {
 	head, ok := s.nets[k.VNI]
 	switch {
 	case d.Kind == destVIP && d == (destValue{Kind: destVIP}):
-		return netip.Addr{}
-	case ok && d.Kind.isRemote() && d == s.host.remote(head, d.VTEP.Addr()):
-		return d.VTEP.Addr()
+		return vxlan.Way{}
+	case ok && d.Kind.isRemote() && d == s.host.remote(head, d.way()):
+		return d.way()
 	}
 	return wrong()
 }
 
-// remote is the entry of a hardware address behind vtep.
-func (h *host) remote(n netValue, vtep netip.Addr) destValue {
-	d := destValue{Kind: destTunnel, MTU: n.MTU, UDP: n.UDP, VTEP: addrOf(vtep)}
-	if way := h.hop(n.VTEP.Addr(), vtep); way.direct {
-		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(way.ifindex), unix.AF_INET
-		if way.via.Is6() {
+// remote is the entry of a hardware address on another node. Where the way leads
+// by a router it stays native by name, and is used once it does not any more.
+func (h *host) remote(n netValue, to vxlan.Way) destValue {
+	d := destValue{Kind: destTunnel, MTU: n.MTU, UDP: n.UDP, VTEP: addrOf(to.VTEP)}
+	if to.Native {
+		d.Flags |= wayNative
+	}
+	if hop := h.hop(n.VTEP.Addr(), to.VTEP); hop.direct {
+		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(hop.ifindex), unix.AF_INET
+		if hop.via.Is6() {
 			d.NHFamily = unix.AF_INET6
 		}
-		copy(d.NextHop[:], way.via.AsSlice())
+		if hop.via == to.VTEP {
+			d.Flags |= wayOnLink
+		}
+		copy(d.NextHop[:], hop.via.AsSlice())
 	}
 	return d
 }
@@ -173,7 +190,7 @@ func (s *snapshot) deviceFault(head netValue, tunnel int) string {
 		return name + " was down or another device"
 	case !s.e.isAttached(s.o, tunnelHook(tunnel)):
 		return "the program of " + name + " was detached"
-	case dev != 0 && !s.e.isAttached(s.o, underlayHook(dev)):
+	case dev != 0 && !s.e.isAttached(s.o, underlayHook(dev, s.takesNative())):
 		return "the program of " + s.host.byIndex[dev].Attrs().Name + " was detached"
 	}
 	return ""
@@ -193,6 +210,9 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 		return fault("the entry of %s was gone or damaged", val.MAC.HardwareAddr())
 	}
 	delete(t.FDB, val.MAC)
+	if !s.hasNatives(near, head, val.MAC, t.Neigh) {
+		return fault("the entries of %s for packets without encapsulation were gone or damaged", l.Name)
+	}
 	var addrs []netip.Addr
 	for a, m := range t.Neigh {
 		if m == val.MAC {

@@ -169,7 +169,7 @@ func (h *testHost) remoteTo(t *testing.T, vtep netip.Addr) destValue {
 			return err
 		}
 		defer at.close()
-		d = at.remote(v, vtep)
+		d = at.remote(v, vxlan.Way{VTEP: vtep})
 		return nil
 	}))
 	if d.Kind != destDirect {

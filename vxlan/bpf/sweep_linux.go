@@ -32,14 +32,14 @@ func (w *writer) sweep() error {
 		tunnels[weft.TunnelName(head.UDP.v())] = true
 		needed[tunnelHook(w.tunnelIndex(head.UDP.v())).pin] = true
 		if dev := w.host.underlay(head.VTEP.Addr()); dev != 0 {
-			h := underlayHook(dev)
+			h := underlayHook(dev, w.takesNative())
 			needed[h.pin] = true
 			if err := w.e.attach(w.o, h); err != nil {
 				errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: err})
 			}
 		}
 	}
-	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts())...)
+	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts(), w.sweepNatives())...)
 }
 
 // sweepEntries removes what the maps hold of a network and nobody wants.
