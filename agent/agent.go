@@ -38,6 +38,9 @@ type Config struct {
 	Addr netip.AddrPort
 	// Underlay says how large packets may be.
 	Underlay Underlay
+	// Natives proves to which nodes packets may go without encapsulation; nil =
+	// the overlay engine cannot do without.
+	Natives Natives
 
 	Runtime  runtime.Runtime
 	Execer   runtime.Execer
@@ -80,6 +83,20 @@ type Underlay interface {
 	// that is missing is not known yet. The map is not to be written. The
 	// channel is closed at the next change.
 	MTUs() (mtus map[netip.Addr]int, changed <-chan struct{})
+}
+
+// Natives finds out to which nodes packets of a network may go without
+// encapsulation. The methods may be called from any goroutine.
+type Natives interface {
+	// CutsTunnels reports whether this node's own link cuts large packets of
+	// VXLAN itself, read anew at each pass of the data plane.
+	CutsTunnels() (bool, error)
+	// Watch replaces the ways that matter. What is known of others is
+	// forgotten. It does not block.
+	Watch(ways map[vxlan.NativeWay]vxlan.NativeEnds)
+	// Proven are the ways on which packets were seen to arrive. The map is not
+	// to be written. The channel is closed at the next change.
+	Proven() (proven map[vxlan.NativeWay]bool, changed <-chan struct{})
 }
 
 // Leader is the agent's way to the leader; wire.Client is one.

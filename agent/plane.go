@@ -48,7 +48,7 @@ type plane struct {
 	gateways sandbox.Maker
 	names    *dns.Server
 	gossip   gossip.Table
-	underlay Underlay
+	underlay underlay
 	log      *slog.Logger
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
@@ -68,6 +68,12 @@ type plane struct {
 	withdrawn bool
 
 	have vxlan.State // owned by run: what the last pass left in the kernel
+}
+
+// underlay is the network between the nodes.
+type underlay struct {
+	Underlay
+	natives Natives // nil = all is encapsulated
 }
 
 // past is what is still there of what the leader has taken away.
@@ -95,7 +101,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir, overlay: cfg.Overlay, balancer: cfg.Balancer,
-		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
+		gateways: cfg.Sandbox, names: cfg.Names, gossip: table, underlay: underlay{cfg.Underlay, cfg.Natives}, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
@@ -226,7 +232,7 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var last string // error that was logged
 	for {
-		table, paths, err := p.pass(ctx)
+		news, err := p.pass(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -246,8 +252,9 @@ func (p *plane) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-p.wake:
-		case <-table:
-		case <-paths:
+		case <-news.table:
+		case <-news.paths:
+		case <-news.proven:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -307,18 +314,28 @@ func (p *plane) prime() {
 	p.publish(out.Publish)
 }
 
-// pass derives and applies once. The channels it returns are closed when gossip,
-// or the underlay, has news that the pass did not see. What this node
-// tells others does not depend on its kernel: a task that drains is said to
-// drain, whatever fails.
-func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err error) {
-	endpoints, table := p.gossip.Snapshot()
+// news are channels that are closed when gossip, or the underlay, has something
+// that a pass did not see; nil = never.
+type news struct{ table, paths, proven <-chan struct{} }
+
+// pass derives and applies once. What this node tells others does not depend on
+// its kernel: a task that drains is said to drain, whatever fails.
+func (p *plane) pass(ctx context.Context) (news, error) {
+	var later news
+	var endpoints []weft.OwnedEndpoint
+	endpoints, later.table = p.gossip.Snapshot()
 	in, goal := p.wanted(endpoints)
-	in.Paths, paths = p.underlay.MTUs()
-	err = p.readHost(ctx, &in)
+	in.Paths, later.paths = p.underlay.MTUs()
+	if p.underlay.natives != nil {
+		in.Proven, later.proven = p.underlay.natives.Proven()
+	}
+	err := p.readHost(ctx, &in)
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
 	p.underlay.Watch(vteps(out.Overlay))
+	if p.underlay.natives != nil {
+		p.underlay.natives.Watch(out.Native)
+	}
 	if err == nil {
 		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
 			err = p.apply(ctx, netstate.Derive(mid))
@@ -326,7 +343,7 @@ func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err err
 		err = errors.Join(err, p.apply(ctx, out))
 	}
 	p.settle(goal, err)
-	return table, paths, err
+	return later, err
 }
 
 // vteps are the nodes that share a network with this one, in order.
@@ -391,6 +408,12 @@ func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	in.NoIPv6 = !hasIPv6()
 	if in.MTU, err = p.underlay.MTU(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
+	}
+	if p.underlay.natives != nil {
+		// Whether it pays is no condition of anything: who does not tell is left alone.
+		if in.CutsTunnels, err = p.underlay.natives.CutsTunnels(); err != nil {
+			in.CutsTunnels = true
+		}
 	}
 	bridge, subnet, err := p.gateways.Gateway(ctx)
 	if err != nil {

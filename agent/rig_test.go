@@ -91,6 +91,7 @@ type rig struct {
 	journal  *journal
 	routes   vxlantest.Router
 	paths    *fakePaths
+	natives  Natives                        // nil = none
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
 	keys     func(epoch uint64) ([]weft.NodeKey, error)
@@ -121,8 +122,8 @@ func (r *rig) config() Config {
 	}
 	return Config{
 		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
-		Underlay: r.paths,
-		Runtime:  &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
+		Underlay: r.paths, Natives: r.natives,
+		Runtime: &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
 			d := weft.NodeDescription{Hostname: "a"}

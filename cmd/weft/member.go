@@ -131,7 +131,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	if err != nil {
 		return err
 	}
-	if m.under, err = newUnderlay(s, m.log); err != nil {
+	if m.under, err = newUnderlay(s, overlay, m.log); err != nil {
 		return err
 	}
 	m.gossip, err = gossip.New(gossip.Config{
@@ -144,7 +144,7 @@ func (m *member) makeNode(ctx context.Context, d *containerd.Driver) error {
 	}
 	m.agent, err = agent.New(agent.Config{
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
-		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
+		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under, Natives: m.under.provers(),
 		Runtime: d, Execer: d, Logs: d, Images: d,
 		Sandbox: m.boxes, Overlay: vxlan.Routed{Kernel: m.crypt, Router: &linux.Router{}}, Keys: m.crypt.Keys, Balancer: m.service, Names: names, Gossip: m.gossip, Leader: m.client,
 		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,

@@ -9,8 +9,12 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent"
 	"github.com/weftnet/weft/gossip"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/bpf"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/native"
 	"github.com/weftnet/weft/vxlan/pmtu"
 )
 
@@ -19,6 +23,7 @@ import (
 type underlay struct {
 	*pmtu.Prober
 	vtep    netip.Addr
+	natives *natives // nil where the overlay engine always encapsulates
 	log     *slog.Logger
 	changed chan struct{} // capacity 1: a link or route of this host; sent to by run, never closed
 }
@@ -26,7 +31,7 @@ type underlay struct {
 // newUnderlay composes; nothing runs yet. Probes share gossip's port, which
 // nodes must let through anyway. Gossip receives them where it listens on the
 // tunnel address; elsewhere the prober does.
-func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
+func newUnderlay(s memberState, overlay vxlan.Engine, log *slog.Logger) (*underlay, error) {
 	u := &underlay{vtep: s.DataPath, log: log, changed: make(chan struct{}, 1)}
 	var err error
 	u.Prober, err = pmtu.New(pmtu.Config{
@@ -35,7 +40,36 @@ func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
 		Proven: func(peer netip.Addr, bytes int) error { return linux.PathProven(s.DataPath, peer, bytes) },
 		Limit:  func(peer netip.Addr) (int, error) { return linux.PathLimit(s.DataPath, peer) },
 	})
-	return u, err
+	if err != nil {
+		return nil, err
+	}
+	if e, ok := overlay.(*bpf.Engine); ok {
+		open := func() (native.Link, error) { return e.OpenSegment() }
+		p, err := native.New(native.Config{Open: open, Log: log})
+		if err != nil {
+			return nil, err
+		}
+		u.natives = &natives{p, s.DataPath}
+	}
+	return u, nil
+}
+
+// natives proves to which nodes packets may go without encapsulation. It
+// implements agent.Natives.
+type natives struct {
+	*native.Prober
+	vtep netip.Addr
+}
+
+// CutsTunnels implements agent.Natives.
+func (n *natives) CutsTunnels() (bool, error) { return linux.CutsTunnels(n.vtep) }
+
+// provers is natives as the agent takes it.
+func (u *underlay) provers() agent.Natives {
+	if u.natives == nil {
+		return nil
+	}
+	return u.natives
 }
 
 // guest is the prober at gossip's port.
@@ -54,6 +88,9 @@ func (u *underlay) run(ctx context.Context) error {
 		return u.keep(ctx, func(ctx context.Context) error { return linux.WatchUnderlay(ctx, u.changed) })
 	})
 	g.Go(func() error { return u.keep(ctx, u.Run) })
+	if u.natives != nil {
+		g.Go(func() error { return u.keep(ctx, u.natives.Run) })
+	}
 	return g.Wait()
 }
 
