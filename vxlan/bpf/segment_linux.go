@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -19,9 +20,16 @@ import (
 // were sent back (c/native.h). It belongs to one goroutine, whose thread is in
 // the host's namespace. Close it.
 type Segment struct {
-	e  *Engine
-	fd int // sends, and receives nothing
+	e    *Engine
+	fd   int   // sends, and receives nothing
+	host *host // as it was at read; nil = not looked at yet
+	read time.Time
 }
+
+// reread is how long links and routes are believed, our own choice: reading
+// them costs a host of 1,000 tasks some milliseconds. What has changed within it
+// costs an echo at most; the entries of packets themselves follow routes.
+const reread = 5 * time.Second
 
 // OpenSegment opens the socket for probes.
 func (e *Engine) OpenSegment() (*Segment, error) {
@@ -29,28 +37,31 @@ func (e *Engine) OpenSegment() (*Segment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open packet socket for native probes: %w", err)
 	}
-	return &Segment{e, fd}, nil
+	return &Segment{e: e, fd: fd}, nil
 }
 
 // Close closes the socket.
-func (s *Segment) Close() error { return unix.Close(s.fd) }
+func (s *Segment) Close() error {
+	if s.host != nil {
+		s.host.close()
+	}
+	return unix.Close(s.fd)
+}
 
 // Ask sends probes. It returns why one could not be sent, by its way: that the
 // way leads by a router, or the other node's hardware address is not known yet.
 func (s *Segment) Ask(probes []vxlan.NativeProbe) map[vxlan.NativeWay]error {
 	failed := map[vxlan.NativeWay]error{}
 	nets, err := s.nets()
-	h, herr := lookAtHost()
-	if err = errors.Join(err, herr); err != nil {
+	if err = errors.Join(err, s.look()); err != nil {
 		for _, p := range probes {
 			failed[p.NativeWay] = err
 		}
 		return failed
 	}
-	defer h.close()
 	near := map[int]map[netip.Addr]vxlan.MAC{}
 	for _, p := range probes {
-		if err := s.ask(h, nets[p.VNI], near, p); err != nil {
+		if err := s.ask(nets[p.VNI], near, p); err != nil {
 			failed[p.NativeWay] = err
 		}
 	}
@@ -69,18 +80,34 @@ func (s *Segment) nets() (map[uint32]netValue, error) {
 	return dump[uint32, netValue](m)
 }
 
-func (s *Segment) ask(h *host, n netValue, near map[int]map[netip.Addr]vxlan.MAC, p vxlan.NativeProbe) error {
+// look reads links and routes anew when it is time.
+func (s *Segment) look() error {
+	if s.host != nil && time.Since(s.read) < reread {
+		return nil
+	}
+	h, err := lookAtHost()
+	if err != nil {
+		return err
+	}
+	if s.host != nil {
+		s.host.close()
+	}
+	s.host, s.read = h, time.Now()
+	return nil
+}
+
+func (s *Segment) ask(n netValue, near map[int]map[netip.Addr]vxlan.MAC, p vxlan.NativeProbe) error {
 	if n.Native != 1 {
 		return fmt.Errorf("network %d is not set up: %w", p.VNI, weft.ErrUnavailable)
 	}
 	vtep := p.VTEP.Unmap()
-	hop := h.hop(n.VTEP.Addr(), vtep)
+	hop := s.host.hop(n.VTEP.Addr(), vtep)
 	if !hop.direct || hop.via != vtep {
 		return fmt.Errorf("%s is not on a segment of this host: %w", vtep, weft.ErrUnavailable)
 	}
 	if near[hop.ifindex] == nil {
 		var err error
-		if near[hop.ifindex], err = h.neighbours(hop.ifindex); err != nil {
+		if near[hop.ifindex], err = s.host.neighbours(hop.ifindex); err != nil {
 			return err
 		}
 	}
