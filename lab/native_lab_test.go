@@ -62,6 +62,9 @@ func TestLabNative(t *testing.T) {
 		r.logged(h, "is not on a segment of this host")
 	}
 	r.ways("routed", tasks, false)
+	if out := r.must(r.weft, "-H", "unix://"+r.host("h1").Paths.Socket, "net", "ways"); strings.Count(out, "front ") != 2 || strings.Contains(out, " native ") {
+		t.Errorf("net ways: %s", out)
+	}
 
 	r.segment()
 	for _, p := range slices.Concat(tasks, vips) {
@@ -72,6 +75,9 @@ func TestLabNative(t *testing.T) {
 	}
 	r.eventually("all ways are native", func() error { return r.carried("segment", tasks, true) })
 	r.ways("segment", tasks, true)
+	if out := r.must(r.weft, "-H", "unix://"+r.host("h1").Paths.Socket, "net", "ways"); strings.Count(out, " native ") != 2 {
+		t.Errorf("net ways: %s", out)
+	}
 	flows := &flow{name: "VIP", rate: 50}
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)

@@ -22,8 +22,20 @@ func apiConfig(ms *membership, d *containerd.Driver, log *slog.Logger) api.Confi
 	c := clusterCalls{ms}
 	return api.Config{
 		Swarm: ms, Services: c, Tasks: c, Nodes: c, Networks: c,
-		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Log: log,
+		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Ways: nodeWays{ms}, Log: log,
 	}
+}
+
+// nodeWays is what this node's member, if it is one now, knows of its ways.
+type nodeWays struct{ ms *membership }
+
+// Ways implements api.WayLog.
+func (n nodeWays) Ways() []weft.Way {
+	m, err := n.ms.member()
+	if err != nil || m.under.natives == nil {
+		return nil
+	}
+	return m.under.natives.Ways()
 }
 
 // clusterCalls finds the way to the leader anew for each call.

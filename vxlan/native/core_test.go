@@ -222,6 +222,9 @@ func TestProberTells(t *testing.T) {
 			t.Errorf("proven %v, log %v", got, log)
 		}
 		synctest.Wait()
+		if got := p.Ways(); len(got) != 2 || got[0].Native || got[0].Reason != weft.ErrUnavailable.Error() {
+			t.Errorf("ways %+v", got)
+		}
 		l.failure = nil
 		_, changed := p.Proven()
 		<-changed
@@ -230,6 +233,9 @@ func TestProberTells(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
+		if got := p.Ways(); !got[0].Native || got[0].Reason != "" || got[1].Native || got[1].Reason != "probes do not come back" {
+			t.Errorf("ways %+v", got)
+		}
 		l.carries = nil
 		_, changed = p.Proven()
 		<-changed

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	mathrand "math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -81,6 +82,30 @@ func (p *Prober) Proven() (map[vxlan.NativeWay]bool, <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.proven, p.changed
+}
+
+// Ways are all ways that are watched, in order, and how their packets go.
+func (p *Prober) Ways() []weft.Way {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []weft.Way
+	for _, k := range slices.SortedFunc(maps.Keys(p.core.ways), compareWays) {
+		w := p.core.ways[k]
+		s := weft.Way{VNI: k.VNI, VTEP: k.VTEP, Native: p.proven[k], Since: w.since}
+		switch why, is := p.why[k]; {
+		case s.Native:
+		case is:
+			s.Reason = why
+		case len(w.open) == 0:
+			s.Reason = "no family of its addresses can go so over this underlay"
+		case w.misses > 0:
+			s.Reason = "probes do not come back"
+		default:
+			s.Reason = fmt.Sprintf("%d more probes must come back", max(w.need-w.hits, 1))
+		}
+		out = append(out, s)
+	}
+	return out
 }
 
 // Run asks until ctx ends and returns nil. An error says what could not be opened.
