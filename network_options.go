@@ -12,6 +12,20 @@ import (
 // inner IP packet. Docker's key (moby, daemon/libnetwork/netlabel, DriverMTU).
 const OptionMTU = "com.docker.network.driver.mtu"
 
+// OptionEncap says how a network's packets go to other nodes: always in VXLAN
+// (EncapVXLAN, as without the option), or without encapsulation where that is
+// proven to arrive (EncapNative), or so only where the sender's link does not cut
+// VXLAN's large packets itself (EncapAuto).
+const (
+	OptionEncap = "encap"
+
+	EncapVXLAN  = "vxlan"
+	EncapNative = "native"
+	EncapAuto   = "auto"
+)
+
+func encaps() []string { return []string{EncapVXLAN, EncapNative, EncapAuto} }
+
 // Bounds of OptionMTU. Every IPv4 host takes packets of 576 bytes (RFC 791
 // section 3.1), and Linux answers "too big" only from there on; every IPv6 link
 // carries 1280 (RFC 8200 section 5). An IP length holds 65535.
@@ -35,6 +49,7 @@ func networkOptions() []networkOption {
 	return []networkOption{
 		{OptionMTU, OptionMTU + "=BYTES", checkNetworkMTU},
 		{OptionEncrypted, OptionEncrypted, checkEncrypted},
+		{OptionEncap, OptionEncap + "=" + strings.Join(encaps(), "|"), checkEncap},
 	}
 }
 
@@ -81,6 +96,27 @@ func (n *NetworkSpec) MTU() int {
 		return 0
 	}
 	return mtu
+}
+
+func checkEncap(n *NetworkSpec, value string) error {
+	switch {
+	case !slices.Contains(encaps(), value):
+		return fmt.Errorf("%w: %q: write one of %s", ErrInvalid, value, strings.Join(encaps(), ", "))
+	case n.Encrypted():
+		return fmt.Errorf("%w: %q: an encrypted network has a tunnel of its own: leave out this option, or %q", ErrInvalid, value, OptionEncrypted)
+	case n.Ingress && value != EncapVXLAN:
+		return fmt.Errorf("%w: %q: packets of the ingress network keep the addresses of services, and need VXLAN: leave the option out", ErrInvalid, value)
+	}
+	return nil
+}
+
+// Encap is how the network's packets go to other nodes: one of the values of
+// OptionEncap.
+func (n *NetworkSpec) Encap() string {
+	if v, ok := n.Options[OptionEncap]; ok {
+		return v
+	}
+	return EncapVXLAN
 }
 
 // HasIPv6 reports whether the network has, or is to have, addresses of IPv6.

@@ -40,6 +40,7 @@ var packages = map[string]rule{
 	"vxlan/linux":               {may: []string{"vxlan"}},
 	"vxlan/pmtu":                {},                                      // of the root it uses the sentinel errors and log keys
 	"vxlan/bpf":                 {may: []string{"vxlan", "vxlan/linux"}}, // linux: veths and facts of the host, made one way by all engines
+	"vxlan/native":              {may: []string{"vxlan"}},
 	"vxlan/wg":                  {may: []string{"vxlan"}},
 	"vxlan/vxlantest":           {may: []string{"vxlan"}},
 	"dns":                       {},

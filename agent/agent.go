@@ -47,7 +47,7 @@ type Config struct {
 	// Engines gives what makes networks and service addresses. It may take long:
 	// Run calls it once, when the names of tasks that run already are answered
 	// again, and ends with its error. RemoveAll calls it, too.
-	Engines func(context.Context) (vxlan.Kernel, ingress.Engine, error)
+	Engines func(context.Context) (Engines, error)
 	Names   *dns.Server
 	Gossip  gossip.Table
 	Leader  Leader
@@ -82,6 +82,29 @@ type Underlay interface {
 	// that is missing is not known yet. The map is not to be written. The
 	// channel is closed at the next change.
 	MTUs() (mtus map[netip.Addr]int, changed <-chan struct{})
+}
+
+// Engines are what makes networks and service addresses.
+type Engines struct {
+	Overlay  vxlan.Kernel
+	Balancer ingress.Engine
+	// Natives proves to which nodes packets may go without encapsulation; nil =
+	// the overlay engine cannot do without.
+	Natives Natives
+}
+
+// Natives finds out to which nodes packets of a network may go without
+// encapsulation. The methods may be called from any goroutine.
+type Natives interface {
+	// CutsTunnels reports whether this node's own link cuts large packets of
+	// VXLAN itself, read anew at each pass of the data plane.
+	CutsTunnels() (bool, error)
+	// Watch replaces the ways that matter. What is known of others is
+	// forgotten. It does not block.
+	Watch(ways map[vxlan.NativeWay]vxlan.NativeEnds)
+	// Proven are the ways on which packets were seen to arrive. The map is not
+	// to be written. The channel is closed at the next change.
+	Proven() (proven map[vxlan.NativeWay]bool, changed <-chan struct{})
 }
 
 // Leader is the agent's way to the leader; wire.Client is one.
@@ -149,7 +172,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.resolvers = newResolvers(inner, a.cfg.Names, a.listen, a.cfg.Log)
 	err := a.resume(inner)
 	if err == nil {
-		a.plane.overlay, a.plane.balancer, err = a.cfg.Engines(inner)
+		err = a.takeEngines(inner)
 	}
 	if err == nil {
 		err = a.runLoops(inner)
@@ -159,6 +182,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
+	return err
+}
+
+// takeEngines blocks until the data plane's engines are made.
+func (a *Agent) takeEngines(ctx context.Context) error {
+	e, err := a.cfg.Engines(ctx)
+	a.plane.overlay, a.plane.balancer, a.plane.underlay.natives = e.Overlay, e.Balancer, e.Natives
 	return err
 }
 

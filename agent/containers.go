@@ -154,9 +154,9 @@ func (a *Agent) RemoveAll(ctx context.Context) error {
 	for _, b := range boxes {
 		errs = append(errs, a.cfg.Sandbox.Destroy(ctx, b.Task))
 	}
-	overlay, _, err := a.cfg.Engines(ctx)
+	engines, err := a.cfg.Engines(ctx)
 	if err == nil {
-		err = overlay.Apply(ctx, vxlan.State{})
+		err = engines.Overlay.Apply(ctx, vxlan.State{})
 	}
 	errs = append(errs, err)
 	for _, path := range []string{a.modelPath(), a.endpointsPath(), a.tasks.statusDir()} {

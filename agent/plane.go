@@ -46,12 +46,12 @@ const (
 type plane struct {
 	self     netstate.Node // id and VTEP; the rest is the leader's to say
 	netNSDir string
-	overlay  vxlan.Kernel // this and balancer are set by Agent.Run before run
+	overlay  vxlan.Kernel // this, balancer and underlay.natives are set by Agent.Run before run
 	balancer ingress.Engine
 	gateways sandbox.Maker
 	names    names
 	gossip   gossip.Table
-	underlay Underlay
+	underlay underlay
 	log      *slog.Logger
 
 	wake chan struct{} // capacity 1; sent to by whoever changes the fields below; never closed
@@ -71,6 +71,12 @@ type plane struct {
 	withdrawn bool
 
 	have vxlan.State // owned by run: what the last pass left in the kernel
+}
+
+// underlay is the network between the nodes.
+type underlay struct {
+	Underlay
+	natives Natives // nil = all is encapsulated
 }
 
 // past is what is still there of what the leader has taken away.
@@ -98,7 +104,7 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir,
-		gateways: cfg.Sandbox, names: names{server: cfg.Names}, gossip: table, underlay: cfg.Underlay, log: cfg.Log,
+		gateways: cfg.Sandbox, names: names{server: cfg.Names}, gossip: table, underlay: underlay{Underlay: cfg.Underlay}, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
 		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
 	}
@@ -232,7 +238,7 @@ func (p *plane) run(ctx context.Context) error {
 		slow := time.AfterFunc(planeSlow, func() {
 			p.log.Error("the data plane is being applied for long: the kernel does not answer; tasks wait for it", "after", planeSlow)
 		})
-		table, paths, err := p.pass(ctx)
+		news, err := p.pass(ctx)
 		slow.Stop()
 		if ctx.Err() != nil {
 			return nil
@@ -253,8 +259,9 @@ func (p *plane) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-p.wake:
-		case <-table:
-		case <-paths:
+		case <-news.table:
+		case <-news.paths:
+		case <-news.proven:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -325,18 +332,28 @@ func (n *names) update(r dns.Records) {
 	n.server.Update(dns.NewSnapshot(r))
 }
 
-// pass derives and applies once. The channels it returns are closed when gossip,
-// or the underlay, has news that the pass did not see. What this node
-// tells others does not depend on its kernel: a task that drains is said to
-// drain, whatever fails.
-func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err error) {
-	endpoints, table := p.gossip.Snapshot()
+// news are channels that are closed when gossip, or the underlay, has something
+// that a pass did not see; nil = never.
+type news struct{ table, paths, proven <-chan struct{} }
+
+// pass derives and applies once. What this node tells others does not depend on
+// its kernel: a task that drains is said to drain, whatever fails.
+func (p *plane) pass(ctx context.Context) (news, error) {
+	var later news
+	var endpoints []weft.OwnedEndpoint
+	endpoints, later.table = p.gossip.Snapshot()
 	in, goal := p.wanted(endpoints)
-	in.Paths, paths = p.underlay.MTUs()
-	err = p.readHost(ctx, &in)
+	in.Paths, later.paths = p.underlay.MTUs()
+	if p.underlay.natives != nil {
+		in.Proven, later.proven = p.underlay.natives.Proven()
+	}
+	err := p.readHost(ctx, &in)
 	out := netstate.Derive(in)
 	p.publish(out.Publish)
 	p.underlay.Watch(vteps(out.Overlay))
+	if p.underlay.natives != nil {
+		p.underlay.natives.Watch(out.Native)
+	}
 	if err == nil {
 		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
 			err = p.apply(ctx, netstate.Derive(mid))
@@ -344,7 +361,7 @@ func (p *plane) pass(ctx context.Context) (table, paths <-chan struct{}, err err
 		err = errors.Join(err, p.apply(ctx, out))
 	}
 	p.settle(goal, err)
-	return table, paths, err
+	return later, err
 }
 
 // vteps are the nodes that share a network with this one, in order.
@@ -409,6 +426,12 @@ func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
 	in.NoIPv6 = !hasIPv6()
 	if in.MTU, err = p.underlay.MTU(); err != nil {
 		return fmt.Errorf("read underlay mtu: %w", err)
+	}
+	if p.underlay.natives != nil {
+		// Whether it pays is no condition of anything: who does not tell is left alone.
+		if in.CutsTunnels, err = p.underlay.natives.CutsTunnels(); err != nil {
+			in.CutsTunnels = true
+		}
 	}
 	bridge, subnet, err := p.gateways.Gateway(ctx)
 	if err != nil {

@@ -18,7 +18,6 @@ import (
 	"github.com/weftnet/weft/agent/runtime/runtimetest"
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
-	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/vxlantest"
@@ -94,6 +93,7 @@ type rig struct {
 	log      lockedBuffer
 	routes   vxlantest.Router
 	paths    *fakePaths
+	natives  Natives                        // nil = none
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
 	// engineGate is waited for by what asks for the engines; nil = at once.
@@ -160,13 +160,13 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-func (r *rig) engines(ctx context.Context) (vxlan.Kernel, ingress.Engine, error) {
+func (r *rig) engines(ctx context.Context) (Engines, error) {
 	if r.engineGate != nil {
 		if err := r.engineGate(ctx); err != nil {
-			return nil, nil, err
+			return Engines{}, err
 		}
 	}
-	return vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, r.balancer, nil
+	return Engines{Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Natives: r.natives}, nil
 }
 
 func (r *rig) setListeners(l []weft.Listener, err error) {

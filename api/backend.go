@@ -106,6 +106,12 @@ type RepairLog interface {
 	Repairs() (since time.Time, counts []weft.RepairCount)
 }
 
+// WayLog tells how packets leave this node.
+type WayLog interface {
+	// Ways are those of networks that may go without encapsulation, in order.
+	Ways() []weft.Way
+}
+
 // ImageStore is the images of this node.
 type ImageStore interface {
 	Images(ctx context.Context) ([]weft.Image, error)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,10 @@ func fixed(t *testing.T) *apitest.Cluster {
 	n := 0
 	c.NewID = func() weft.ID { n++; return weft.ID(fmt.Sprintf("%025d", n)) }
 	c.Now = func() time.Time { return time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC) }
+	c.Natives = []weft.Way{
+		{VNI: weft.FirstVNI, VTEP: netip.MustParseAddr("10.99.0.2"), Native: true, Since: c.Now().Add(-time.Minute)},
+		{VNI: weft.FirstVNI, VTEP: netip.MustParseAddr("10.99.0.3"), Since: c.Now().Add(-time.Hour), Reason: "probes do not come back"},
+	}
 	c.Counts = []weft.RepairCount{{Kind: "fdb missing", Count: 2, Last: c.Now().Add(-time.Minute), Object: "fdb 02:9c:0a:00:10:05 of network 4097", Reason: "it was gone"}}
 	return c
 }
@@ -76,7 +81,7 @@ func TestGolden(t *testing.T) {
 	for name, path := range map[string]string{
 		"services": "/services?status=true", "service": "/services/web", "tasks": `/tasks?filters={"_up-to-date":["true"]}`,
 		"nodes": "/nodes", "networks": "/networks", "network": "/networks/n?verbose=1", "swarm": "/swarm",
-		"container": "/containers/web.1.0000000000000000000000007/json", "images": "/images/json", "volumes": "/volumes", "repairs": api.RepairsPath,
+		"container": "/containers/web.1.0000000000000000000000007/json", "images": "/images/json", "volumes": "/volumes", "repairs": api.RepairsPath, "ways": api.WaysPath,
 	} {
 		if name == "container" {
 			var list []struct {

@@ -28,6 +28,7 @@ type RepairCount struct {
 
 func (s *Server) ownRoutes(add adder) {
 	add("GET", RepairsPath, s.repairs)
+	add("GET", WaysPath, s.ways)
 }
 
 func (s *Server) repairs(c *call) error {

@@ -275,6 +275,8 @@ func (v *view) findSettings() (fault, reason string) {
 		return "", ""
 	case v.had.MTU != v.left.MTU:
 		return wrong, fmt.Sprintf("MTU was %d instead of %d", v.had.MTU, v.left.MTU)
+	case v.had.Native != v.left.Native:
+		return wrong, fmt.Sprintf("taking packets without encapsulation was %t instead of %t", v.had.Native, v.left.Native)
 	case !slices.Equal(sortedPrefixes(v.had.Subnets), sortedPrefixes(v.left.Subnets)):
 		return wrong, fmt.Sprintf("subnets were %v instead of %v", v.had.Subnets, v.left.Subnets)
 	}
@@ -295,8 +297,8 @@ func (v *view) findDevice() (fault, reason string) {
 	return "", ""
 }
 
-// half is the VTEP of an entry of which only one of two halves is there.
-var half = netip.IPv4Unspecified()
+// half is the way of an entry of which only one of two halves is there.
+var half = Way{VTEP: netip.IPv4Unspecified()}
 
 func (v *view) findFDB(op Op) (fault, reason string) {
 	mac := MACOf(op.MAC)
@@ -308,7 +310,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	switch {
 	case inHad == inLeft && had == left && !isNarrow, inLeft && op.Kind == OpDelFDB:
 		return "", ""
-	case v.isNewDevice && (op.Kind == OpSetFDB && had == op.VTEP.Unmap() || v.had.Device == "" && (!inHad || isHalf)):
+	case v.isNewDevice && (op.Kind == OpSetFDB && had == Way{op.VTEP.Unmap(), op.Native} || v.had.Device == "" && (!inHad || isHalf)):
 		return "", "" // it went with the device
 	case isHalf:
 		return wrong, "one of its two halves was there"
@@ -317,7 +319,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	case !inHad:
 		return missing, FaultGone
 	case !inLeft:
-		return stray, "it led to " + vtepText(had)
+		return stray, "it led to " + had.String()
 	}
 	return wrong, fmt.Sprintf("it led to %s instead of %s", wayText(had, hadMTU), wayText(left, leftMTU))
 }

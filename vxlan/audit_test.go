@@ -23,7 +23,7 @@ func things(s vxlan.State) map[string]string {
 	out := map[string]string{}
 	for vni, n := range s.Networks {
 		out[fmt.Sprintf("network %d", vni)] = string(n.ID)
-		out[fmt.Sprintf("settings of network %d", vni)] = fmt.Sprint(n.MTU)
+		out[fmt.Sprintf("settings of network %d", vni)] = fmt.Sprint(n.MTU, n.Native)
 		out[weft.VXLANName(vni)] = fmt.Sprint(n.VTEP, n.Port)
 		t := vxlan.Derive(n)
 		for mac, vtep := range t.FDB {

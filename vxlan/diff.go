@@ -22,7 +22,7 @@ const (
 	OpDelStale OpKind = iota
 	// OpAddNetwork makes the namespace, the bridge and the VXLAN device.
 	OpAddNetwork
-	// OpSetNetwork changes MTU or subnets in place.
+	// OpSetNetwork changes MTU, subnets or Native in place.
 	OpSetNetwork
 	// OpSetDevice repairs or remakes the VXLAN device; its forwarding
 	// entries follow.
@@ -71,7 +71,8 @@ type Op struct {
 	Addr    netip.Addr
 	MAC     net.HardwareAddr
 	VTEP    netip.Addr
-	MTU     int // OpSetFDB, where narrower than the network's; else 0
+	Native  bool // of OpSetFDB: see Peer.Native
+	MTU     int  // OpSetFDB, where narrower than the network's; else 0
 }
 
 // String is one line for errors and logs.
@@ -85,25 +86,35 @@ func (o Op) String() string {
 	case OpSetNeigh, OpDelNeigh:
 		s = fmt.Sprintf("%s %s %s of network %d", o.Kind, o.Addr, o.MAC, o.VNI)
 	case OpSetFDB, OpDelFDB:
-		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, wayText(o.VTEP, o.MTU), o.VNI)
+		s = fmt.Sprintf("%s %s to %s of network %d", o.Kind, o.MAC, wayText(Way{o.VTEP, o.Native}, o.MTU), o.VNI)
 	case OpAddNetwork, OpDelNetwork, OpDelStale:
 		s = fmt.Sprintf("%s %d", o.Kind, o.VNI)
 	}
 	return s
 }
 
-func wayText(vtep netip.Addr, mtu int) string {
+func wayText(w Way, mtu int) string {
 	if mtu == 0 {
-		return vtepText(vtep)
+		return w.String()
 	}
-	return fmt.Sprintf("%s (MTU %d)", vtepText(vtep), mtu)
+	return fmt.Sprintf("%s (MTU %d)", w, mtu)
 }
 
-func vtepText(a netip.Addr) string {
-	if !a.IsValid() {
+// Way is where frames to a hardware address go.
+type Way struct {
+	VTEP   netip.Addr // invalid = nowhere
+	Native bool       // see Peer.Native
+}
+
+// String is the way for messages.
+func (w Way) String() string {
+	switch {
+	case !w.VTEP.IsValid():
 		return "nowhere"
+	case w.Native:
+		return w.VTEP.String() + " without encapsulation"
 	}
-	return a.String()
+	return w.VTEP.String()
 }
 
 // Tables are the two tables of one network as the kernel keeps them. Peers and
@@ -111,8 +122,8 @@ func vtepText(a netip.Addr) string {
 type Tables struct {
 	// Neigh answers ARP and neighbour discovery: address to MAC.
 	Neigh map[netip.Addr]MAC
-	// FDB forwards: MAC to VTEP, or to nowhere (the zero Addr).
-	FDB map[MAC]netip.Addr
+	// FDB forwards: MAC to VTEP, or to nowhere (the zero Way).
+	FDB map[MAC]Way
 	// MTU of the way to a MAC, in bytes, where it is narrower than the
 	// network's. Not every engine keeps it (Network.Ways).
 	MTU map[MAC]int
@@ -143,17 +154,17 @@ func (m MAC) HardwareAddr() net.HardwareAddr { return append(net.HardwareAddr(ni
 // address, and the router tells by it which peer is meant. An entry that was read
 // as a wrong one (at the unspecified address) stays that.
 func Derive(n Network) Tables {
-	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]netip.Addr, len(n.Peers)+len(n.VIPs))}
+	t := Tables{Neigh: make(map[netip.Addr]MAC, len(n.Peers)+len(n.VIPs)), FDB: make(map[MAC]Way, len(n.Peers)+len(n.VIPs))}
 	for _, v := range n.VIPs {
 		if v.Addr.IsValid() {
 			t.Neigh[v.Addr.Unmap()] = MACOf(v.MAC)
 		}
-		t.FDB[MACOf(v.MAC)] = netip.Addr{}
+		t.FDB[MACOf(v.MAC)] = Way{}
 	}
 	for _, p := range n.Peers {
 		if n.Encrypted && p.VTEP.IsValid() && !p.VTEP.IsUnspecified() {
-			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = netip.Addr{}
-			t.FDB[MACOf(p.MAC)] = netip.Addr{}
+			t.FDB[MACOf(weft.RouterMAC(n.VNI))] = Way{}
+			t.FDB[MACOf(p.MAC)] = Way{}
 			if p.Addr.IsValid() {
 				t.Neigh[p.Addr.Unmap()] = MACOf(weft.RouterMAC(n.VNI))
 			}
@@ -163,7 +174,8 @@ func Derive(n Network) Tables {
 			t.Neigh[p.Addr.Unmap()] = MACOf(p.MAC)
 		}
 		if p.VTEP.IsValid() {
-			t.FDB[MACOf(p.MAC)] = p.VTEP.Unmap()
+			twin, ok := t.FDB[MACOf(p.MAC)]
+			t.FDB[MACOf(p.MAC)] = Way{p.VTEP.Unmap(), p.Native && (!ok || twin.Native)}
 			t.narrow(MACOf(p.MAC), p.MTU, n.MTU)
 		}
 	}
@@ -187,18 +199,18 @@ func Observed(t Tables) (peers []Peer, vips []VIP) {
 	named := make(map[MAC]bool, len(t.Neigh))
 	for addr, mac := range t.Neigh {
 		named[mac] = true
-		vtep, ok := t.FDB[mac]
-		if ok && !vtep.IsValid() {
+		way, ok := t.FDB[mac]
+		if ok && !way.VTEP.IsValid() {
 			vips = append(vips, VIP{Addr: addr, MAC: mac.HardwareAddr()})
 			continue
 		}
-		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: vtep, MTU: t.MTU[mac]})
+		peers = append(peers, Peer{Addr: addr, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native, MTU: t.MTU[mac]})
 	}
-	for mac, vtep := range t.FDB {
+	for mac, way := range t.FDB {
 		switch {
 		case named[mac]:
-		case vtep.IsValid():
-			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: vtep, MTU: t.MTU[mac]})
+		case way.VTEP.IsValid():
+			peers = append(peers, Peer{MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native, MTU: t.MTU[mac]})
 		default:
 			vips = append(vips, VIP{MAC: mac.HardwareAddr()})
 		}
@@ -256,7 +268,7 @@ func sameDevice(h, w Network) bool {
 func diffNetwork(h, w Network) []Op {
 	var ops []Op
 	remade := !sameDevice(h, w)
-	if h.MTU != w.MTU || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
+	if h.MTU != w.MTU || h.Native != w.Native || !slices.Equal(sortedPrefixes(h.Subnets), sortedPrefixes(w.Subnets)) {
 		ops = append(ops, Op{Kind: OpSetNetwork, VNI: w.VNI, Network: header(w)})
 	}
 	ht, wt := Derive(h), Derive(w)
@@ -264,14 +276,14 @@ func diffNetwork(h, w Network) []Op {
 		ops = append(ops, Op{Kind: OpSetDevice, VNI: w.VNI, Network: header(w)})
 		ht.FDB = nil // it went with the device
 	}
-	for mac, vtep := range wt.FDB {
-		if old, ok := ht.FDB[mac]; !ok || old != vtep || h.Ways && ht.MTU[mac] != wt.MTU[mac] {
-			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep, MTU: wt.MTU[mac]})
+	for mac, way := range wt.FDB {
+		if old, ok := ht.FDB[mac]; !ok || old != way || h.Ways && ht.MTU[mac] != wt.MTU[mac] {
+			ops = append(ops, Op{Kind: OpSetFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native, MTU: wt.MTU[mac]})
 		}
 	}
-	for mac, vtep := range ht.FDB {
+	for mac, way := range ht.FDB {
 		if _, ok := wt.FDB[mac]; !ok {
-			ops = append(ops, Op{Kind: OpDelFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: vtep})
+			ops = append(ops, Op{Kind: OpDelFDB, VNI: w.VNI, MAC: mac.HardwareAddr(), VTEP: way.VTEP, Native: way.Native})
 		}
 	}
 	for addr, mac := range wt.Neigh {
@@ -289,13 +301,14 @@ func diffNetwork(h, w Network) []Op {
 
 func diffPorts(h, w Network) []Op {
 	var ops []Op
-	mtu := h.MTU != w.MTU // a port carries the network's
+	mtu := h.MTU != w.MTU                  // a port carries the network's
+	changed := mtu || h.Native != w.Native // and is found by its addresses, or not
 	have := make(map[string]Port, len(h.Ports))
 	for _, p := range h.Ports {
 		have[string(p.Task)] = p
 	}
 	for _, p := range w.Ports {
-		if old, ok := have[string(p.Task)]; !ok || mtu || comparePorts(old, p) != 0 {
+		if old, ok := have[string(p.Task)]; !ok || changed || comparePorts(old, p) != 0 {
 			ops = append(ops, Op{Kind: OpSetPort, VNI: w.VNI, Port: &p})
 		}
 		delete(have, string(p.Task))
@@ -335,7 +348,17 @@ func opTask(o Op) string {
 }
 
 func comparePeers(a, b Peer) int {
-	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), a.VTEP.Compare(b.VTEP))
+	return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC), a.VTEP.Compare(b.VTEP), compareBools(a.Native, b.Native))
+}
+
+func compareBools(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
 }
 
 func compareVIPs(a, b VIP) int {

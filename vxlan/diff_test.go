@@ -30,6 +30,7 @@ func draw(t *rapid.T, label string) vxlan.State {
 			VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(1, 2).Draw(t, label+" vtep"))}), Port: 4789,
 		}
 		n.Encrypted = n.ID[len(n.ID)-1] == '1' // fixed for the life of a network
+		n.Native = !n.Encrypted && rapid.Bool().Draw(t, label+" is native")
 		for i := byte(1); i < 8; i++ {
 			a := netip.AddrFrom4([4]byte{10, 0, 0, i})
 			task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, label+" generation")*100+int(i)))
@@ -44,6 +45,7 @@ func draw(t *rapid.T, label string) vxlan.State {
 			case 2:
 				p := vxlan.Peer{Addr: a, MAC: mac, VTEP: netip.AddrFrom4([4]byte{10, 99, 0, byte(rapid.IntRange(3, 4).Draw(t, label+" peer vtep"))}),
 					MTU: rapid.SampledFrom([]int{0, 1300, 1350}).Draw(t, label+" way")}
+				p.Native = n.Native && rapid.Bool().Draw(t, label+" peer is native")
 				n.Peers = append(n.Peers, p)
 				if rapid.Bool().Draw(t, label+" is dual") {
 					p.Addr = second(i)
@@ -188,12 +190,12 @@ func TestEncryptedTables(t *testing.T) {
 		t.Fatalf("tables %v: the router must answer for %s", got, a)
 	}
 	for _, m := range []vxlan.MAC{router, vxlan.MACOf(mac)} {
-		if vtep, ok := got.FDB[m]; !ok || vtep.IsValid() {
+		if vtep, ok := got.FDB[m]; !ok || vtep.VTEP.IsValid() {
 			t.Errorf("frames to %s: %v %v, want the uplink and no VTEP", m.HardwareAddr(), vtep, ok)
 		}
 	}
 	// What was read as a wrong entry stays one, and is written anew.
-	wrong := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{a: router}, FDB: map[vxlan.MAC]netip.Addr{router: {}, vxlan.MACOf(mac): netip.IPv4Unspecified()}}
+	wrong := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{a: router}, FDB: map[vxlan.MAC]vxlan.Way{router: {}, vxlan.MACOf(mac): {VTEP: netip.IPv6Unspecified()}}}
 	read := n
 	read.Peers, read.VIPs = vxlan.Observed(wrong)
 	if got := vxlan.Derive(read); !maps.Equal(got.FDB, wrong.FDB) || !maps.Equal(got.Neigh, wrong.Neigh) {
@@ -265,6 +267,10 @@ func TestValidateNames(t *testing.T) {
 		"peer of a tiny MTU": func(n *vxlan.Network) {
 			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: n.VTEP.Next(), MTU: 67}}
 		},
+		"native and encrypted": func(n *vxlan.Network) { n.Native, n.Encrypted = true, true },
+		"native peer of another network": func(n *vxlan.Network) {
+			n.Peers = []vxlan.Peer{{Addr: a, MAC: mac, VTEP: n.VTEP.Next(), Native: true}}
+		},
 		"VIP of a negative MTU": func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: mac, MTU: -1}} },
 		"address twice":         func(n *vxlan.Network) { n.VIPs = []vxlan.VIP{{Addr: a, MAC: mac}, {Addr: a, MAC: weft.VIPMAC("s", a)}} },
 		"MAC of three": func(n *vxlan.Network) {
@@ -291,6 +297,19 @@ func TestValidateNames(t *testing.T) {
 		spoil(&n)
 		if err := n.Validate(); !errors.Is(err, weft.ErrInvalid) {
 			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+// TestTwinsAreNativeTogether: the two addresses of an endpoint share a forwarding
+// entry, which goes without encapsulation only if both may.
+func TestTwinsAreNativeTogether(t *testing.T) {
+	a := netip.MustParseAddr("10.0.0.2")
+	mac, vtep := weft.EndpointMAC("u", a), netip.MustParseAddr("10.99.0.2")
+	for _, c := range [][2]bool{{false, false}, {true, false}, {false, true}, {true, true}} {
+		n := vxlan.Network{Native: true, Peers: []vxlan.Peer{{Addr: a, MAC: mac, VTEP: vtep, Native: c[0]}, {Addr: second(2), MAC: mac, VTEP: vtep, Native: c[1]}}}
+		if got := vxlan.Derive(n).FDB[vxlan.MACOf(mac)]; got != (vxlan.Way{VTEP: vtep, Native: c[0] && c[1]}) {
+			t.Errorf("%v: the way is %s", c, got)
 		}
 	}
 }

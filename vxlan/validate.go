@@ -155,6 +155,9 @@ func (c *checker) check() {
 	if n.Port == 0 {
 		c.fail("no UDP port")
 	}
+	if n.Native && n.Encrypted {
+		c.fail("is encrypted, and cannot go without encapsulation")
+	}
 	least := minMTU
 	for _, p := range n.Subnets {
 		if !p.IsValid() || p.Masked() != p {
@@ -186,6 +189,9 @@ func (c *checker) check() {
 		what := fmt.Sprintf("peer %s", p.Addr)
 		c.address(what, p.Addr)
 		c.way(what, p.MTU)
+		if p.Native && !n.Native {
+			c.fail("%s: it is native, and the network is not", what)
+		}
 		// The two addresses of an endpoint share its hardware address.
 		first, again := macs[MACOf(p.MAC)]
 		if again && first.VTEP.Unmap() == p.VTEP.Unmap() && first.Addr.Unmap().Is4() != p.Addr.Unmap().Is4() {

@@ -36,6 +36,10 @@ type Network struct {
 	// Encrypted networks have no VXLAN device: packets to Peers leave by an
 	// uplink (weft.UplinkName) to a router, which encrypts them.
 	Encrypted bool
+	// Native networks take packets for their tasks without encapsulation,
+	// too. It is set only for an engine that can (vxlan/bpf), never with
+	// Encrypted, and no other native network may have an address of this one.
+	Native bool
 	// Ports are the local tasks' ports.
 	Ports []Port
 	// Peers are the endpoints on other nodes: one static FDB and one
@@ -84,6 +88,10 @@ type Peer struct {
 	// than the network's; 0 = the network's. Senders know it by their routes
 	// (see Router), and an engine may also answer "too big" by it (Ways).
 	MTU int
+	// Native: packets between its own address and a port's go there without
+	// encapsulation, as it was proven that they arrive. Peers of one MAC are
+	// native together or not at all; one that is not has the others wait.
+	Native bool
 }
 
 // VIP is a service address on the network.

@@ -35,6 +35,11 @@ type Input struct {
 	// in it takes what the link does.
 	MTU   int
 	Paths map[netip.Addr]int
+	// Proven are the ways on which packets were seen to arrive without
+	// encapsulation; nil = this node's engine cannot do without. CutsTunnels
+	// says that the link cuts large packets of VXLAN itself.
+	Proven      map[vxlan.NativeWay]bool
+	CutsTunnels bool
 	// KeyEpoch is the cluster's generation of keys for encrypted networks.
 	KeyEpoch uint64
 	Networks []weft.Network
@@ -85,6 +90,8 @@ type Output struct {
 	Names   dns.Records
 	// Publish is what this node tells the others.
 	Publish []weft.Endpoint
+	// Native are the ways to prove, for the Input of a later Derive.
+	Native map[vxlan.NativeWay]vxlan.NativeEnds
 }
 
 // Derive computes the desired state. Order within slices is by identifier, so
@@ -98,12 +105,15 @@ func Derive(in Input) Output {
 	out := Output{
 		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
 		Publish: published,
+		Native:  map[vxlan.NativeWay]vxlan.NativeEnds{},
 	}
 	for _, n := range sorted(in.Networks, func(n weft.Network) string { return string(n.ID) }) {
 		if !d.carried(n) {
 			continue
 		}
-		out.Overlay.Networks[n.VNI] = d.overlay(n)
+		o := d.overlay(n)
+		d.setNative(n, &o, out.Native)
+		out.Overlay.Networks[n.VNI] = o
 		out.Ingress.Networks = append(out.Ingress.Networks, d.balanced(n))
 		if n.Spec.Ingress {
 			out.Ingress.Published = d.published(n)

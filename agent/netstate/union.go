@@ -50,6 +50,11 @@ func unionNetwork(have, want vxlan.Network) vxlan.Network {
 		return slices.ContainsFunc(p.Addrs(), func(a netip.Prefix) bool { return taken[a.Addr()] })
 	})
 	oldPeers := slices.DeleteFunc(slices.Clone(have.Peers), func(p vxlan.Peer) bool { return taken[p.Addr] })
+	if !want.Native { // then nobody is reached so any more
+		for i := range oldPeers {
+			oldPeers[i].Native = false
+		}
+	}
 	want.Ports = union(oldPorts, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
 	want.Peers = union(oldPeers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })
 	want.VIPs = union(have.VIPs, want.VIPs, func(v vxlan.VIP) netip.Addr { return v.Addr })

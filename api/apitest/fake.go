@@ -32,6 +32,8 @@ type Cluster struct {
 	Fail func(method string) error
 	// Counts are the repairs that the node tells of. Set before use.
 	Counts []weft.RepairCount
+	// Natives are the ways that the node tells of. Set before use.
+	Natives []weft.Way
 
 	mu       sync.Mutex // guards: all below
 	index    uint64
@@ -56,6 +58,7 @@ var (
 	_ api.ContainerStore = (*Cluster)(nil)
 	_ api.ImageStore     = (*Cluster)(nil)
 	_ api.RepairLog      = (*Cluster)(nil)
+	_ api.WayLog         = (*Cluster)(nil)
 )
 
 // New makes a node that is in no cluster.
@@ -70,7 +73,7 @@ func New() *Cluster {
 
 // Config fills in the back ends of c.
 func (c *Cluster) Config() api.Config {
-	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Repairs: c, Version: "0.0-test"}
+	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Repairs: c, Ways: c, Version: "0.0-test"}
 }
 
 func (c *Cluster) enter(method string) error {
@@ -116,6 +119,9 @@ func (c *Cluster) Local() weft.LocalInfo {
 func (c *Cluster) Repairs() (time.Time, []weft.RepairCount) {
 	return c.Now().Add(-time.Hour), c.Counts
 }
+
+// Ways returns Natives.
+func (c *Cluster) Ways() []weft.Way { return c.Natives }
 
 func description() weft.NodeDescription {
 	return weft.NodeDescription{Hostname: "h1", OS: "linux", Arch: "x86_64", Kernel: "6.18.0", EngineVersion: "0.0-test", NanoCPUs: 2e9, MemoryBytes: 4 << 30}

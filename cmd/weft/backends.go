@@ -22,8 +22,24 @@ func apiConfig(ms *membership, d *containerd.Driver, log *slog.Logger) api.Confi
 	c := clusterCalls{ms}
 	return api.Config{
 		Swarm: ms, Services: c, Tasks: c, Nodes: c, Networks: c,
-		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Log: log,
+		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Ways: nodeWays{ms}, Log: log,
 	}
+}
+
+// nodeWays is what this node's member, if it is one now, knows of its ways.
+type nodeWays struct{ ms *membership }
+
+// Ways implements api.WayLog.
+func (n nodeWays) Ways() []weft.Way {
+	m, err := n.ms.member()
+	if err != nil {
+		return nil
+	}
+	d := m.data.Load()
+	if d == nil || d.natives == nil {
+		return nil
+	}
+	return d.natives.Ways()
 }
 
 // clusterCalls finds the way to the leader anew for each call.

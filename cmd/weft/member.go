@@ -70,6 +70,7 @@ type dataPlane struct {
 	overlay vxlan.Kernel
 	service ingress.Engine
 	crypt   *wg.Engine
+	natives *natives // nil where the overlay engine always encapsulates
 }
 
 // stage tells how far a member's life has come.
@@ -170,20 +171,29 @@ func (m *member) makeEngines(ctx context.Context) (*dataPlane, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &dataPlane{overlay: vxlan.Routed{Kernel: crypt, Router: &linux.Router{}}, service: service, crypt: crypt}
+	natives, err := newNatives(m.state.DataPath, overlay, m.log)
+	if err != nil {
+		return nil, err
+	}
+	d := &dataPlane{overlay: vxlan.Routed{Kernel: crypt, Router: &linux.Router{}}, service: service, crypt: crypt, natives: natives}
 	m.data.Store(d)
+	m.under.natives <- natives
 	m.able()
 	return d, nil
 }
 
 // agentEngines is agent.Config's Engines.
-func (m *member) agentEngines(ctx context.Context) (vxlan.Kernel, ingress.Engine, error) {
+func (m *member) agentEngines(ctx context.Context) (agent.Engines, error) {
 	m.stage.namedOnce.Do(func() { close(m.stage.named) })
 	d, err := m.makeEngines(ctx)
 	if err != nil {
-		return nil, nil, err
+		return agent.Engines{}, err
 	}
-	return d.overlay, d.service, nil
+	e := agent.Engines{Overlay: d.overlay, Balancer: d.service}
+	if d.natives != nil {
+		e.Natives = d.natives
+	}
+	return e, nil
 }
 
 // keys is agent.Config's Keys, asked for when the engines are made.

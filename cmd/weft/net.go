@@ -17,7 +17,7 @@ import (
 
 func newNetCommand(c *connection) *cobra.Command {
 	cmd := &cobra.Command{Use: "net", Short: "Look into this host's data plane"}
-	cmd.AddCommand(netRepairs(c))
+	cmd.AddCommand(netRepairs(c), netWays(c))
 	return cmd
 }
 
@@ -39,6 +39,36 @@ not counted. Every single repair is in the daemon's log.`,
 			if len(answer.Repairs) == 0 {
 				fmt.Fprintf(cmd.OutOrStdout(), "nothing had to be repaired since %s\n", answer.Since.Format(time.RFC3339))
 				return nil
+			}
+			return table(cmd.OutOrStdout(), rows)
+		})}
+}
+
+func netWays(c *connection) *cobra.Command {
+	return &cobra.Command{
+		Use: "ways", Short: "Show how packets of native networks go to other hosts", Args: cobra.NoArgs,
+		Long: `Show how this host sends packets of networks made with --opt encap=native, or
+auto, to each other host: natively, which is without encapsulation, or by VXLAN,
+and why.`,
+		RunE: c.action(func(cmd *cobra.Command, client *client.Client, _ []string) error {
+			var answer api.WaysAnswer
+			if err := askOwn(cmd.Context(), client, api.WaysPath, &answer); err != nil {
+				return err
+			}
+			if len(answer.Ways) == 0 {
+				fmt.Fprintln(cmd.OutOrStdout(), "this host sends everything by VXLAN")
+				return nil
+			}
+			rows := [][]string{{"NETWORK", "HOST", "WAY", "SINCE", "REASON"}}
+			for _, w := range answer.Ways {
+				way, network := "vxlan", w.Network
+				if w.Native {
+					way = "native"
+				}
+				if network == "" {
+					network = fmt.Sprint(w.VNI)
+				}
+				rows = append(rows, []string{network, w.VTEP.String(), way, ago(w.Since), w.Reason})
 			}
 			return table(cmd.OutOrStdout(), rows)
 		})}

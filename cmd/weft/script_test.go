@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,6 +65,10 @@ func serveScript(env *testscript.Env) error {
 			return fmt.Errorf("%w: %s", weft.ErrUnavailable, weft.NoLeader)
 		}
 		return nil
+	}
+	c.Natives = []weft.Way{
+		{VNI: weft.FirstVNI, VTEP: netip.MustParseAddr("10.99.0.2"), Native: true, Since: time.Now().Add(-3 * time.Minute)},
+		{VNI: weft.FirstVNI + 1, VTEP: netip.MustParseAddr("10.99.0.3"), Since: time.Now().Add(-time.Hour), Reason: "probes do not come back"},
 	}
 	c.Counts = []weft.RepairCount{
 		{Kind: "device wrong", Count: 1, Last: time.Now().Add(-time.Hour), Object: "wx4097", Reason: "wx4097 was down"},

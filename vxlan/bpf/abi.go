@@ -13,7 +13,7 @@ import (
 // abiVersion is the number of c/overlay.h's layouts. It names the folder of the
 // pins, so that engines of two versions never share a map: the newer one fills
 // maps of its own, and then takes the older ones away.
-const abiVersion = 1
+const abiVersion = 2
 
 // Limits of c/overlay.h.
 const (
@@ -33,6 +33,12 @@ const (
 	// The local ones of an encrypted network.
 	destSealedTask kind = 6
 	destSealedLeg  kind = 7
+)
+
+// Flags of an entry (enum flags).
+const (
+	wayNative uint16 = 1
+	wayOnLink uint16 = 2
 )
 
 func (k kind) isLocal() bool {
@@ -95,7 +101,7 @@ type destValue struct {
 	MTU      uint16
 	IfIndex  uint32
 	UDP      be16
-	Zero     uint16
+	Flags    uint16
 	VTEP     addr16
 	NextHop  [16]byte // IPv4: the first four
 }
@@ -123,17 +129,38 @@ type netValue struct {
 	Subnets [maxSubnets]prefixValue
 }
 
-// netEncrypted is a flag of a netValue.
-const netEncrypted = 1
+// Flags of a netValue.
+const (
+	netEncrypted = 1
+	netNative    = 2
+)
 
 func (v netValue) isEncrypted() bool { return v.Flags&netEncrypted != 0 }
+func (v netValue) isNative() bool    { return v.Flags&netNative != 0 }
+
+// nativeValue and the next are those of c/native.h.
+type nativeValue struct {
+	VNI     uint32
+	IfIndex uint32
+	MAC     vxlan.MAC
+	Zero    uint16
+}
+
+type echoKey struct {
+	VNI    uint32
+	Family uint32
+	VTEP   addr16
+}
 
 // encodeNet is the head of a network as the map has it. What does not fit is
 // weft.ErrInvalid.
 func encodeNet(n vxlan.Network) (netValue, error) {
 	v := netValue{MTU: uint16(n.MTU), UDP: be(n.Port), Count: uint16(len(n.Subnets)), VTEP: addrOf(n.VTEP)}
 	if n.Encrypted {
-		v.Flags = netEncrypted
+		v.Flags |= netEncrypted
+	}
+	if n.Native {
+		v.Flags |= netNative
 	}
 	if len(n.ID) > maxIDLength || bytes.IndexByte([]byte(n.ID), 0) >= 0 {
 		return v, fmt.Errorf("network %d: id %q is longer than %d bytes or has a zero byte: %w", n.VNI, n.ID, maxIDLength, weft.ErrInvalid)
@@ -151,7 +178,7 @@ func encodeNet(n vxlan.Network) (netValue, error) {
 // decodeNet is the opposite of encodeNet. A value that encodeNet does not make
 // gives false.
 func decodeNet(vni uint32, v netValue) (vxlan.Network, bool) {
-	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr(), Encrypted: v.isEncrypted()}
+	n := vxlan.Network{VNI: vni, MTU: int(v.MTU), Port: v.UDP.v(), VTEP: v.VTEP.Addr(), Encrypted: v.isEncrypted(), Native: v.isNative()}
 	end := bytes.IndexByte(v.ID[:], 0)
 	if end < 0 || v.Count > maxSubnets {
 		return n, false

@@ -23,8 +23,8 @@ func TestObjectIsOfTheSources(t *testing.T) {
 	sums, err := os.ReadFile("overlay.sum")
 	must(t, err)
 	lines := strings.Split(strings.TrimSpace(string(sums)), "\n")
-	if len(lines) != 5 {
-		t.Fatalf("overlay.sum has %d lines, want the four sources and the object", len(lines))
+	if len(lines) != 6 {
+		t.Fatalf("overlay.sum has %d lines, want the five sources and the object", len(lines))
 	}
 	for _, line := range lines {
 		want, file, _ := strings.Cut(line, "  ")
@@ -46,6 +46,7 @@ func TestLayouts(t *testing.T) {
 	}{
 		{overlayMapMacs, macKey{}, destValue{}}, {overlayMapEps, epKey{}, epValue{}},
 		{overlayMapPorts, uint32(0), portValue{}}, {overlayMapNets, uint32(0), netValue{}},
+		{overlayMapNatives, addr16{}, nativeValue{}}, {overlayMapEchoes, echoKey{}, uint64(0)},
 	} {
 		m := spec.Maps[c.name]
 		if k, v := binary.Size(c.key), binary.Size(c.value); uint32(k) != m.KeySize || uint32(v) != m.ValueSize {
@@ -78,7 +79,7 @@ func TestNetworksComeBack(t *testing.T) {
 		n := vxlan.Network{
 			ID: weft.ID(rapid.StringMatching(`[a-z0-9-]{1,63}`).Draw(r, "id")), VNI: rapid.Uint32Range(1, 1<<24-1).Draw(r, "vni"),
 			MTU: rapid.IntRange(68, 65535).Draw(r, "mtu"), Port: rapid.Uint16Min(1).Draw(r, "port"),
-			VTEP: netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(r, "vtep"))), Encrypted: rapid.Bool().Draw(r, "encrypted"),
+			VTEP: netip.AddrFrom4([4]byte(rapid.SliceOfN(rapid.Byte(), 4, 4).Draw(r, "vtep"))), Encrypted: rapid.Bool().Draw(r, "encrypted"), Native: rapid.Bool().Draw(r, "native"),
 		}
 		for range rapid.IntRange(0, maxSubnets).Draw(r, "subnets") {
 			a := drawAddr(r, "subnet")
@@ -92,7 +93,7 @@ func TestNetworksComeBack(t *testing.T) {
 			r.Fatal(err)
 		}
 		got, ok := decodeNet(n.VNI, v)
-		if !ok || got.ID != n.ID || got.MTU != n.MTU || got.Port != n.Port || got.VTEP != n.VTEP || got.Encrypted != n.Encrypted || !slices.Equal(got.Subnets, n.Subnets) {
+		if !ok || got.ID != n.ID || got.MTU != n.MTU || got.Port != n.Port || got.VTEP != n.VTEP || got.Encrypted != n.Encrypted || got.Native != n.Native || !slices.Equal(got.Subnets, n.Subnets) {
 			r.Fatalf("%+v became %+v, %v", n, got, ok)
 		}
 	})
@@ -115,7 +116,7 @@ func TestDamagedNetworksAreSeen(t *testing.T) {
 			r.Fatal(err)
 		}
 		got, ok := decodeNet(n.VNI, w)
-		if ok && got.ID == n.ID && got.MTU == n.MTU && got.Port == n.Port && got.VTEP == n.VTEP && got.Encrypted == n.Encrypted && slices.Equal(got.Subnets, n.Subnets) {
+		if ok && got.ID == n.ID && got.MTU == n.MTU && got.Port == n.Port && got.VTEP == n.VTEP && got.Encrypted == n.Encrypted && got.Native == n.Native && slices.Equal(got.Subnets, n.Subnets) {
 			r.Fatal("the damage is not seen")
 		}
 	})

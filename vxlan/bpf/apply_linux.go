@@ -194,7 +194,7 @@ func (w *writer) setNetwork(n vxlan.Network) error {
 		if mtu == old.MTU {
 			mtu = v.MTU
 		}
-		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.VTEP.Addr(), mtu)); err != nil {
+		if err := w.put(overlayMapMacs, k, w.host.remote(v, d.way(), mtu)); err != nil {
 			return err
 		}
 	}
@@ -209,7 +209,7 @@ func (w *writer) setFDB(op vxlan.Op) error {
 	case head.isEncrypted() && !isService(w.want.Networks[op.VNI], vxlan.MACOf(op.MAC)):
 		d = w.uplinkDest(op.VNI)
 	case op.VTEP.IsValid():
-		d = w.host.remote(head, op.VTEP, uint16(op.MTU))
+		d = w.host.remote(head, vxlan.Way{VTEP: op.VTEP, Native: op.Native}, uint16(op.MTU))
 	}
 	return w.put(overlayMapMacs, macKey{VNI: op.VNI, MAC: vxlan.MACOf(op.MAC)}, d)
 }
@@ -292,11 +292,20 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 			}
 		}
 	}
+	if own.leg != "" {
+		addrs = nil // the host's own stack takes what is for it
+	}
+	if err := w.setNatives(own.vni, head, index, val.MAC, addrs); err != nil {
+		return err
+	}
 	return w.via.attach(portHook(p.Name, index))
 }
 
 // forget removes the entries of a hardware address that the port at index had.
 func (w *writer) forget(vni uint32, mac vxlan.MAC, index int) error {
+	if err := w.delNatives(index, nil); err != nil {
+		return err
+	}
 	k := macKey{VNI: vni, MAC: mac}
 	if d, ok := w.dests[k]; ok && d.Kind.isLocal() && d.IfIndex == uint32(index) {
 		if err := w.remove(overlayMapMacs, k); err != nil {

@@ -84,7 +84,7 @@ func (h *testHost) detach(name string) error {
 			}
 			return netlink.FilterDel(fs[0].BpfFilter)
 		}
-		for _, pin := range []string{name, underlayHook(l.Attrs().Index).pin, tunnelHook(l.Attrs().Index).pin} {
+		for _, pin := range []string{name, underlayHook(l.Attrs().Index, false).pin, tunnelHook(l.Attrs().Index).pin} {
 			found, err := filepath.Glob(h.engine().path("links", pin))
 			if err != nil || len(found) == 0 {
 				continue

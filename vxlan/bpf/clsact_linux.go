@@ -254,8 +254,8 @@ func (c *clsact) standing() ([]hook, error) {
 			switch f.prog {
 			case overlayProgFromTask:
 				out = append(out, portHook(l.Attrs().Name, index))
-			case overlayProgFromUnderlay:
-				out = append(out, underlayHook(index))
+			case overlayProgFromUnderlay, overlayProgFromNative:
+				out = append(out, underlayHook(index, f.prog == overlayProgFromNative))
 			case overlayProgFromTunnel:
 				out = append(out, tunnelHook(index))
 			}

@@ -16,4 +16,4 @@
 package bpf
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go@v0.22.0 -target bpfel -cc clang -no-global-types -cflags "-O2 -Wall -Wextra -Werror -mcpu=v3" overlay c/overlay.c
-//go:generate sh -c "sha256sum c/kernel.h c/overlay.h c/answer.h c/overlay.c overlay_bpfel.o > overlay.sum"
+//go:generate sh -c "sha256sum c/kernel.h c/overlay.h c/answer.h c/native.h c/overlay.c overlay_bpfel.o > overlay.sum"

@@ -20,8 +20,12 @@ func portHook(name string, ifindex int) hook { return hook{name, ifindex, overla
 
 // Hooks at devices are named by index, as a device may be renamed; ports' by
 // their link ("wp…").
-func underlayHook(ifindex int) hook {
-	return hook{"u" + strconv.Itoa(ifindex), ifindex, overlayProgFromUnderlay}
+func underlayHook(ifindex int, native bool) hook {
+	h := hook{"u" + strconv.Itoa(ifindex), ifindex, overlayProgFromUnderlay}
+	if native {
+		h.prog = overlayProgFromNative
+	}
+	return h
 }
 
 func tunnelHook(ifindex int) hook {

@@ -17,12 +17,15 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	overlayMapCounts          = "counts"
+	overlayMapEchoes          = "echoes"
 	overlayMapEps             = "eps"
 	overlayMapHooks           = "hooks"
 	overlayMapMacs            = "macs"
+	overlayMapNatives         = "natives"
 	overlayMapNets            = "nets"
 	overlayMapPorts           = "ports"
 	overlayProgForward        = "forward"
+	overlayProgFromNative     = "from_native"
 	overlayProgFromTask       = "from_task"
 	overlayProgFromTunnel     = "from_tunnel"
 	overlayProgFromUnderlay   = "from_underlay"
@@ -73,6 +76,7 @@ type overlaySpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type overlayProgramSpecs struct {
 	Forward      *ebpf.ProgramSpec `ebpf:"forward"`
+	FromNative   *ebpf.ProgramSpec `ebpf:"from_native"`
 	FromTask     *ebpf.ProgramSpec `ebpf:"from_task"`
 	FromTunnel   *ebpf.ProgramSpec `ebpf:"from_tunnel"`
 	FromUnderlay *ebpf.ProgramSpec `ebpf:"from_underlay"`
@@ -83,12 +87,14 @@ type overlayProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type overlayMapSpecs struct {
-	Counts *ebpf.MapSpec `ebpf:"counts"`
-	Eps    *ebpf.MapSpec `ebpf:"eps"`
-	Hooks  *ebpf.MapSpec `ebpf:"hooks"`
-	Macs   *ebpf.MapSpec `ebpf:"macs"`
-	Nets   *ebpf.MapSpec `ebpf:"nets"`
-	Ports  *ebpf.MapSpec `ebpf:"ports"`
+	Counts  *ebpf.MapSpec `ebpf:"counts"`
+	Echoes  *ebpf.MapSpec `ebpf:"echoes"`
+	Eps     *ebpf.MapSpec `ebpf:"eps"`
+	Hooks   *ebpf.MapSpec `ebpf:"hooks"`
+	Macs    *ebpf.MapSpec `ebpf:"macs"`
+	Natives *ebpf.MapSpec `ebpf:"natives"`
+	Nets    *ebpf.MapSpec `ebpf:"nets"`
+	Ports   *ebpf.MapSpec `ebpf:"ports"`
 }
 
 // overlayVariableSpecs contains global variables before they are loaded into the kernel.
@@ -118,20 +124,24 @@ func (o *overlayObjects) Close() error {
 //
 // It can be passed to loadOverlayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type overlayMaps struct {
-	Counts *ebpf.Map `ebpf:"counts"`
-	Eps    *ebpf.Map `ebpf:"eps"`
-	Hooks  *ebpf.Map `ebpf:"hooks"`
-	Macs   *ebpf.Map `ebpf:"macs"`
-	Nets   *ebpf.Map `ebpf:"nets"`
-	Ports  *ebpf.Map `ebpf:"ports"`
+	Counts  *ebpf.Map `ebpf:"counts"`
+	Echoes  *ebpf.Map `ebpf:"echoes"`
+	Eps     *ebpf.Map `ebpf:"eps"`
+	Hooks   *ebpf.Map `ebpf:"hooks"`
+	Macs    *ebpf.Map `ebpf:"macs"`
+	Natives *ebpf.Map `ebpf:"natives"`
+	Nets    *ebpf.Map `ebpf:"nets"`
+	Ports   *ebpf.Map `ebpf:"ports"`
 }
 
 func (m *overlayMaps) Close() error {
 	return _OverlayClose(
 		m.Counts,
+		m.Echoes,
 		m.Eps,
 		m.Hooks,
 		m.Macs,
+		m.Natives,
 		m.Nets,
 		m.Ports,
 	)
@@ -149,6 +159,7 @@ type overlayVariables struct {
 // It can be passed to loadOverlayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type overlayPrograms struct {
 	Forward      *ebpf.Program `ebpf:"forward"`
+	FromNative   *ebpf.Program `ebpf:"from_native"`
 	FromTask     *ebpf.Program `ebpf:"from_task"`
 	FromTunnel   *ebpf.Program `ebpf:"from_tunnel"`
 	FromUnderlay *ebpf.Program `ebpf:"from_underlay"`
@@ -158,6 +169,7 @@ type overlayPrograms struct {
 func (p *overlayPrograms) Close() error {
 	return _OverlayClose(
 		p.Forward,
+		p.FromNative,
 		p.FromTask,
 		p.FromTunnel,
 		p.FromUnderlay,

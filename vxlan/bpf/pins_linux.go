@@ -28,9 +28,9 @@ import (
 //
 // A pin's name has no dot: the kernel keeps those for itself.
 
-var mapNames = []string{overlayMapMacs, overlayMapEps, overlayMapPorts, overlayMapNets, overlayMapCounts, overlayMapHooks}
+var mapNames = []string{overlayMapMacs, overlayMapEps, overlayMapPorts, overlayMapNets, overlayMapCounts, overlayMapHooks, overlayMapNatives, overlayMapEchoes}
 
-var progNames = []string{overlayProgFromTask, overlayProgForward, overlayProgFromUnderlay, overlayProgFromTunnel}
+var progNames = []string{overlayProgFromTask, overlayProgForward, overlayProgFromUnderlay, overlayProgFromNative, overlayProgFromTunnel}
 
 // build is the programs of this binary for this kernel.
 type build struct {

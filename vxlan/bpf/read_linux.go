@@ -29,6 +29,8 @@ type snapshot struct {
 	ports map[uint32]portValue
 	// locals are the hardware addresses that lead to each link of the host.
 	locals map[uint32][]macKey
+	// natives are as they were read, by the host's end of their port.
+	natives map[uint32]map[addr16]nativeValue
 	// near are the host's ends of ports and legs, by network.
 	near map[uint32][]nearEnd
 	// via attaches programs; other is the way in which none may be.
@@ -61,6 +63,9 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 		return nil, err
 	}
 	if s.ports, err = dump[uint32, portValue](o.maps[overlayMapPorts]); err != nil {
+		return nil, err
+	}
+	if s.natives, err = readNatives(o.maps[overlayMapNatives]); err != nil {
 		return nil, err
 	}
 	if s.host, err = lookAtHost(); err != nil {
@@ -114,7 +119,7 @@ func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, er
 	table := func(vni uint32) *vxlan.Tables {
 		seen[vni] = true
 		if tables[vni] == nil {
-			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}, MTU: map[vxlan.MAC]int{}}
+			tables[vni] = &vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]vxlan.Way{}, MTU: map[vxlan.MAC]int{}}
 		}
 		return tables[vni]
 	}
@@ -122,11 +127,11 @@ func (s *snapshot) state(ctx context.Context, want vxlan.State) (vxlan.State, er
 		if s.isOrphan(k) {
 			continue
 		}
-		vtep := s.vtepOf(k, d)
+		way := s.wayOf(k, d)
 		if _, ok := want.Networks[k.VNI]; ok && s.nets[k.VNI].isEncrypted() && services[k] != (d.Kind == destVIP) {
-			vtep = wrong()
+			way = wrong()
 		}
-		table(k.VNI).FDB[k.MAC] = vtep
+		table(k.VNI).FDB[k.MAC] = way
 		if d.Kind.isRemote() && d.MTU != s.nets[k.VNI].MTU {
 			table(k.VNI).MTU[k.MAC] = int(d.MTU)
 		}
@@ -154,21 +159,26 @@ func (s *snapshot) isOrphan(k macKey) bool {
 	return ok && d.Kind.isLocal() && s.host.byIndex[int(d.IfIndex)] == nil && s.ports[d.IfIndex] != uplinkPort(k.VNI)
 }
 
-// wrong is the VTEP of an entry that is not as Apply would write it.
-func wrong() netip.Addr { return netip.IPv6Unspecified() }
+// wrong is the way of an entry that is not as Apply would write it.
+func wrong() vxlan.Way { return vxlan.Way{VTEP: netip.IPv6Unspecified()} }
 
-// vtepOf is where an entry sends, by what the routes say now.
-func (s *snapshot) vtepOf(k macKey, d destValue) netip.Addr {
+// way is where an entry sends.
+func (d destValue) way() vxlan.Way {
+	return vxlan.Way{VTEP: d.VTEP.Addr(), Native: d.Flags&wayNative != 0}
+}
+
+// wayOf is where an entry sends, by what the routes say now.
+func (s *snapshot) wayOf(k macKey, d destValue) vxlan.Way {
 	head, ok := s.nets[k.VNI]
 	switch {
 	case d.Kind == destVIP && d == (destValue{Kind: destVIP}):
-		return netip.Addr{}
+		return vxlan.Way{}
 	case ok && head.isEncrypted():
 		if d == s.uplinkDest(k.VNI) {
-			return netip.Addr{}
+			return vxlan.Way{}
 		}
-	case ok && d.Kind.isRemote() && d.MTU != 0 && d == s.host.remote(head, d.VTEP.Addr(), d.MTU):
-		return d.VTEP.Addr()
+	case ok && d.Kind.isRemote() && d.MTU != 0 && d == s.host.remote(head, d.way(), d.MTU):
+		return d.way()
 	}
 	return wrong()
 }
@@ -181,9 +191,8 @@ func (s *snapshot) reroute(before map[[2]netip.Addr]hop) error {
 		if !ok || !d.Kind.isRemote() {
 			continue
 		}
-		vtep := d.VTEP.Addr()
-		old, known := before[[2]netip.Addr{head.VTEP.Addr(), vtep}]
-		if now := s.host.remote(head, vtep, d.MTU); known && d != now && d == remoteBy(head, vtep, d.MTU, old) {
+		old, known := before[[2]netip.Addr{head.VTEP.Addr(), d.VTEP.Addr()}]
+		if now := s.host.remote(head, d.way(), d.MTU); known && d != now && d == remoteBy(head, d.way(), d.MTU, old) {
 			if err := s.o.maps[overlayMapMacs].Put(k, now); err != nil {
 				return fmt.Errorf("write map %s: %w", overlayMapMacs, err)
 			}
@@ -193,23 +202,30 @@ func (s *snapshot) reroute(before map[[2]netip.Addr]hop) error {
 	return nil
 }
 
-// remote is the entry of a hardware address behind vtep, by a way of mtu bytes; 0
-// and what is wider than the network are the network's.
-func (h *host) remote(n netValue, vtep netip.Addr, mtu uint16) destValue {
-	return remoteBy(n, vtep, mtu, h.hop(n.VTEP.Addr(), vtep))
+// remote is the entry of a hardware address on another node, by a way of mtu bytes;
+// 0 and what is wider than the network are the network's. Where the way leads by
+// a router it stays native by name, and is used once it does not any more.
+func (h *host) remote(n netValue, to vxlan.Way, mtu uint16) destValue {
+	return remoteBy(n, to, mtu, h.hop(n.VTEP.Addr(), to.VTEP))
 }
 
-func remoteBy(n netValue, vtep netip.Addr, mtu uint16, way hop) destValue {
+func remoteBy(n netValue, to vxlan.Way, mtu uint16, hop hop) destValue {
 	if mtu == 0 || mtu > n.MTU {
 		mtu = n.MTU
 	}
-	d := destValue{Kind: destTunnel, MTU: mtu, UDP: n.UDP, VTEP: addrOf(vtep)}
-	if way.direct {
-		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(way.ifindex), unix.AF_INET
-		if way.via.Is6() {
+	d := destValue{Kind: destTunnel, MTU: mtu, UDP: n.UDP, VTEP: addrOf(to.VTEP)}
+	if to.Native {
+		d.Flags |= wayNative
+	}
+	if hop.direct {
+		d.Kind, d.IfIndex, d.NHFamily = destDirect, uint32(hop.ifindex), unix.AF_INET
+		if hop.via.Is6() {
 			d.NHFamily = unix.AF_INET6
 		}
-		copy(d.NextHop[:], way.via.AsSlice())
+		if hop.via == to.VTEP {
+			d.Flags |= wayOnLink
+		}
+		copy(d.NextHop[:], hop.via.AsSlice())
 	}
 	return d
 }
@@ -254,7 +270,7 @@ func (s *snapshot) network(vni uint32, t *vxlan.Tables) vxlan.Network {
 func (s *snapshot) deviceFault(vni uint32, head netValue, tunnel int) (device, fault string) {
 	dev := s.host.underlay(head.VTEP.Addr())
 	under := ""
-	if dev != 0 && !s.via.isAttached(underlayHook(dev)) {
+	if dev != 0 && !s.via.isAttached(underlayHook(dev, s.takesNative())) {
 		under = s.host.byIndex[dev].Attrs().Name
 		if _, known := s.detached[dev]; !known {
 			s.detached[dev] = false
@@ -312,6 +328,9 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 	}
 	if s.dests[macKey{VNI: near.vni, MAC: val.MAC}] != localDest(near.owned, l.Index, head) {
 		return fault("the entry of %s was gone or damaged", val.MAC.HardwareAddr())
+	}
+	if !s.hasNatives(near, head, val.MAC, addrs) {
+		return fault("the entries of %s for packets without encapsulation were gone or damaged", l.Name)
 	}
 	switch {
 	case l.Flags&unix.IFF_UP == 0:

@@ -265,7 +265,7 @@ func (h *testHost) wayTo(t *testing.T, vtep netip.Addr, mtu uint16) destValue {
 			return err
 		}
 		defer at.close()
-		d = at.remote(v, vtep, mtu)
+		d = at.remote(v, vxlan.Way{VTEP: vtep}, mtu)
 		return nil
 	}))
 	if d.Kind != destDirect {

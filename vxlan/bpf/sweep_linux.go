@@ -40,7 +40,7 @@ func (w *writer) sweep() error {
 			}
 		}
 		if dev := w.host.underlay(head.VTEP.Addr()); dev != 0 {
-			h := underlayHook(dev)
+			h := underlayHook(dev, w.takesNative())
 			needed[h.pin] = h
 			if err := w.via.attach(h); err != nil {
 				errs = append(errs, &vxlan.NetworkError{VNI: vni, Err: err})
@@ -53,7 +53,7 @@ func (w *writer) sweep() error {
 			}
 		}
 	}
-	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts())...)
+	return errors.Join(append(errs, w.sweepHooks(needed), w.sweepTunnels(tunnels), w.sweepPorts(), w.sweepNatives())...)
 }
 
 // setOrigin files a new VTEP and UDP port of an encrypted network: they carry

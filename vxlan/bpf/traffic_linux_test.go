@@ -34,8 +34,17 @@ import (
 // The hosts are two namespaces joined by a veth. Modes: RR is one byte there and
 // 48 back on one connection, CRR the same on a new connection each time, PPS
 // datagrams of 18 bytes, TP bulk TCP.
-func BenchmarkTraffic(b *testing.B) {
-	paths := trafficPaths(b)
+func BenchmarkTraffic(b *testing.B) { traffic(b, nil) }
+
+// BenchmarkTrafficWithoutTunnelOffload is BenchmarkTraffic over links that cut
+// large packets of TCP but not those inside VXLAN, as many network cards are.
+func BenchmarkTrafficWithoutTunnelOffload(b *testing.B) {
+	traffic(b, map[string]bool{"tx-udp_tnl-segmentation": false, "tx-udp_tnl-csum-segmentation": false, "rx-gro": true})
+}
+
+// traffic measures with some features of both links switched.
+func traffic(b *testing.B, features map[string]bool) {
+	paths := trafficPaths(b, features)
 	const rounds = 9
 	got := map[string][]float64{}
 	for b.Loop() {
@@ -69,9 +78,12 @@ type path struct {
 }
 
 // trafficPaths makes two hosts joined by a veth and each kind of path on them.
-func trafficPaths(b *testing.B) []path {
+func trafficPaths(b *testing.B, features map[string]bool) []path {
 	b.Helper()
 	hosts := rig(b, plan{hosts: 2, direct: true})
+	for _, h := range hosts {
+		must(b, h.inHost("under0", func(l netlink.Link) error { return setFeatures(l, features) }))
+	}
 	out := []path{
 		{"raw", hosts[0].path, hosts[1].path, hosts[1].vtep()},
 		{"again", hosts[0].path, hosts[1].path, hosts[1].vtep()},
@@ -81,11 +93,15 @@ func trafficPaths(b *testing.B) []path {
 	routed := routedTasks(b, hosts, dir)
 	out = append(out, path{"routed", routed[0].NetNS, routed[1].NetNS, routed[1].Addr.Addr()})
 	ports := map[*testHost][]vxlan.Port{hosts[0]: {hosts[0].task(1, false)}, hosts[1]: {hosts[1].task(1, false)}}
-	id := weft.NewID()
+	plain := map[*testHost][]vxlan.Port{hosts[0]: {hosts[0].task(3, false)}, hosts[1]: {hosts[1].task(3, false)}}
+	id, plainID := weft.NewID(), weft.NewID()
 	for _, h := range hosts {
-		must(b, h.apply(state(network(h, id, 1450, ports))))
+		n := network(h, plainID, 1450, plain)
+		n.VNI, n.Native, n.Peers[0].Native = testVNI+2, true, true
+		must(b, h.apply(state(network(h, id, 1450, ports), n)))
 	}
-	out = append(out, path{"ebpf", ports[hosts[0]][0].NetNS, ports[hosts[1]][0].NetNS, ports[hosts[1]][0].Addr.Addr()})
+	out = append(out, path{"ebpf", ports[hosts[0]][0].NetNS, ports[hosts[1]][0].NetNS, ports[hosts[1]][0].Addr.Addr()},
+		path{"native", plain[hosts[0]][0].NetNS, plain[hosts[1]][0].NetNS, plain[hosts[1]][0].Addr.Addr()})
 	id = weft.NewID()
 	bridged := map[*testHost][]vxlan.Port{hosts[0]: {hosts[0].task(2, false)}, hosts[1]: {hosts[1].task(2, false)}}
 	for _, h := range hosts {

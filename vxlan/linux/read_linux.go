@@ -85,7 +85,7 @@ func (k *Kernel) readNetwork(vni uint32) (vxlan.Network, error) {
 	if n.Fault = bridgeFault(br); n.Fault != "" {
 		n.MTU = 0
 	}
-	tables := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}}
+	tables := vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]vxlan.Way{}}
 	tunnelIndex := 0
 	if vx, ok := tunnel.(*netlink.Vxlan); ok {
 		tunnelIndex = vx.Index
@@ -210,11 +210,11 @@ func readTables(c *conn, bridge, tunnel int, t *vxlan.Tables) (map[int][]vxlan.M
 		}
 	}
 	for m := range onBridge {
-		t.FDB[m] = onTunnel[m]
+		t.FDB[m] = vxlan.Way{VTEP: onTunnel[m]}
 	}
 	for m := range onTunnel {
 		if !onBridge[m] {
-			t.FDB[m] = netip.IPv4Unspecified() // half an entry equals none that is wanted
+			t.FDB[m] = vxlan.Way{VTEP: netip.IPv4Unspecified()} // half an entry equals none that is wanted
 		}
 	}
 	return local, nil

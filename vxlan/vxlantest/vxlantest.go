@@ -151,16 +151,16 @@ func (k *Kernel) doLocked(op vxlan.Op) error {
 			k.nets = make(map[uint32]*network)
 		}
 		k.nets[op.VNI] = &network{head: *op.Network, ports: map[weft.ID]vxlan.Port{},
-			tables: vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]netip.Addr{}, MTU: map[vxlan.MAC]int{}}}
+			tables: vxlan.Tables{Neigh: map[netip.Addr]vxlan.MAC{}, FDB: map[vxlan.MAC]vxlan.Way{}, MTU: map[vxlan.MAC]int{}}}
 	case vxlan.OpSetNetwork:
-		n.head.MTU, n.head.Subnets = op.Network.MTU, op.Network.Subnets
+		n.head.MTU, n.head.Subnets, n.head.Native = op.Network.MTU, op.Network.Subnets, op.Network.Native
 	case vxlan.OpSetDevice:
 		n.head.VTEP, n.head.Port, n.head.Encrypted = op.Network.VTEP, op.Network.Port, op.Network.Encrypted
 		clear(n.tables.FDB)
 		clear(n.tables.MTU)
 	case vxlan.OpSetFDB:
 		n.unforward(op.MAC)
-		n.tables.FDB[vxlan.MACOf(op.MAC)] = op.VTEP
+		n.tables.FDB[vxlan.MACOf(op.MAC)] = vxlan.Way{VTEP: op.VTEP, Native: op.Native}
 		if op.MTU != 0 {
 			n.tables.MTU[vxlan.MACOf(op.MAC)] = op.MTU
 		}

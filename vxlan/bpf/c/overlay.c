@@ -5,11 +5,13 @@
  * from_task     at the host's end of a task's veth, ingress
  * from_underlay at the device that has the VTEP's address, ingress; it shares
  *               the device, so what is not ours goes on to the next program
+ * from_native   instead of it while a network of this node may go without VXLAN
  * from_tunnel   at our VXLAN device, ingress: what the kernel decapsulated
  *               (reassembled fragments, other underlay devices, the host leg)
  * forward       from_task for a packet that a balancer gave back
  */
 #include "answer.h"
+#include "native.h"
 
 #define OUTER4 (sizeof(struct ipv4) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
 #define OUTER6 (sizeof(struct ipv6) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
@@ -217,6 +219,8 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 	}
 	if (unlikely(d->kind == DEST_TUNNEL))
 		return by_tunnel(skb, p, d);
+	if (d->flags == (WAY_NATIVE | WAY_ON_LINK) && is_plain(skb, p, d, proto))
+		return as_it_is(d);
 	if (likely(d->nh_family == AF_INET && is_mapped(&d->vtep)))
 		return encap4(skb, p, d, outer_ecn(tos));
 	return encap6(skb, p, d, outer_ecn(tos));
@@ -493,8 +497,7 @@ static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, stru
 	return deliver(skb, d, *in, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
 }
 
-SEC("tc/from_underlay")
-int from_underlay(struct __sk_buff *skb)
+static inline_always int encapsulated(struct __sk_buff *skb)
 {
 	u32 proto = skb->protocol;
 	void *l3;
@@ -538,6 +541,20 @@ int from_underlay(struct __sk_buff *skb)
 		return received(skb, l3, sizeof(*ip), src, dst, AF_INET6);
 	}
 	return ACT_NEXT;
+}
+
+SEC("tc/from_underlay")
+int from_underlay(struct __sk_buff *skb)
+{
+	return encapsulated(skb);
+}
+
+SEC("tc/from_native")
+int from_native(struct __sk_buff *skb)
+{
+	int verdict = encapsulated(skb);
+
+	return verdict == ACT_NEXT ? received_native(skb) : verdict;
 }
 
 SEC("tc/from_tunnel")

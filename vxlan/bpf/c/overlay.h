@@ -54,13 +54,18 @@ enum kind {
 	DEST_SEALED_LEG = 7,
 };
 
+enum flags {
+	WAY_NATIVE = 1,	 /* proven: packets may go as they are (native.h) */
+	WAY_ON_LINK = 2, /* the next hop is the other node itself */
+};
+
 struct dest {
 	u8 kind;
 	u8 nh_family; /* AF_INET or AF_INET6 */
 	u16 mtu;      /* largest inner packet in bytes, of a way to another node */
 	u32 ifindex;
 	u16 udp; /* network order: destination port there, or our own */
-	u16 zero;
+	u16 flags; /* of other nodes: enum flags */
 	struct addr vtep; /* the other node's, or our own for what is local */
 	u32 nh[4];	  /* the next hop on ifindex, as struct bpf_redir_neigh */
 };
@@ -85,7 +90,7 @@ struct net {
 	u16 mtu;
 	u16 udp; /* network order */
 	u16 subnets;
-	u16 flags; /* 1: encrypted */
+	u16 flags; /* 1: encrypted, 2: its tasks' addresses are in natives */
 	struct addr vtep;
 	struct prefix subnet[MAX_SUBNETS];
 };
