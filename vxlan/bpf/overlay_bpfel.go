@@ -31,6 +31,7 @@ const (
 	overlayProgFromUnderlay   = "from_underlay"
 	overlayProgProbeSwitch    = "probe_switch"
 	overlayVarCanSwitchFamily = "can_switch_family"
+	overlayVarIds             = "ids"
 )
 
 // loadOverlay returns the embedded CollectionSpec for overlay.
@@ -102,6 +103,7 @@ type overlayMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type overlayVariableSpecs struct {
 	CanSwitchFamily *ebpf.VariableSpec `ebpf:"can_switch_family"`
+	Ids             *ebpf.VariableSpec `ebpf:"ids"`
 }
 
 // overlayObjects contains all objects after they have been loaded into the kernel.
@@ -152,6 +154,7 @@ func (m *overlayMaps) Close() error {
 // It can be passed to loadOverlayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type overlayVariables struct {
 	CanSwitchFamily *ebpf.Variable `ebpf:"can_switch_family"`
+	Ids             *ebpf.Variable `ebpf:"ids"`
 }
 
 // overlayPrograms contains all programs after they have been loaded into the kernel.

@@ -24,6 +24,23 @@
 /* Set when the programs are loaded: the kernel switches the protocol on decapsulation (6.3). */
 const volatile u8 can_switch_family = 0;
 
+/* Outer IPv4 identifications (RFC 6864), a count for each CPU in a cache line of its own. */
+#define ID_CPUS 256
+struct {
+	u32 next, zero[15];
+} ids[ID_CPUS];
+
+/*
+ * outer_id is unlike that of other packets under way between two nodes: CPUs
+ * begin far from each other, and a random number costs ten times as much.
+ */
+static inline_always u16 outer_id(void)
+{
+	u32 cpu = bpf_get_smp_processor_id() & (ID_CPUS - 1);
+
+	return (u16)(cpu * (0x10000 / ID_CPUS) + ids[cpu].next++);
+}
+
 /* outer_ecn: RFC 6040 section 4.1, normal mode: CE starts anew as ECT(0). */
 static inline_always u8 outer_ecn(u8 inner)
 {
@@ -70,6 +87,25 @@ static inline_always u32 inner_size(struct __sk_buff *skb, u16 proto)
 	return l3 + l4 + skb->gso_size;
 }
 
+/* frame is an Ethernet header that is kept while the packet is changed. */
+struct frame {
+	u64 low;
+	u32 high;
+	u16 proto;
+};
+
+static inline_always struct frame keep(const struct eth *eth)
+{
+	return (struct frame){at64(eth), at32((void *)eth + 8), eth->proto};
+}
+
+static inline_always void put(struct eth *eth, const struct frame *f)
+{
+	at64(eth) = f->low;
+	at32((void *)eth + 8) = f->high;
+	eth->proto = f->proto;
+}
+
 /* by_tunnel lets the kernel's VXLAN device carry the packet, fragments and all. */
 static inline_always int by_tunnel(struct __sk_buff *skb, const struct port *p, const struct dest *d)
 {
@@ -100,15 +136,16 @@ static inline_always int encap4(struct __sk_buff *skb, const struct port *p, con
 	u16 port = 0xc000 | (bpf_get_hash_recalc(skb) & 0x3fff);
 	u32 len = skb->len;
 	struct eth *eth = bytes(skb), *in;
-	struct eth was;
+	struct frame was;
 	struct ipv4 *ip;
 	struct udp *udp;
 	struct vxlan *vx;
-	u32 sum;
+	u16 id = outer_id(), size;
+	u32 sum, src, dst;
 
 	if ((void *)(eth + 1) > end(skb))
 		return drop(MALFORMED);
-	was = *eth;
+	was = keep(eth);
 	if (bpf_skb_adjust_room(skb, OUTER4, ADJ_ROOM_MAC,
 				ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_ENCAP_L3_IPV4 | ADJ_ENCAP_L4_UDP | ADJ_ENCAP_L2_ETH |
 					ADJ_ENCAP_L2(sizeof(struct eth))))
@@ -121,25 +158,20 @@ static inline_always int encap4(struct __sk_buff *skb, const struct port *p, con
 	if ((void *)(in + 1) > end(skb))
 		return drop(REFUSED);
 	eth->proto = htons(ETH_P_IP);
-	*ip = (struct ipv4){
-		.vihl = 0x45,
-		.tos = tos,
-		.len = htons(len + OUTER4 - sizeof(struct eth)),
-		.id = (u16)bpf_get_prandom_u32(),
-		.ttl = 64,
-		.proto = IPPROTO_UDP,
-		.src = p->vtep.w[3],
-		.dst = d->vtep.w[3],
-	};
-	sum = 0;
-#pragma unroll
-	for (int i = 0; i < 10; i++)
-		sum += ((u16 *)ip)[i];
+	size = htons(len + OUTER4 - sizeof(struct eth));
+	src = p->vtep.w[3];
+	dst = d->vtep.w[3];
+	/* From registers: what was just stored in other widths is slow to load. */
+	sum = (htons(0x4500) + htons(tos)) + size + id + htons(64 << 8 | IPPROTO_UDP);
+	sum += (src & 0xffff) + (src >> 16) + (dst & 0xffff) + (dst >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	ip->csum = (u16) ~((sum & 0xffff) + (sum >> 16));
-	*udp = (struct udp){.src = htons(port), .dst = d->udp, .len = htons(len + sizeof(*udp) + sizeof(*vx))};
-	*vx = (struct vxlan){.flags = htonl(VXLAN_VALID), .vni = htonl(p->vni << 8)};
-	*in = was;
+	sum = (u16) ~((sum & 0xffff) + (sum >> 16));
+	at64(ip) = htons(0x4500 | tos) | (u32)size << 16 | (u64)id << 32;
+	at64((void *)ip + 8) = htons(64 << 8 | IPPROTO_UDP) | sum << 16 | (u64)src << 32;
+	ip->dst = dst;
+	at64(udp) = htons(port) | (u32)d->udp << 16 | (u64)htons(len + sizeof(*udp) + sizeof(*vx)) << 32;
+	at64(vx) = htonl(VXLAN_VALID) | (u64)htonl(p->vni << 8) << 32;
+	put(in, &was);
 	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
 }
 
@@ -150,14 +182,14 @@ static inline_always int encap6(struct __sk_buff *skb, const struct port *p, con
 	u16 port = 0xc000 | (bpf_get_hash_recalc(skb) & 0x3fff);
 	u32 len = skb->len;
 	struct eth *eth = bytes(skb), *in;
-	struct eth was;
+	struct frame was;
 	struct ipv6 *ip;
 	struct udp *udp;
 	struct vxlan *vx;
 
 	if ((void *)(eth + 1) > end(skb))
 		return drop(MALFORMED);
-	was = *eth;
+	was = keep(eth);
 	if (bpf_skb_adjust_room(skb, OUTER6, ADJ_ROOM_MAC,
 				ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_ENCAP_L3_IPV6 | ADJ_ENCAP_L4_UDP | ADJ_ENCAP_L2_ETH |
 					ADJ_ENCAP_L2(sizeof(struct eth))))
@@ -178,7 +210,7 @@ static inline_always int encap6(struct __sk_buff *skb, const struct port *p, con
 	memcpy(ip->dst, d->vtep.w, 16);
 	*udp = (struct udp){.src = htons(port), .dst = d->udp, .len = ip->len};
 	*vx = (struct vxlan){.flags = htonl(VXLAN_VALID), .vni = htonl(p->vni << 8)};
-	*in = was;
+	put(in, &was);
 	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
 }
 
@@ -285,6 +317,8 @@ static inline_always int answer_solicit(struct __sk_buff *skb, const struct port
 	struct ep *ep;
 	struct mac asker;
 
+	if (linear(skb, size))
+		return drop(MALFORMED);
 	eth = bytes(skb);
 	ip = (void *)(eth + 1);
 	nd = (void *)(ip + 1);
@@ -337,8 +371,11 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 
 	if (!p || skb->vlan_present)
 		return drop(OTHER_PROTO);
-	/* All that is read of any packet but ARP: Ethernet, IPv6, a TCP header without options. */
-	if (linear(skb, sizeof(struct eth) + sizeof(struct ipv6) + 24))
+	/*
+	 * What is read of a packet: Ethernet, IP, a TCP header without options. To
+	 * ask for more would draw payload into the header of each TCP segment.
+	 */
+	if (linear(skb, sizeof(struct eth) + sizeof(struct ipv4) + sizeof(struct tcp)))
 		return drop(MALFORMED);
 	eth = bytes(skb);
 	if ((void *)(eth + 1) > end(skb))
@@ -346,16 +383,21 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 	if (unlikely(!same_mac(eth->src, p->mac)))
 		return drop(SPOOFED);
 	proto = eth->proto;
-	if (proto == htons(ETH_P_ARP))
-		return answer_arp(skb, p);
 	if (proto == htons(ETH_P_IPV6)) {
-		struct ipv6 *ip = (void *)(eth + 1);
-		u8 *type = (void *)(ip + 1);
+		struct ipv6 *ip;
+		u8 *type;
 
+		if (linear(skb, sizeof(struct eth) + sizeof(*ip) + sizeof(struct tcp)))
+			return drop(MALFORMED);
+		eth = bytes(skb);
+		ip = (void *)(eth + 1);
+		type = (void *)(ip + 1);
+		if ((void *)(eth + 1) > end(skb))
+			return drop(MALFORMED);
 		if ((void *)(type + 1) <= end(skb) && ip->next == IPPROTO_ICMPV6 && *type == ND_SOLICIT)
 			return answer_solicit(skb, p);
-	} else if (proto != htons(ETH_P_IP)) {
-		return drop(OTHER_PROTO);
+	} else if (unlikely(proto != htons(ETH_P_IP))) {
+		return proto == htons(ETH_P_ARP) ? answer_arp(skb, p) : drop(OTHER_PROTO);
 	}
 	if (eth->dst.w[0] & htons(0x0100))
 		return drop(MULTICAST);
@@ -398,9 +440,9 @@ int forward(struct __sk_buff *skb)
 }
 
 /* is_from reports whether mac of the network lives behind this VTEP. */
-static inline_always int is_from(u32 vni, struct mac mac, const struct addr *vtep)
+static inline_always int is_from(u32 vni, const struct mac *mac, const struct addr *vtep)
 {
-	struct mac_key key = {.vni = vni, .mac = mac};
+	struct mac_key key = {.vni = vni, .mac = *mac};
 	struct dest *d;
 
 	d = bpf_map_lookup_elem(&macs, &key);
@@ -447,21 +489,21 @@ static inline_always int congestion(struct eth *in, void *stop)
 }
 
 /* deliver takes outer bytes off and gives the packet to the local task. */
-static inline_always int deliver(struct __sk_buff *skb, const struct dest *d, struct eth in, u32 outer, int family)
+static inline_always int deliver(struct __sk_buff *skb, const struct dest *d, const struct frame *in, u32 outer, int family)
 {
 	u64 flags = ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET;
 	struct eth *eth;
 
 	if (can_switch_family)
-		flags |= in.proto == htons(ETH_P_IP) ? ADJ_DECAP_L3_IPV4 : ADJ_DECAP_L3_IPV6;
-	else if ((in.proto == htons(ETH_P_IP)) != (family == AF_INET))
+		flags |= in->proto == htons(ETH_P_IP) ? ADJ_DECAP_L3_IPV4 : ADJ_DECAP_L3_IPV6;
+	else if ((in->proto == htons(ETH_P_IP)) != (family == AF_INET))
 		return ACT_NEXT; /* the VXLAN device can */
 	if (bpf_skb_adjust_room(skb, -(s32)outer, ADJ_ROOM_MAC, flags))
 		return drop(REFUSED);
 	eth = bytes(skb);
 	if ((void *)(eth + 1) > end(skb))
 		return drop(REFUSED);
-	*eth = in;
+	put(eth, in);
 	/* A checksum that the device has verified is now the inner one. */
 	bpf_csum_level(skb, CSUM_LEVEL_DEC);
 	return bpf_redirect_peer(d->ifindex, 0);
@@ -473,6 +515,7 @@ static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, stru
 	struct vxlan *vx = (void *)(udp + 1);
 	struct eth *in = (void *)(vx + 1);
 	struct mac_key key = {};
+	struct frame was;
 	struct dest *d;
 	u8 tos;
 
@@ -487,14 +530,15 @@ static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, stru
 		return not_here(key.vni, udp->dst, &dst, UNENCRYPTED);
 	if (d->kind != DEST_TASK || d->udp != udp->dst || !same_addr(&d->vtep, &dst))
 		return ACT_NEXT; /* to the host leg, or not for this VTEP: the kernel knows */
-	if (unlikely(!is_from(key.vni, in->src, &src)))
+	if (unlikely(!is_from(key.vni, &in->src, &src)))
 		return drop(RX_SOURCE);
 	if (in->proto != htons(ETH_P_IP) && in->proto != htons(ETH_P_IPV6))
 		return drop(RX_PROTO);
 	tos = family == AF_INET ? ((struct ipv4 *)l3)->tos : ntohl(((struct ipv6 *)l3)->flow) >> 20;
 	if (unlikely((tos & ECN_CE) == ECN_CE) && !congestion(in, end(skb)))
 		return drop(REFUSED);
-	return deliver(skb, d, *in, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
+	was = keep(in);
+	return deliver(skb, d, &was, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
 }
 
 static inline_always int encapsulated(struct __sk_buff *skb)
@@ -586,7 +630,7 @@ int from_tunnel(struct __sk_buff *skb)
 		return drop(UNENCRYPTED);
 	if (!d || (d->kind != DEST_TASK && d->kind != DEST_LEG))
 		return drop(RX_UNKNOWN_MAC);
-	if (!is_from(key.vni, eth->src, &src))
+	if (!is_from(key.vni, &eth->src, &src))
 		return drop(RX_SOURCE);
 	if (d->kind == DEST_LEG)
 		return bpf_redirect(d->ifindex, 0);

@@ -202,10 +202,16 @@ static inline_always int same_addr(const struct addr *a, const struct addr *b)
 	return !((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) | (a->w[3] ^ b->w[3]));
 }
 
-static inline_always int same_mac(struct mac a, struct mac b)
-{
-	return !((a.w[0] ^ b.w[0]) | (a.w[1] ^ b.w[1]) | (a.w[2] ^ b.w[2]));
-}
+/*
+ * Loads of n bits at once from packets and map values, wherever they begin:
+ * clang takes structs apart into bytes where it knows no alignment, and hands
+ * small ones over as numbers that it puts together from bytes again.
+ */
+#define at16(p) (*(u16 *)(p))
+#define at32(p) (*(u32 *)(p))
+#define at64(p) (*(u64 *)(p))
+
+#define same_mac(a, b) (!((at32(&(a)) ^ at32(&(b))) | (at16((void *)&(a) + 4) ^ at16((void *)&(b) + 4))))
 
 static inline_always struct addr mapped(u32 ip)
 {
