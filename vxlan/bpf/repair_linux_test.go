@@ -144,7 +144,7 @@ func testRepair(t *testing.T, way string) {
 		{"a program unpinned", unpin("progs", "from_task-*"), "program missing"},
 		{"a map unpinned", unpin("macs"), "map missing"},
 		{"all maps unpinned", func() error {
-			return errors.Join(unpin("macs")(), unpin("eps")(), unpin("ports")(), unpin("nets")(), unpin("hooks")(), unpin("counts")())
+			return errors.Join(unpin("macs")(), unpin("eps")(), unpin("ports")(), unpin("nets")(), unpin("hooks")(), unpin("counts")(), unpin("natives")(), unpin("echoes")())
 		}, "map missing"},
 		{"forward unhooked", func() error { return h.pinnedMap("hooks").Delete(uint32(hookForward)) }, "hook wrong"},
 		{"bpffs unmounted", func() error { return unix.Unmount(h.engine().cfg.Dir, unix.MNT_DETACH) }, "map missing"},
