@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -39,6 +40,9 @@ type Audit struct {
 	// unsure are objects on which a change has failed: what they are now is
 	// our own doing.
 	unsure map[object]bool
+	// isWhole: the last Apply made all that was wanted. keepsWays: its Read had
+	// the MTU of ways.
+	isWhole, keepsWays bool
 }
 
 // Apply carries out one Apply of an engine: it plans what makes have into want,
@@ -78,7 +82,44 @@ func (a *Audit) Apply(ctx context.Context, have, want State, do func(Op) error) 
 		}
 	}
 	a.left, a.unsure = &sane, unsure
-	return done, errors.Join(errs...)
+	err = errors.Join(errs...)
+	a.isWhole, a.keepsWays = err == nil, false
+	for _, n := range have.Networks {
+		a.keepsWays = a.keepsWays || n.Ways
+	}
+	return done, err
+}
+
+// Delta is the function Delta from what the last Apply left, if that Apply had no
+// fault: an engine may then make the operations without reading anything but their
+// objects. Once it has, it says so with Left; if one of them has failed, with
+// Unsure, and calls Apply.
+func (a *Audit) Delta(want State) (ops []Op, was State, ok bool) {
+	if a.left == nil || !a.isWhole {
+		return nil, State{}, false
+	}
+	left := *a.left
+	if a.keepsWays {
+		left.Networks = maps.Clone(left.Networks)
+		for vni, n := range left.Networks {
+			n.Ways = true
+			left.Networks[vni] = n
+		}
+	}
+	return Delta(left, want)
+}
+
+// Left takes note of a state that was made by Delta.
+func (a *Audit) Left(want State) { a.left = &want }
+
+// Unsure takes note of operations of Delta that may have been made.
+func (a *Audit) Unsure(ops []Op) {
+	if a.unsure == nil {
+		a.unsure = map[object]bool{}
+	}
+	for _, op := range ops {
+		a.unsure[objectOf(op)] = true
+	}
 }
 
 // class is the kind of an object in the kernel.

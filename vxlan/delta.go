@@ -1,6 +1,7 @@
 package vxlan
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 )
@@ -11,40 +12,42 @@ const maxDelta = 64
 
 // Delta is Diff for states of which one became the other by a few peers or
 // service addresses, the change that comes most often: it costs a comparison of
-// two lists and no table of anything. It says false, and then nothing, of any
-// other change, of none, and of a want that may not be valid: Diff and Validate
-// judge those. left must be valid. Neither argument is changed.
-func Delta(left, want State) ([]Op, bool) {
+// two lists and no table of anything. was are the networks that change, with only
+// those of their peers and service addresses that the operations are about. It
+// says false, and then nothing, of any other change, of none, and of a want that
+// may not be valid: Diff and Validate judge those. left must be valid. Neither
+// argument is changed.
+func Delta(left, want State) (ops []Op, was State, ok bool) {
 	if len(left.Networks) != len(want.Networks) {
-		return nil, false
+		return nil, State{}, false
 	}
-	was := State{Networks: map[uint32]Network{}}
+	was = State{Networks: map[uint32]Network{}}
 	is := State{Networks: map[uint32]Network{}}
 	for vni, w := range want.Networks {
 		l, ok := left.Networks[vni]
 		if !ok || !sameBody(l, w) {
-			return nil, false
+			return nil, State{}, false
 		}
 		dl, dw, ok := changed(l, w)
 		if !ok {
-			return nil, false
+			return nil, State{}, false
 		}
 		if len(dl.Peers)+len(dl.VIPs)+len(dw.Peers)+len(dw.VIPs) == 0 {
 			continue
 		}
 		if w.Encrypted || !fits(dw, w) {
-			return nil, false // on an encrypted network one entry serves many peers
+			return nil, State{}, false // on an encrypted network one entry serves many peers
 		}
 		was.Networks[vni], is.Networks[vni] = dl, dw
 	}
-	ops := Diff(was, is)
-	return ops, len(ops) > 0
+	ops = Diff(was, is)
+	return ops, was, len(ops) > 0
 }
 
 // sameBody reports whether two networks differ in peers and service addresses
 // at most.
 func sameBody(a, b Network) bool {
-	if a.ID != b.ID || a.VNI != b.VNI || a.MTU != b.MTU || a.VTEP != b.VTEP || a.Port != b.Port || a.Encrypted != b.Encrypted {
+	if a.ID != b.ID || a.VNI != b.VNI || a.MTU != b.MTU || a.VTEP != b.VTEP || a.Port != b.Port || a.Encrypted != b.Encrypted || a.Native != b.Native {
 		return false
 	}
 	if (a.HostLeg == nil) != (b.HostLeg == nil) || a.HostLeg != nil && !equalLegs(*a.HostLeg, *b.HostLeg) {
@@ -111,7 +114,7 @@ func onlyPeers(a, b []Peer, macs map[MAC]bool) {
 		if c := comparePeers(p, q); c != 0 {
 			return c
 		}
-		return p.MTU - q.MTU
+		return cmp.Compare(p.MTU, q.MTU)
 	}
 	only(a, b, wholly, func(p Peer) { macs[MACOf(p.MAC)] = true })
 }
@@ -121,7 +124,7 @@ func onlyVIPs(a, b []VIP, macs map[MAC]bool) {
 		if c := compareVIPs(v, w); c != 0 {
 			return c
 		}
-		return v.MTU - w.MTU
+		return cmp.Compare(v.MTU, w.MTU)
 	}
 	only(a, b, wholly, func(v VIP) { macs[MACOf(v.MAC)] = true })
 }

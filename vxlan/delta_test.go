@@ -22,10 +22,16 @@ func TestDeltaIsDiff(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		left := vxlan.Normalize(draw(t, "left"))
 		want := vxlan.Normalize(left)
+		if rapid.Bool().Draw(t, "keeps ways") {
+			for vni, n := range left.Networks {
+				n.Ways = true
+				left.Networks[vni] = n
+			}
+		}
 		simple := true
 		for _, vni := range slices.Sorted(maps.Keys(want.Networks)) {
 			n := want.Networks[vni]
-			switch rapid.IntRange(0, 5).Draw(t, fmt.Sprint("change of ", vni)) {
+			switch rapid.IntRange(0, 6).Draw(t, fmt.Sprint("change of ", vni)) {
 			case 0: // one more endpoint, of one or two addresses
 				p := vxlan.Peer{Addr: netip.AddrFrom4([4]byte{10, 0, 0, 90}), MAC: weft.EndpointMAC("new", second(90)), VTEP: netip.AddrFrom4([4]byte{10, 99, 0, 9})}
 				n.Peers = append(n.Peers, p)
@@ -52,6 +58,10 @@ func TestDeltaIsDiff(t *testing.T) {
 						}
 					}
 				}
+			case 6: // a way becomes native, or encapsulated, and narrower
+				for i := range n.Peers {
+					n.Peers[i].Native, n.Peers[i].MTU = n.Native && !n.Peers[i].Native, 1290
+				}
 			case 4:
 				a := netip.AddrFrom4([4]byte{10, 0, 0, 91})
 				n.VIPs = append(n.VIPs, vxlan.VIP{Addr: a, MAC: weft.VIPMAC("s", a)})
@@ -67,7 +77,7 @@ func TestDeltaIsDiff(t *testing.T) {
 			simple = false // half a twin has moved
 		}
 		ops := vxlan.Diff(left, want)
-		got, ok := vxlan.Delta(left, want)
+		got, _, ok := vxlan.Delta(left, want)
 		if ok && !reflect.DeepEqual(got, ops) {
 			t.Fatalf("Delta gives\n%v\nDiff\n%v", got, ops)
 		}
@@ -90,10 +100,10 @@ func TestDeltaIsDiff(t *testing.T) {
 func TestDeltaLeavesTheRest(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		left, want := draw(t, "left"), draw(t, "want")
-		if got, ok := vxlan.Delta(left, want); ok && !reflect.DeepEqual(got, vxlan.Diff(left, want)) {
+		if got, _, ok := vxlan.Delta(left, want); ok && !reflect.DeepEqual(got, vxlan.Diff(left, want)) {
 			t.Fatalf("Delta gives\n%v\nDiff\n%v", got, vxlan.Diff(left, want))
 		}
-		if got, ok := vxlan.Delta(left, left); ok {
+		if got, _, ok := vxlan.Delta(left, left); ok {
 			t.Fatalf("nothing has changed, and Delta gives %v", got)
 		}
 	})
@@ -129,7 +139,7 @@ func TestDeltaRefusesWhatMayBeWrong(t *testing.T) {
 		n := want.Networks[4097]
 		n.Peers = append(n.Peers, add)
 		want.Networks[4097] = n
-		if ops, ok := vxlan.Delta(left, want); ok {
+		if ops, _, ok := vxlan.Delta(left, want); ok {
 			t.Errorf("%s: taken on as %v", name, ops)
 		}
 	}

@@ -52,6 +52,8 @@ type Engine struct {
 	isMade bool
 	// ways are the routes that the last Apply has seen. Owned by Apply.
 	ways map[[2]netip.Addr]hop
+	// last is what the last Apply over everything found. Owned by Apply.
+	last lastPass
 }
 
 var _ vxlan.Engine = (*Engine)(nil)
@@ -108,6 +110,10 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 			return errors.Join(err, ctx.Err()) // nothing was ever made
 		}
 	}
+	if ctx.Err() == nil && e.express(want) {
+		return nil
+	}
+	e.last = lastPass{}
 	o, lost, err := e.makePins(b)
 	if err != nil {
 		return err
@@ -135,7 +141,10 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 	if ctx.Err() == nil && swept == nil { // until then the pins say what is to be swept
 		swept = e.tidy(b, s)
 	}
-	return errors.Join(adopted, err, swept)
+	if err = errors.Join(adopted, err, swept); err == nil && ctx.Err() == nil {
+		e.note(o)
+	}
+	return err
 }
 
 // report tells what was repaired. What a lost map held is on its account.
