@@ -53,7 +53,7 @@ var patterns = []pattern{rr, crr, udp, bulk}
 // spell is what one run of a pattern took on the client's clock.
 type spell struct {
 	Ops           int
-	Elapsed, Idle time.Duration // Idle: of it, the processor had nothing to do
+	Elapsed, Idle time.Duration // Idle: sum of all processors' time with nothing to do
 }
 
 // traffic runs one end, "serve ADDR" or "ask ADDR [OWN ADDR]", and returns the exit code.
