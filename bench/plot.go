@@ -10,7 +10,7 @@ import (
 
 // Geometry of the plot in pixels: our own choices, for a README's width.
 const (
-	plotWidth  = 960
+	plotWidth  = 990
 	plotLeft   = 330 // the labels end here
 	plotRight  = 760 // the values begin here
 	rowHeight  = 24
