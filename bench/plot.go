@@ -10,7 +10,7 @@ import (
 
 // Geometry of the plot in pixels: our own choices, for a README's width.
 const (
-	plotWidth  = 960
+	plotWidth  = 990
 	plotLeft   = 330 // the labels end here
 	plotRight  = 760 // the values begin here
 	rowHeight  = 24
@@ -148,6 +148,9 @@ func (r Result) writeSVG(w io.Writer) error {
 	}
 	m := r.Machine
 	c.text(16, y+20, "foot", fmt.Sprintf("%s, weft %s, Linux %s, %d cores, load %s to %s", m.Date.Format("2006-01-02"), m.Weft, m.Kernel, m.Cores, number(m.LoadBefore), number(m.LoadAfter)))
+	if m.Guest != "" {
+		c.text(16, y+34, "foot", "measured in a guest with "+m.Guest)
+	}
 	height := y + plotBottom
 	_, err := fmt.Fprintf(w, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%.0f\" viewBox=\"0 0 %d %.0f\">\n%s<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n%s</svg>\n",
 		plotWidth, height, plotWidth, height, plotStyle, c.b.String())

@@ -116,8 +116,8 @@ func (s *station) run(p pattern, count int, around func()) (spell, error) {
 func parseSpell(text string) (spell, error) {
 	var ops int
 	var elapsed, idle int64
-	if n, err := fmt.Sscan(text, &ops, &elapsed, &idle); err != nil || n != 3 || ops < 1 || elapsed < 1 || idle < 0 || idle > elapsed {
-		return spell{}, fmt.Errorf("the traffic generator measured %q: want operations, nanoseconds and idle ones of them", text)
+	if n, err := fmt.Sscan(text, &ops, &elapsed, &idle); err != nil || n != 3 || ops < 1 || elapsed < 1 || idle < 0 {
+		return spell{}, fmt.Errorf("the traffic generator measured %q: want operations, nanoseconds and idle nanoseconds", text)
 	}
 	return spell{Ops: ops, Elapsed: time.Duration(elapsed), Idle: time.Duration(idle)}, nil
 }

@@ -53,7 +53,7 @@ var patterns = []pattern{rr, crr, udp, bulk}
 // spell is what one run of a pattern took on the client's clock.
 type spell struct {
 	Ops           int
-	Elapsed, Idle time.Duration // Idle: of it, the processor had nothing to do
+	Elapsed, Idle time.Duration // Idle: sum of all processors' time with nothing to do
 }
 
 // traffic runs one end, "serve ADDR" or "ask ADDR [OWN ADDR]", and returns the exit code.
@@ -129,7 +129,12 @@ func serveTraffic(addr netip.Addr, in io.Reader, out io.Writer) error {
 // the middle of its work: who runs next is then decided by who waits, not by the
 // scheduler's mood (sched(7), SCHED_BATCH).
 func batch() error {
-	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_BATCH}, 0); err != nil {
+	attr, err := unix.SchedGetAttr(0, 0)
+	if err != nil {
+		return fmt.Errorf("read the scheduling policy: %w", err)
+	}
+	attr.Policy = unix.SCHED_BATCH // at the same nice value: a lower one may be refused
+	if err := unix.SchedSetAttr(0, attr, 0); err != nil {
 		return fmt.Errorf("set the scheduling policy: %w", err)
 	}
 	return nil
@@ -387,7 +392,7 @@ func askUDP(t target, timed timed, count int) error {
 	return timed(func() error { return run(windows) }, windows*window)
 }
 
-// askBulk counts in KiB. The first 8 MiB are sent before the clock starts: the
+// askBulk counts in KiB. Up to 8 MiB are sent before the clock starts: the
 // kernel has found its buffer sizes by then.
 func askBulk(t target, timed timed, count int) error {
 	fd, err := t.dial(unix.SOCK_STREAM, drainPort)
@@ -406,7 +411,7 @@ func askBulk(t target, timed timed, count int) error {
 		}
 		return nil
 	}
-	if err := errors.Join(patience(fd), run(8<<10)); err != nil {
+	if err := errors.Join(patience(fd), run(min(8<<10, count/2))); err != nil {
 		return err
 	}
 	return timed(func() error {

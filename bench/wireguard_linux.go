@@ -22,7 +22,7 @@ const (
 var cryptCases = []string{kernelNetwork, kernelStacked, userAlone, userNetwork, userStacked}
 
 // cryptCounts: a tunnel in user space takes a hundred instructions for each byte.
-var cryptCounts = map[pattern]int{rr: 1000, crr: 200, udp: 64 * window, bulk: 8 << 10}
+var cryptCounts = map[pattern]int{rr: 300, crr: 50, udp: 16 * window, bulk: 4 << 10}
 
 var cryptPairs = []pair{{userNetwork, userAlone}, {userNetwork, userStacked}}
 
