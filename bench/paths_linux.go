@@ -26,11 +26,13 @@ const (
 	pathHand   = "hand"   // VXLAN, bridge and veth as a person makes them, in a namespace beside
 	pathBridge = "bridge" // weft's engine of that name
 	pathEBPF   = "ebpf"   // weft's engine of that name
+	// The engine ebpf, without encapsulation.
+	pathNative = "native"
 	// The engine ebpf, with many endpoints in the network.
 	pathCrowd = "ebpf-100k"
 )
 
-var casePaths = []string{pathRouted, pathHand, pathBridge, pathEBPF, pathCrowd}
+var casePaths = []string{pathRouted, pathHand, pathBridge, pathEBPF, pathNative, pathCrowd}
 
 // crowd is how many endpoints pathCrowd has besides the two tasks.
 const crowd = 100_000
@@ -103,7 +105,7 @@ func (g *ground) close() error {
 
 func (g *ground) build(ctx context.Context, names []string) error {
 	makers := map[string]func(context.Context, string, pairOfHosts) error{
-		pathRaw: g.raw, pathRouted: g.routed, pathHand: g.hand, pathBridge: g.overlay, pathEBPF: g.overlay, pathCrowd: g.overlay,
+		pathRaw: g.raw, pathRouted: g.routed, pathHand: g.hand, pathBridge: g.overlay, pathEBPF: g.overlay, pathNative: g.overlay, pathCrowd: g.overlay,
 	}
 	for _, name := range append([]string{pathRaw}, names...) {
 		make, ok := makers[name]
@@ -333,6 +335,7 @@ func (g *ground) overlay(ctx context.Context, name string, h pairOfHosts) error 
 		}
 		n := network(id, i, ports[i])
 		n.Peers = []vxlan.Peer{{Addr: ports[1-i].Addr.Addr(), MAC: ports[1-i].MAC, VTEP: vtep(1 - i)}}
+		n.Native, n.Peers[0].Native = name == pathNative, name == pathNative
 		if name == pathCrowd {
 			n.Peers = append(n.Peers, others(crowd, i)...)
 		}
