@@ -103,7 +103,7 @@ lab_tier() {
 
 lab_tier 2-lab 'Lab|Faults'
 # The must-hold tests on the engine that is not the default.
-lab_tier 2-lab-ebpf '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU)$' WEFT_TEST_OVERLAY=ebpf
+lab_tier 2-lab-ebpf '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU)$' WEFT_TEST_OVERLAY=ebpf
 
 if need runc qemu busybox kernel; then
   tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 12m -tags "$TAGS vm" ./lab/vm
