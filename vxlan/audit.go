@@ -351,7 +351,7 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	switch {
 	case inHad == inLeft && had == left && !isNarrow, inLeft && op.Kind == OpDelFDB:
 		return "", ""
-	case v.isNewDevice && (op.Kind == OpSetFDB && had == Way{op.VTEP.Unmap(), op.Native} || v.had.Device == "" && (!inHad || isHalf)):
+	case v.isNewDevice && (op.Kind == OpSetFDB && had == Way{op.VTEP.Unmap(), op.Native} && (hadMTU == op.MTU || !v.had.Ways) || v.had.Device == "" && (!inHad || isHalf)):
 		return "", "" // it went with the device
 	case isHalf:
 		return wrong, "one of its two halves was there"
