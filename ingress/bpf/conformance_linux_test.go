@@ -54,6 +54,9 @@ func newBed(t *testing.T, way string) *bed {
 	dir, err := os.MkdirTemp("/run", "balance")
 	must(t, err)
 	b := &bed{t: t, dir: dir, network: weft.NewID()}
+	// All tests share the host's namespace: a client's port that an earlier one
+	// used would be led to that one's backend.
+	must(t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
 	b.other = b.namespace("other")
 	b.wire("under0", "10.99.9.1/24", b.other, "10.99.9.2/24")
 	for i := range b.engines {

@@ -484,3 +484,12 @@ func vxlanFrame(vni uint32, from, to vxlan.Port, port uint16, text string) []byt
 	b = append(b, 0x08, 0x00)
 	return append(append(b, ip...), udp...)
 }
+
+// TestProbeOfUserSpaceIsSteady: the device's own thread and Close both end at the
+// same pipe, and either may be first.
+func TestProbeOfUserSpaceIsSteady(t *testing.T) {
+	netnstest.NeedRoot(t)
+	for range 20 {
+		must(t, probeUser(t.TempDir()))
+	}
+}

@@ -278,7 +278,12 @@ func probeUser(scratch string) error {
 		if err != nil {
 			return fmt.Errorf("%w: make a TUN device: %w", weft.ErrUnsupported, err)
 		}
-		return t.Close()
+		// The device's own thread ends at the same pipe that Close writes to, and
+		// may have closed it first.
+		if err := t.Close(); err != nil && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.EPIPE) {
+			return fmt.Errorf("remove a TUN device: %w", err)
+		}
+		return nil
 	})
 	return errors.Join(err, netns.Remove(path))
 }
