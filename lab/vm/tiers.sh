@@ -106,7 +106,7 @@ lab_tier 2-lab 'Lab|Faults'
 lab_tier 2-lab-ebpf '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU)$' WEFT_TEST_OVERLAY=ebpf
 
 if need runc qemu busybox kernel; then
-  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 12m -tags "$TAGS vm" ./lab/vm
+  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 25m -tags "$TAGS vm" ./lab/vm
 else
   without 3-vm vm "$reason"
 fi
