@@ -19,7 +19,8 @@ mkdir -p "$work"/{lists/partial,archives/partial,root}
 : >"$work/status" # what this machine has installed does not count
 # The archive that this machine's own Debian comes from.
 mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' | grep -v -e security -e debug | grep debian | head -n 1) || true
-echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian} $SUITE main" >"$work/sources.list"
+[ -n "$mirror" ] || { echo "cannot tell which archive the Debian packages of this machine come from: apt-get indextargets names none" >&2; exit 1; }
+echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $SUITE main" >"$work/sources.list"
 apt=(apt-get -q -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o Dir::Etc::preferencesparts=/dev/null
   -o "Dir::State=$work" -o "Dir::State::status=$work/status" -o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work" -o "Dir::Cache::archives=$work/archives"
   -o APT::Sandbox::User=root -o APT::Install-Recommends=0 -o Acquire::Languages=none)
