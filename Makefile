@@ -30,9 +30,12 @@ demo:
 test:
 	@TAGS='$(TAGS)' lab/vm/tiers.sh
 
+ENGINES ?= ebpf bridge
 .PHONY: soak
 soak: build
-	$(SUDO) env WEFT_SOAK=1 PATH="$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) lab' -run Soak ./lab/...
+	for e in $(ENGINES); do \
+		$(SUDO) env WEFT_SOAK=1 WEFT_TEST_OVERLAY=$$e PATH="$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) lab' -run Soak ./lab/...; \
+	done
 
 .PHONY: bench
 bench: build

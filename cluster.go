@@ -48,13 +48,24 @@ type Cluster struct {
 	CAKey  []byte
 	// Tokens are secrets; only managers see them.
 	Tokens JoinTokens
-	// GossipKey encrypts membership traffic: 32 bytes, handed to nodes over
-	// their authenticated session.
+	// GossipKey encrypts what members send each other: GossipKeyBytes bytes,
+	// handed to nodes over their authenticated session.
 	GossipKey []byte
 	// KeyEpoch counts the changes of the nodes' keys for encrypted networks;
 	// KeyEpochAt is when the current one began, zero for the first.
 	KeyEpoch   uint64    `cbor:",omitempty"`
 	KeyEpochAt time.Time `cbor:",omitzero"`
+	// GossipEpoch is that of GossipKey, GossipReads are further keys that are
+	// read by; see GossipRing. GossipEpochAt is when any of the three last
+	// changed, zero for a cluster whose first key was never changed.
+	GossipEpoch   uint64      `cbor:",omitempty"`
+	GossipReads   []GossipKey `cbor:",omitempty"`
+	GossipEpochAt time.Time   `cbor:",omitzero"`
+}
+
+// GossipRing is what every node is to hold.
+func (c *Cluster) GossipRing() GossipRing {
+	return GossipRing{Sends: GossipKey{c.GossipEpoch, c.GossipKey}, Reads: c.GossipReads}
 }
 
 // NewULA draws the /48 of a cluster: fd and 40 random bits (RFC 4193 section

@@ -21,7 +21,9 @@ type Container struct {
 	Limits  Resources // as the kernel enforces them
 	// Networks maps a network's name to the container's address there.
 	Networks map[string]Attachment
-	LogPath  string
+	// Ports in mode host that its task has on this node.
+	Ports   []PortSpec
+	LogPath string
 }
 
 // ContainerState is what runs now.
@@ -33,6 +35,7 @@ type ContainerState struct {
 	Error      string
 	StartedAt  time.Time
 	FinishedAt time.Time
+	Health     Health // of a running one; the check itself is in Spec.Health
 }
 
 // LogOptions select lines of a log.
@@ -70,5 +73,7 @@ type ImageConfig struct {
 	Entrypoint, Cmd, Env []string
 	User, Dir            string
 	StopSignal           string
+	Health               HealthCheck
+	Shell                []string // that runs HealthShell; none = /bin/sh -c
 	ExposedPorts         []string
 }

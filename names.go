@@ -40,6 +40,10 @@ func TunnelName(port uint16) string { return fmt.Sprintf("wxu%d", port) }
 // BridgeName is the bridge inside a network's hidden namespace.
 func BridgeName(vni uint32) string { return fmt.Sprintf("wb%d", vni) }
 
+// BalancerName is the device by which the hidden namespace itself takes and sends
+// on what is sent to a network's service addresses.
+func BalancerName(vni uint32) string { return fmt.Sprintf("wi%d", vni) }
+
 // GatewayBridge is the per-host bridge by which tasks reach the outside.
 const GatewayBridge = "weft-gw"
 

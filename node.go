@@ -2,6 +2,7 @@ package weft
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -70,6 +71,10 @@ type NodeDescription struct {
 	ServiceEngine string
 	// Addrs and Routes in use on the host, so that no pool overlaps them.
 	UsedPrefixes []netip.Prefix
+	// Addrs are the addresses of the host, without its loopback's own, those
+	// of one link only and those of weft's links: what a published port can be
+	// bound to. Sorted.
+	Addrs []HostAddr `json:",omitzero" cbor:",omitzero"`
 }
 
 // NodeStatus is the changing part.
@@ -97,6 +102,43 @@ type NodeStatus struct {
 type Listener struct {
 	Protocol Protocol
 	Port     uint16
+	// Addr is where it listens; unspecified = on all addresses, as is invalid
+	// (an older node does not tell).
+	Addr netip.Addr `json:",omitzero" cbor:",omitzero"`
+}
+
+// HostPorts are the ports that the node's host needs for itself.
+func (n *Node) HostPorts() []HeldPort {
+	out := []HeldPort{{PortSpec{Protocol: TCP, Published: n.ClusterAddr().Port()}, "the cluster port"}}
+	for _, k := range n.Status.Keys {
+		out = append(out, HeldPort{PortSpec{Protocol: UDP, Published: k.Port}, "the encryption"})
+	}
+	for _, l := range n.Status.Listeners {
+		h := HeldPort{PortSpec{Protocol: l.Protocol, Published: l.Port}, "a listening socket"}
+		if l.Addr.IsValid() {
+			h.By = "the socket " + netip.AddrPortFrom(l.Addr, l.Port).String()
+			if !l.Addr.IsUnspecified() {
+				h.Port.IPs = []netip.Addr{l.Addr}
+			}
+		}
+		out = append(out, h)
+	}
+	return out
+}
+
+// HasAddr reports whether the host can answer at an address.
+func (n *Node) HasAddr(a netip.Addr) bool {
+	return a.IsLoopback() || slices.ContainsFunc(n.Description.Addrs, func(h HostAddr) bool { return h.Addr == a })
+}
+
+// Publishes reports whether the host has an address on which a port is published.
+func (n *Node) Publishes(p *PortSpec) bool {
+	return !p.IsBound() || slices.ContainsFunc(p.IPs, n.HasAddr) || p.Interface != "" && n.HasLink(p.Interface)
+}
+
+// HasLink reports whether the host has an address on an interface.
+func (n *Node) HasLink(name string) bool {
+	return name == "lo" || slices.ContainsFunc(n.Description.Addrs, func(h HostAddr) bool { return h.Interface == name })
 }
 
 // Node is a stored member of the cluster.

@@ -7,9 +7,9 @@ import (
 
 // NeedsRestart reports whether tasks of the old specification must be replaced
 // to run the new one. Name, labels, number of replicas, restart policy and
-// update parameters concern the leader only; everything else concerns the
-// task, its addresses or its place. An absent list and an empty one are equal:
-// codecs do not keep them apart.
+// parameters of updates and rollbacks concern the leader only; everything else
+// concerns the task, its addresses or its place. An absent list and an empty one
+// are equal: codecs do not keep them apart.
 func NeedsRestart(old, new *ServiceSpec) bool {
 	return old.Mode != new.Mode ||
 		old.ForceUpdate != new.ForceUpdate ||
@@ -17,7 +17,7 @@ func NeedsRestart(old, new *ServiceSpec) bool {
 		old.Reservations != new.Reservations ||
 		old.EndpointMode != new.EndpointMode ||
 		!slices.Equal(old.Constraints, new.Constraints) ||
-		!slices.Equal(old.Ports, new.Ports) ||
+		!slices.EqualFunc(old.Ports, new.Ports, PortSpec.sameWish) ||
 		!slices.EqualFunc(old.Networks, new.Networks, sameTarget) ||
 		!sameContainer(&old.Container, &new.Container)
 }
@@ -39,5 +39,8 @@ func sameContainer(a, b *ContainerSpec) bool {
 		a.StopSignal == b.StopSignal &&
 		a.StopGrace == b.StopGrace &&
 		a.TTY == b.TTY &&
-		a.ReadOnly == b.ReadOnly
+		a.ReadOnly == b.ReadOnly &&
+		a.Health.Equal(b.Health) &&
+		a.DNS.Equal(b.DNS) &&
+		slices.EqualFunc(a.Hosts, b.Hosts, HostEntry.Equal)
 }

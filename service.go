@@ -37,8 +37,8 @@ const (
 // ServiceSpec is what a person asks for. It is immutable once stored: each
 // update makes a new SpecVersion.
 type ServiceSpec struct {
-	Name         string // a DNS label of at most 63 characters, unique
-	Labels       map[string]string
+	Name         string            // a DNS label of at most 63 characters, unique
+	Labels       map[string]string // those that begin with "weft." are obeyed; see labels.go
 	Mode         ServiceMode
 	Replicas     uint64 // only with ModeReplicated
 	Container    ContainerSpec
@@ -50,7 +50,10 @@ type ServiceSpec struct {
 	EndpointMode EndpointMode
 	Ports        []PortSpec
 	Update       UpdateConfig
-	ForceUpdate  uint64 // a counter; a change of it replaces all tasks
+	// Rollback bounds the way back to the specification before this one: that
+	// of the specification gone back to counts. Zero = DefaultUpdate.
+	Rollback    UpdateConfig `json:",omitzero" cbor:",omitzero"`
+	ForceUpdate uint64       // a counter; a change of it replaces all tasks
 }
 
 // ContainerSpec says what runs in each task. So far the API refuses
@@ -70,6 +73,9 @@ type ContainerSpec struct {
 	StopGrace  time.Duration // SIGTERM to SIGKILL; 0 = at once
 	TTY        bool
 	ReadOnly   bool
+	Health     HealthCheck `json:",omitzero" cbor:",omitzero"`
+	DNS        DNSConfig   `json:",omitzero" cbor:",omitzero"`
+	Hosts      []HostEntry `json:",omitzero" cbor:",omitzero"`
 }
 
 // DefaultStopGrace is Docker's time between the stop signal and SIGKILL.
@@ -120,13 +126,26 @@ type RestartPolicy struct {
 // DefaultRestartDelay is Docker's delay before a replacement starts.
 const DefaultRestartDelay = 5 * time.Second
 
-// UpdateConfig bounds a rolling update. Only the defaults can be had yet.
+// UpdateConfig bounds a rolling update.
 type UpdateConfig struct {
 	Parallelism uint64        // tasks replaced at a time; 0 = all; default 1
 	Delay       time.Duration // between groups
 	Monitor     time.Duration // a new task that fails this soon fails the update; default 5 s
 	StartFirst  bool          // start the successor before the old task stops
+	// OnFailure is what happens when more than MaxFailureRatio (0 to 1) of the
+	// service's places have had a new task that failed.
+	OnFailure       UpdateFailure `json:",omitzero" cbor:",omitzero"`
+	MaxFailureRatio float64       `json:",omitzero" cbor:",omitzero"`
 }
+
+// UpdateFailure says what a failed update does.
+type UpdateFailure uint8
+
+const (
+	UpdatePause    UpdateFailure = iota // leave the places as they are
+	UpdateContinue                      // go on with the other places
+	UpdateRollback                      // go back to the specification before; not in a rollback
+)
 
 // DefaultUpdate is Docker's default: one task at a time, stop first.
 var DefaultUpdate = UpdateConfig{Parallelism: 1, Monitor: 5 * time.Second}
@@ -141,8 +160,9 @@ type NetworkTarget struct {
 type Protocol string
 
 const (
-	TCP Protocol = "tcp"
-	UDP Protocol = "udp"
+	TCP  Protocol = "tcp"
+	UDP  Protocol = "udp"
+	SCTP Protocol = "sctp"
 )
 
 // Automatic published ports come from this closed range.
@@ -151,12 +171,22 @@ const (
 	LastPublishedPort  uint16 = 32767
 )
 
-// PortSpec publishes a port of a service on every node of the cluster.
+// PortSpec publishes a port of a service, or a range of them: Published+i leads to
+// Target+i. Compare two by Equal.
 type PortSpec struct {
-	Name      string // so far the API takes none
+	Name      string // for people; any text without control characters
 	Protocol  Protocol
 	Target    uint16 // the port in the container, 1-65535
-	Published uint16 // 0 in a spec = chosen from the automatic range; never 0 in Service.Ports
+	Published uint16 // 0 = chosen from the automatic range; see Service.Ports
+	// Count is the number of ports of a range; 0 and 1 are one port.
+	Count uint16      `json:",omitzero" cbor:",omitzero"`
+	Mode  PublishMode `json:",omitzero" cbor:",omitzero"`
+	// IPs, or else Interface, bind the port to some addresses of the nodes; no
+	// other address answers. Allow are the clients that may connect; none =
+	// all. All three follow from the labels of the service (ServiceSpec.Defaults).
+	IPs       []netip.Addr   `json:",omitzero" cbor:",omitzero"`
+	Interface string         `json:",omitzero" cbor:",omitzero"`
+	Allow     []netip.Prefix `json:",omitzero" cbor:",omitzero"`
 }
 
 // Service is a stored service.
@@ -167,13 +197,15 @@ type Service struct {
 	Spec ServiceSpec
 	// SpecVersion numbers Spec; tasks refer to (ID, SpecVersion).
 	SpecVersion uint64
-	// Previous is the version before it; nil for a service never updated.
+	// Previous is the version before it; nil for a service never updated, and
+	// after it was rolled back because an update failed.
 	Previous *ServiceSpec
 	// VIPs has one entry per network of the service, in the order of
 	// Spec.Networks, the ingress network first when ports are published.
 	// Empty with EndpointDNSRR.
 	VIPs []VIP
-	// Ports are Spec.Ports with every Published port chosen.
+	// Ports are Spec.Ports, one by one, with every Published port chosen, but
+	// for those in mode host: each task has its own (Task.Ports).
 	Ports  []PortSpec
 	Update UpdateStatus
 }
@@ -194,8 +226,29 @@ type UpdateState uint8
 const (
 	UpdateNone UpdateState = iota // never updated
 	UpdateRunning
-	UpdatePaused // a new task failed within UpdateConfig.Monitor
+	UpdatePaused // more places failed than UpdateConfig.MaxFailureRatio allows
 	UpdateDone
+	// The same of the way back to the previous specification.
+	RollbackRunning
+	RollbackPaused
+	RollbackDone
+)
+
+// IsRollback reports whether the specification is one that was gone back to.
+func (s UpdateState) IsRollback() bool { return s >= RollbackRunning && s <= RollbackDone }
+
+// IsRunning reports whether tasks are being replaced.
+func (s UpdateState) IsRunning() bool { return s == UpdateRunning || s == RollbackRunning }
+
+// IsPaused reports whether somebody has to say how to go on.
+func (s UpdateState) IsPaused() bool { return s == UpdatePaused || s == RollbackPaused }
+
+// Messages of UpdateStatus, Docker's words.
+const (
+	MessageUpdateRunning = "update in progress"
+	MessageUpdateDone    = "update completed"
+	MessageRollbackAsked = "manually requested rollback"
+	MessageRollbackDone  = "rollback completed"
 )
 
 // UpdateStatus tells how far the newest rolling update is.

@@ -68,6 +68,9 @@ type Task struct {
 	Node        ID // "" until assigned
 	// Attachments are the task's addresses, one per network.
 	Attachments []Attachment
+	// Ports are the service's ports in mode host as this task has them on its
+	// node, every Published port chosen; set together with Node's assignment.
+	Ports []PortSpec `json:",omitzero" cbor:",omitzero"`
 	// Desired is TaskReady, TaskRunning, TaskShutdown or TaskRemove.
 	Desired TaskState
 	Status  TaskStatus
@@ -122,4 +125,10 @@ type TaskStatus struct {
 	ExitCode  int32
 	ExitKnown bool
 	PID       int32 // of the first process, in running
+	// Ran is when the task entered running, also when it has ended since; zero
+	// = it never did, or its node's version did not tell.
+	Ran time.Time `json:",omitzero" cbor:",omitzero"`
+	// Unhealthy: its check has failed for good, as Err says; it is being
+	// stopped.
+	Unhealthy bool `json:",omitzero" cbor:",omitzero"`
 }

@@ -29,11 +29,9 @@ const (
 	minSubnetBits = 8
 )
 
-// weftLabelPrefix is kept for labels that weft itself obeys.
-const weftLabelPrefix = "weft."
-
 // Defaults fills in what a client may leave out and a zero value cannot mean:
-// protocol of ports, restart delay, update parameters. It does not touch
+// protocol of ports, restart delay, update parameters. What labels say of ports
+// goes into the ports, and neighbouring ports become ranges. It does not touch
 // Replicas and StopGrace, whose zeros have a meaning.
 func (s *ServiceSpec) Defaults() {
 	if s.Restart.Delay == 0 {
@@ -45,6 +43,12 @@ func (s *ServiceSpec) Defaults() {
 	if s.Update.Monitor == 0 {
 		s.Update.Monitor = DefaultUpdate.Monitor
 	}
+	if s.Rollback == (UpdateConfig{}) {
+		s.Rollback = DefaultUpdate
+	}
+	if s.Rollback.Monitor == 0 {
+		s.Rollback.Monitor = DefaultUpdate.Monitor
+	}
 	if slices.ContainsFunc(s.Ports, func(p PortSpec) bool { return p.Protocol == "" }) {
 		s.Ports = slices.Clone(s.Ports) // they may be shared with the sender
 		for i := range s.Ports {
@@ -52,6 +56,9 @@ func (s *ServiceSpec) Defaults() {
 				s.Ports[i].Protocol = TCP
 			}
 		}
+	}
+	if len(s.Ports) > 0 {
+		s.obeyLabels()
 	}
 }
 
@@ -62,9 +69,6 @@ func (s *ServiceSpec) Defaults() {
 func (s ServiceSpec) Validate() error {
 	if err := checkName(s.Name); err != nil {
 		return at("Name", err)
-	}
-	if err := checkLabels("Labels", s.Labels); err != nil {
-		return err
 	}
 	if err := s.validateMode(); err != nil {
 		return err
@@ -89,11 +93,14 @@ func (s ServiceSpec) Validate() error {
 	if err := s.validateEndpoint(); err != nil {
 		return err
 	}
-	if s.Update.Delay < 0 {
-		return invalid("UpdateConfig.Delay", "must not be negative")
+	if err := s.checkServiceLabels(); err != nil {
+		return err
 	}
-	if s.Update.Monitor < 0 {
-		return invalid("UpdateConfig.Monitor", "must not be negative")
+	if err := s.Update.Validate(FieldUpdate); err != nil {
+		return err
+	}
+	if err := s.Rollback.Validate(FieldRollback); err != nil {
+		return err
 	}
 	return nil
 }
@@ -171,37 +178,6 @@ func (s *ServiceSpec) validateNetworks() error {
 	return nil
 }
 
-func (s *ServiceSpec) validateEndpoint() error {
-	if s.EndpointMode > EndpointDNSRR {
-		return invalid("EndpointSpec.Mode", "must be vip or dnsrr")
-	}
-	if s.EndpointMode == EndpointDNSRR && len(s.Ports) > 0 {
-		return invalid("EndpointSpec.Mode", "dnsrr cannot publish ports: use vip")
-	}
-	type pub struct {
-		proto Protocol
-		port  uint16
-	}
-	seen := make(map[pub]int, len(s.Ports))
-	for i, p := range s.Ports {
-		field := fmt.Sprintf("EndpointSpec.Ports[%d]", i)
-		if p.Protocol != TCP && p.Protocol != UDP {
-			return invalid(field+".Protocol", "%q: use tcp or udp", p.Protocol)
-		}
-		if p.Target == 0 {
-			return invalid(field+".TargetPort", "0: must be 1 to 65535")
-		}
-		if p.Published == 0 {
-			continue
-		}
-		if j, ok := seen[pub{p.Protocol, p.Published}]; ok {
-			return invalid(field+".PublishedPort", "%d/%s is already published by EndpointSpec.Ports[%d]", p.Published, p.Protocol, j)
-		}
-		seen[pub{p.Protocol, p.Published}] = i
-	}
-	return nil
-}
-
 func (c *ContainerSpec) validate() error {
 	const base = "TaskTemplate.ContainerSpec."
 	if err := checkImage(c.Image); err != nil {
@@ -239,6 +215,15 @@ func (c *ContainerSpec) validate() error {
 	}
 	if err := checkSignal(c.StopSignal); err != nil {
 		return at(base+"StopSignal", err)
+	}
+	if err := c.Health.Validate(base + "Healthcheck"); err != nil {
+		return err
+	}
+	if err := c.DNS.Validate(base + "DNSConfig"); err != nil {
+		return err
+	}
+	if err := checkHosts(base+"Hosts", c.Hosts); err != nil {
+		return err
 	}
 	if c.StopGrace < 0 || c.StopGrace > 24*time.Hour {
 		return invalid(base+"StopGracePeriod", "%s: must be 0 to 24h", c.StopGrace)

@@ -72,7 +72,7 @@ func TestServiceValidate(t *testing.T) {
 		{"network missing", func(s *ServiceSpec) { s.Networks = []NetworkTarget{{}} }, ErrInvalid, "TaskTemplate.Networks[0].Target: "},
 		{"alias", func(s *ServiceSpec) { s.Networks = []NetworkTarget{{Network: "a", Aliases: []string{"b", "c d"}}} }, ErrInvalid, "TaskTemplate.Networks[0].Aliases[1]: "},
 		{"target port 0", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: TCP}} }, ErrInvalid, "EndpointSpec.Ports[0].TargetPort: "},
-		{"protocol", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: "sctp", Target: 1}} }, ErrInvalid, "EndpointSpec.Ports[0].Protocol: "},
+		{"protocol", func(s *ServiceSpec) { s.Ports = []PortSpec{{Protocol: "dccp", Target: 1}} }, ErrInvalid, `EndpointSpec.Ports[0].Protocol: invalid argument: "dccp": use tcp, udp or sctp`},
 		{"published twice", func(s *ServiceSpec) {
 			s.Ports = []PortSpec{{Protocol: TCP, Target: 1, Published: 80}, {Protocol: UDP, Target: 1, Published: 80}, {Protocol: TCP, Target: 2, Published: 80}}
 		}, ErrInvalid, "EndpointSpec.Ports[2].PublishedPort: "},
@@ -81,6 +81,12 @@ func TestServiceValidate(t *testing.T) {
 			s.EndpointMode, s.Ports = EndpointDNSRR, []PortSpec{{Protocol: TCP, Target: 1}}
 		}, ErrInvalid, "EndpointSpec.Mode: "},
 		{"update delay", func(s *ServiceSpec) { s.Update.Delay = -1 }, ErrInvalid, "UpdateConfig.Delay: "},
+		{"failure action", func(s *ServiceSpec) { s.Update.OnFailure = 3 }, ErrInvalid, "UpdateConfig.FailureAction: "},
+		{"rollback of a rollback", func(s *ServiceSpec) { s.Rollback.OnFailure = UpdateRollback }, ErrInvalid, "RollbackConfig.FailureAction: "},
+		{"rollback delay", func(s *ServiceSpec) { s.Rollback.Delay = -1 }, ErrInvalid, "RollbackConfig.Delay: "},
+		{"rollback ratio", func(s *ServiceSpec) { s.Rollback.MaxFailureRatio = -0.1 }, ErrInvalid, "RollbackConfig.MaxFailureRatio: "},
+		{"rollback monitor", func(s *ServiceSpec) { s.Rollback.Monitor = -1 }, ErrInvalid, "RollbackConfig.Monitor: "},
+		{"failure ratio", func(s *ServiceSpec) { s.Update.MaxFailureRatio = 1.1 }, ErrInvalid, "UpdateConfig.MaxFailureRatio: "},
 		{"monitor", func(s *ServiceSpec) { s.Update.Monitor = -1 }, ErrInvalid, "UpdateConfig.Monitor: "},
 	} {
 		t.Run(c.name, func(t *testing.T) {

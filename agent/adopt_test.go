@@ -350,7 +350,7 @@ func TestNamesGoBeforeTheKernelTurns(t *testing.T) {
 		r.table.set(member, other)
 		r.running(testTask(1, front))
 		ready := func() (n int) {
-			for _, s := range r.agent.plane.names.given.Networks[front.ID].Services {
+			for _, s := range r.agent.plane.names.last().Networks[front.ID].Services {
 				for _, k := range s.Tasks {
 					if k.Ready {
 						n++

@@ -48,9 +48,15 @@ type Config struct {
 	// Run calls it once, when the names of tasks that run already are answered
 	// again, and ends with its error. RemoveAll calls it, too.
 	Engines func(context.Context) (Engines, error)
-	Names   *dns.Server
-	Gossip  gossip.Table
-	Leader  Leader
+	// Neighbour reaches the agent of another node by its cluster port; wire.Peers
+	// has it. nil = nobody is asked to confirm that a task drains.
+	Neighbour func(node weft.ID, addr netip.AddrPort) wire.Agent
+	// Drains counts what became of draining tasks; nil = a new one.
+	Drains *Drains
+
+	Names  *dns.Server
+	Gossip gossip.Table
+	Leader Leader
 
 	// Describe says what this node is; called when a session opens, and every
 	// few seconds for the ranges that the host uses.
@@ -58,9 +64,17 @@ type Config struct {
 	// Listeners reads the ports that other programs of the host hold;
 	// HostListeners is one.
 	Listeners func() ([]weft.Listener, error)
+	// HostAddrs reads the addresses of the host that ports can be bound to; see
+	// weft.NodeDescription. Called by a pass of the data plane while a port is.
+	HostAddrs func() ([]weft.HostAddr, error)
 	// Keys returns this node's public keys for encrypted networks, with one of
 	// the epoch among them; empty if it cannot encrypt. Nil is such a node.
 	Keys func(epoch uint64) ([]weft.NodeKey, error)
+	// GossipKeys takes the keys of gossip up; when it returns nil, all that comes
+	// is read by them. Called with the same ring again and again; the first call
+	// of a new one is soon after the leader has sent it. Nil: this node cannot
+	// change them, and the leader is told nothing.
+	GossipKeys func(weft.GossipRing) error
 	// Learned is called with the managers' addresses and the cluster's view
 	// whenever the leader sends them. It must not block.
 	Learned func(managers []netip.AddrPort, c wire.ClusterView)
@@ -119,11 +133,17 @@ type Agent struct {
 	cfg       Config
 	linger    *linger
 	plane     *plane
+	boxes     *boxes
 	outbox    *outbox
 	resolvers *resolvers // set by Run before anything else runs
 	tasks     *tasks
-	listen    openSockets           // listenIn, but for tests
+	listen    openSockets // listenIn, but for tests
+	busy      countConns  // sandbox.Connections, but for tests
+	healths   healths
+	statuses  statuses
 	model     atomic.Pointer[model] // written by Run, then by the session loop only
+	// heard is set once the model is of the leader, and not of the last run.
+	heard atomic.Bool
 }
 
 // New checks the configuration; it does no I/O and starts nothing.
@@ -131,11 +151,15 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, outbox: newOutbox(), listen: listenIn}
+	if cfg.Drains == nil {
+		cfg.Drains = NewDrains(cfg.Log)
+	}
+	a := &Agent{cfg: cfg, outbox: newOutbox(), listen: listenIn, busy: sandbox.Connections, healths: healths{all: map[weft.ID]weft.Health{}}}
 	a.model.Store(newModel())
 	a.linger = newLinger(cfg.Node, cfg.Gossip, a.endpointsPath(), cfg.Log)
 	a.plane = newPlane(cfg, a.linger)
 	a.plane.applied = a.outbox.kick
+	a.boxes = newBoxes(cfg)
 	a.tasks = newTasks(a)
 	return a, nil
 }
@@ -155,7 +179,7 @@ func (c Config) validate() error {
 		{"Runtime", c.Runtime == nil}, {"Execer", c.Execer == nil}, {"Logs", c.Logs == nil},
 		{"Images", c.Images == nil}, {"Sandbox", c.Sandbox == nil}, {"Engines", c.Engines == nil},
 		{"Names", c.Names == nil}, {"Gossip", c.Gossip == nil},
-		{"Leader", c.Leader == nil}, {"Describe", c.Describe == nil}, {"Listeners", c.Listeners == nil},
+		{"Leader", c.Leader == nil}, {"Describe", c.Describe == nil}, {"Listeners", c.Listeners == nil}, {"HostAddrs", c.HostAddrs == nil},
 		{"Log", c.Log == nil},
 	} {
 		if f.missing {
@@ -196,6 +220,7 @@ func (a *Agent) runLoops(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.linger.run(ctx) })
 	g.Go(func() error { return a.plane.run(ctx) })
+	g.Go(func() error { return a.boxes.run(ctx) })
 	g.Go(func() error { return a.runSessions(ctx) })
 	g.Go(func() error { return a.tasks.run(ctx, g) })
 	return g.Wait()
@@ -223,7 +248,8 @@ func (a *Agent) resume(ctx context.Context) error {
 	for _, b := range boxes {
 		// Without a namespace there is nothing to resume.
 		if t, ok := m.Tasks[b.Task]; ok && b.NetNS != "" {
-			a.plane.attach(newController(a, m, t).local(b.NetNS, a.tasks.resumeState(t)))
+			a.plane.attach(newController(a, m, t).local(b, a.tasks.resumeState(t)))
+			a.boxes.add(t.ID, func() (sandbox.Spec, bool) { return a.box(m, t.ID) })
 		}
 	}
 	a.adopt(m, false)
@@ -232,7 +258,7 @@ func (a *Agent) resume(ctx context.Context) error {
 	// back before anything else is done.
 	for _, b := range boxes {
 		if t, ok := m.Tasks[b.Task]; ok && b.NetNS != "" {
-			a.resolvers.resume(b.Task, b.NetNS, m.view(t))
+			a.resolvers.resume(b.Task, b.NetNS, a.view(m, t))
 		}
 	}
 	return nil
@@ -269,8 +295,15 @@ func (a *Agent) Withdraw(ctx context.Context) error {
 // adopt makes a new model the node's own; fromLeader says that it is news and
 // not what the last run remembered.
 func (a *Agent) adopt(m *model, fromLeader bool) {
-	a.model.Store(m)
+	before := a.model.Swap(m)
+	if fromLeader {
+		a.heard.Store(true)
+		if before == nil || !before.Cluster.GossipRing().Equal(m.Cluster.GossipRing()) {
+			a.outbox.kick() // with the next report the keys are taken up
+		}
+	}
 	a.plane.setModel(m)
+	a.boxes.follow(func(task weft.ID) (sandbox.Spec, bool) { return a.box(m, task) })
 	a.tasks.setModel(m, fromLeader)
 	if fromLeader && a.cfg.Learned != nil {
 		var managers []netip.AddrPort
@@ -351,8 +384,12 @@ func (a *Agent) receive(s wire.Session) error {
 }
 
 // view is what a task may ask its resolver: the names of its own networks.
-func (m *model) view(t weft.Task) dns.View {
-	v := dns.View{Internal: true}
+func (a *Agent) view(m *model, t weft.Task) dns.View {
+	spec := m.Specs[specKey{t.Service, t.SpecVersion}].Spec
+	v := dns.View{
+		Internal: true, Service: spec.Name,
+		Search: spec.Container.DNS.SearchDomains(a.cfg.Names.HostSearch()), Nameservers: spec.Container.DNS.Nameservers,
+	}
 	for _, at := range t.Attachments {
 		n, known := m.Networks[at.Network]
 		if known && n.Spec.Ingress {
@@ -369,9 +406,9 @@ func (m *model) view(t weft.Task) dns.View {
 	if len(v.Networks) == 0 {
 		v.Internal = false
 	}
-	spec := m.Specs[specKey{t.Service, t.SpecVersion}].Spec
 	id := weft.ContainerID(t.ID)
-	v.Self.Slot, v.Self.Names = t.Slot, []string{t.Name(spec.Name), id[:12], id}
+	v.Self.Slot, v.Self.Host = t.Slot, m.Nodes[a.cfg.Node].Hostname
+	v.Self.Names = []string{t.Name(spec.Name), id[:12], id}
 	if h := spec.Container.Hostname; h != "" {
 		v.Self.Names = append(v.Self.Names, h)
 	}

@@ -408,7 +408,7 @@ func TestRecordedBeforeReported(t *testing.T) {
 					continue
 				}
 				st, err := r.agent.tasks.loadStatus(k.Task)
-				if err != nil || st == nil || st.State < k.Status.State {
+				if err != nil || st == nil || st.Status.State < k.Status.State {
 					t.Errorf("reported %v, on disk %+v, %v", k.Status.State, st, err)
 				}
 				checked++

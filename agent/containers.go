@@ -26,7 +26,9 @@ func (a *Agent) Containers(ctx context.Context) ([]weft.Container, error) {
 	m := a.model.Load()
 	out := make([]weft.Container, 0, len(list))
 	for _, s := range list {
-		out = append(out, m.container(a.cfg.Node, s))
+		c := m.container(a.cfg.Node, s)
+		c.State.Health = a.healths.of(s.Task)
+		out = append(out, c)
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Created.After(out[j].Created) })
 	return out, nil
@@ -45,11 +47,13 @@ func (m *model) container(node weft.ID, s runtime.Status) weft.Container {
 			Image: s.Spec.Image, Entrypoint: s.Spec.Entrypoint, Args: s.Spec.Args, Env: s.Spec.Env,
 			Dir: s.Spec.Dir, User: s.Spec.User, Hostname: s.Spec.Hostname, Labels: s.Spec.Labels,
 			Mounts: s.Spec.Mounts, StopSignal: s.Spec.StopSignal, TTY: s.Spec.TTY, ReadOnly: s.Spec.ReadOnly,
+			Health: s.Spec.Health,
 		},
 		Limits:   s.Spec.Limits,
 		Networks: map[string]weft.Attachment{},
 	}
 	if t, ok := m.Tasks[s.Task]; ok {
+		c.Ports = t.Ports
 		for _, at := range t.Attachments {
 			if n, ok := m.Networks[at.Network]; ok {
 				c.Networks[n.Spec.Name] = at

@@ -17,9 +17,9 @@ import (
 
 // Our own choices.
 const (
-	// drainSpread is how long a task goes on serving after this node has
-	// taken it out of the tables, so that the others have, too. Gossip takes
-	// milliseconds; the rest is for a busy machine.
+	// drainSpread is how long a task goes on serving after all have taken it
+	// out of their tables: for what is on its way, and for connections that
+	// wait to be accepted.
 	drainSpread = 150 * time.Millisecond
 	// planeWait bounds the wait for the data plane in front of a step that
 	// can be repeated.
@@ -34,6 +34,9 @@ type controller struct {
 	// enough to stop and remove, not to begin.
 	spec  weft.ServiceSpec
 	known bool
+
+	image  weft.ImageConfig // set by Prepare
+	health health           // see health.go
 }
 
 var _ task.Controller = (*controller)(nil)
@@ -49,18 +52,21 @@ func (c *controller) Prepare(ctx context.Context) error {
 	if err := c.complete(m); err != nil {
 		return err
 	}
-	if _, err := c.a.cfg.Images.Ensure(ctx, c.spec.Container.Image, nil); err != nil {
+	image, err := c.a.cfg.Images.Ensure(ctx, c.spec.Container.Image, nil)
+	if err != nil {
 		return err
 	}
+	c.image = image.Config
 	box, err := c.a.cfg.Sandbox.Make(ctx, c.sandbox(m))
 	if err != nil {
 		return err
 	}
-	gen := c.a.plane.attach(c.local(box.NetNS, weft.EndpointStarting))
+	c.a.boxes.add(c.task.ID, func() (sandbox.Spec, bool) { return c.a.box(c.a.model.Load(), c.task.ID) })
+	gen := c.a.plane.attach(c.local(box, weft.EndpointStarting))
 	if err := c.awaitPlane(ctx, gen); err != nil {
 		return err
 	}
-	if err := c.a.resolvers.ensure(c.task.ID, box.NetNS, m.view(c.task)); err != nil {
+	if err := c.a.resolvers.ensure(c.task.ID, box.NetNS, c.a.view(m, c.task)); err != nil {
 		return err
 	}
 	return c.a.cfg.Runtime.Create(ctx, c.container(box))
@@ -97,8 +103,8 @@ func (c *controller) awaitPlane(ctx context.Context, gen uint64) error {
 	return nil
 }
 
-func (c *controller) local(netNS string, s weft.EndpointState) netstate.LocalTask {
-	return netstate.LocalTask{Task: c.task, Hostname: c.hostname(), NetNS: netNS, State: s}
+func (c *controller) local(box sandbox.Sandbox, s weft.EndpointState) netstate.LocalTask {
+	return netstate.LocalTask{Task: c.task, Hostname: c.hostname(), NetNS: box.NetNS, Gateway: box.GatewayAddr.Addr(), State: s}
 }
 
 func (c *controller) hostname() string {
@@ -111,7 +117,11 @@ func (c *controller) hostname() string {
 // sandbox is what surrounds the container. A task has a way out unless all its
 // networks are internal; one without networks has nothing else.
 func (c *controller) sandbox(m *model) sandbox.Spec {
-	s := sandbox.Spec{Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string][]netip.Addr{}}
+	k := &c.spec.Container
+	s := sandbox.Spec{
+		Task: c.task.ID, Hostname: c.hostname(), Hosts: map[string][]netip.Addr{},
+		Search: k.DNS.SearchDomains(c.a.cfg.Names.HostSearch()), Options: k.DNS.Options,
+	}
 	own := 0
 	for _, at := range c.task.Attachments {
 		n, known := m.Networks[at.Network]
@@ -130,6 +140,11 @@ func (c *controller) sandbox(m *model) sandbox.Spec {
 	}
 	if own == 0 {
 		s.Gateway = true
+	}
+	for _, h := range k.Hosts {
+		for _, name := range h.Names {
+			s.Hosts[name] = append(s.Hosts[name], h.Addr)
+		}
 	}
 	for _, v := range m.Services[c.task.Service].VIPs {
 		for _, a := range v.Addrs() {
@@ -155,7 +170,9 @@ func (c *controller) container(box sandbox.Sandbox) runtime.Spec {
 		"com.docker.swarm.task.id":      string(c.task.ID),
 		"com.docker.swarm.task.name":    name,
 	})
+	check, shell := healthOf(k.Health, c.image)
 	return runtime.Spec{
+		Health: check, Shell: shell,
 		Task: c.task.ID, Name: name, Node: c.a.cfg.Node, Service: c.task.Service,
 		Image: k.Image, Entrypoint: k.Entrypoint, Args: k.Args, Env: k.Env, Dir: k.Dir, User: k.User,
 		Hostname: c.hostname(), Labels: labels, Mounts: k.Mounts, StopSignal: k.StopSignal,
@@ -194,14 +211,8 @@ func (c *controller) Start(ctx context.Context) (int, error) {
 	return c.a.cfg.Runtime.Start(ctx, c.task.ID)
 }
 
-// Wait implements task.Controller.
-func (c *controller) Wait(ctx context.Context) (task.Exit, error) {
-	e, err := c.a.cfg.Runtime.Wait(ctx, c.task.ID)
-	return exitOf(e), err
-}
-
 // Shutdown implements task.Controller. The task leaves the tables of this node
-// and of the others before it is signalled.
+// and of the others, and has its drain time, before it is signalled.
 func (c *controller) Shutdown(ctx context.Context) (task.Exit, error) {
 	seen, err := c.Observe(ctx)
 	if err != nil {
@@ -210,12 +221,13 @@ func (c *controller) Shutdown(ctx context.Context) (task.Exit, error) {
 	if seen.Phase != task.Running {
 		return seen.Exit, nil // known only of a container that has ended
 	}
+	began := c.a.tasks.beginDrain(c.task.ID, time.Now())
 	if gen, attached := c.a.plane.drain(c.task.ID); attached {
 		if err := c.awaitPlane(ctx, gen); err != nil {
 			c.a.cfg.Log.Warn("drain task", weft.KeyTask, c.task.ID, weft.KeyErr, err)
 		}
-		if !sleep(ctx, drainSpread) {
-			return task.Exit{}, ctx.Err()
+		if err := c.a.drain(ctx, c.task, began); err != nil {
+			return task.Exit{}, err
 		}
 	}
 	e, err := c.a.cfg.Runtime.Stop(ctx, c.task.ID, c.spec.Container.StopGrace)
@@ -239,6 +251,7 @@ func (c *controller) Release(ctx context.Context) error {
 		}
 	}
 	c.a.resolvers.close(c.task.ID)
+	c.a.boxes.drop(c.task.ID)
 	return c.a.cfg.Sandbox.Destroy(ctx, c.task.ID)
 }
 
@@ -250,5 +263,6 @@ func (c *controller) Remove(ctx context.Context) error {
 	if err := c.Release(ctx); err != nil {
 		return err
 	}
+	c.a.healths.drop(c.task.ID) // until then it says why the task has ended
 	return c.a.cfg.Logs.RemoveLogs(ctx, c.task.ID)
 }

@@ -18,7 +18,6 @@ import (
 	"github.com/weftnet/weft/agent/runtime"
 	"github.com/weftnet/weft/agent/runtime/runtimetest"
 	"github.com/weftnet/weft/agent/sandbox"
-	"github.com/weftnet/weft/gossip"
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/orchestrator/wire"
 	"github.com/weftnet/weft/vxlan"
@@ -66,6 +65,12 @@ func (j *journal) inOrder(t *testing.T, words ...string) {
 type loggedRuntime struct {
 	*runtimetest.Memory
 	journal *journal
+	lists   *atomic.Int32
+}
+
+func (l *loggedRuntime) List(ctx context.Context) ([]runtime.Status, error) {
+	l.lists.Add(1)
+	return l.Memory.List(ctx)
 }
 
 func (l *loggedRuntime) Start(ctx context.Context, task weft.ID) (int, error) {
@@ -87,14 +92,33 @@ func (l *loggedRuntime) Remove(ctx context.Context, task weft.ID) error {
 type fakeBoxes struct {
 	journal *journal
 
-	mu  sync.Mutex
-	all map[weft.ID]sandbox.Sandbox
+	mu      sync.Mutex // guards: all below
+	all     map[weft.ID]sandbox.Sandbox
+	made    map[weft.ID]sandbox.Spec
+	kept    []sandbox.Spec // of the last Keep
+	keeps   int
+	keepErr error
+}
+
+func (b *fakeBoxes) Keep(_ context.Context, specs []sandbox.Spec) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.kept, b.keeps = specs, b.keeps+1
+	return b.keepErr
 }
 
 func (b *fakeBoxes) Make(ctx context.Context, s sandbox.Spec) (sandbox.Sandbox, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.all[s.Task] = sandbox.Sandbox{Task: s.Task, NetNS: "/ns/" + string(s.Task)}
+	if b.made == nil {
+		b.made = map[weft.ID]sandbox.Spec{}
+	}
+	b.made[s.Task] = s
+	box := sandbox.Sandbox{Task: s.Task, NetNS: "/ns/" + string(s.Task)}
+	if s.Gateway {
+		box.GatewayAddr = netip.MustParsePrefix("172.31.0.9/16")
+	}
+	b.all[s.Task] = box
 	return b.all[s.Task], ctx.Err()
 }
 
@@ -255,97 +279,6 @@ func (b *fakeBalancer) backendsLocked() []string {
 		}
 	}
 	return words
-}
-
-// fakeTable is gossip.Table with the other nodes under the test's hand.
-type fakeTable struct {
-	journal *journal
-
-	mu        sync.Mutex
-	own       []weft.Endpoint
-	published int
-	others    map[weft.ID][]weft.OwnedEndpoint
-	alive     map[weft.ID]gossip.Member
-	changed   chan struct{}
-}
-
-func newFakeTable(j *journal) *fakeTable {
-	return &fakeTable{
-		journal: j, others: map[weft.ID][]weft.OwnedEndpoint{}, changed: make(chan struct{}),
-		alive: map[weft.ID]gossip.Member{nodeA: {ID: nodeA, Addr: vtepA, VTEP: vtepA}},
-	}
-}
-
-func (f *fakeTable) Publish(e []weft.Endpoint) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var words []string
-	for _, x := range e {
-		words = append(words, fmt.Sprintf("%s:%s", [...]string{"starting", "ready", "draining"}[x.State], x.Task.Short()[:2]))
-	}
-	f.journal.add("publish %s", strings.Join(words, " "))
-	f.published++
-	if !slices.Equal(f.own, e) {
-		f.own = e
-		f.bumpLocked()
-	}
-}
-
-func (f *fakeTable) bumpLocked() {
-	close(f.changed)
-	f.changed = make(chan struct{})
-}
-
-// set makes a node alive with these endpoints, in one step.
-func (f *fakeTable) set(m gossip.Member, e ...weft.Endpoint) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.alive[m.ID] = m
-	f.others[m.ID] = nil
-	for _, x := range e {
-		f.others[m.ID] = append(f.others[m.ID], weft.OwnedEndpoint{Endpoint: x, Owner: m.ID, VTEP: m.VTEP})
-	}
-	f.bumpLocked()
-}
-
-// fail takes a node out of sight, as gossip does when it is not heard.
-func (f *fakeTable) fail(id weft.ID) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.alive, id)
-	delete(f.others, id)
-	f.bumpLocked()
-}
-
-func (f *fakeTable) Snapshot() ([]weft.OwnedEndpoint, <-chan struct{}) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var out []weft.OwnedEndpoint
-	for _, x := range f.own {
-		out = append(out, weft.OwnedEndpoint{Endpoint: x, Owner: nodeA, VTEP: vtepA})
-	}
-	for _, e := range f.others {
-		out = append(out, e...)
-	}
-	slices.SortStableFunc(out, func(a, b weft.OwnedEndpoint) int { return strings.Compare(string(a.Owner), string(b.Owner)) })
-	return out, f.changed
-}
-
-func (f *fakeTable) Members() ([]gossip.Member, <-chan struct{}) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var out []gossip.Member
-	for _, m := range f.alive {
-		out = append(out, m)
-	}
-	slices.SortFunc(out, func(a, b gossip.Member) int { return strings.Compare(string(a.ID), string(b.ID)) })
-	return out, f.changed
-}
-
-func (f *fakeTable) ownEndpoints() []weft.Endpoint {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return slices.Clone(f.own)
 }
 
 // fakeLeader keeps what was reported.
@@ -563,4 +496,11 @@ func (p *fakePaths) asked() []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.watched
+}
+
+// backends are those of the last table, as the journal writes them.
+func (b *fakeBalancer) backends() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.backendsLocked()
 }

@@ -74,3 +74,69 @@ func TestUnsupportedNetworkRejects(t *testing.T) {
 		})
 	}
 }
+
+// TestGossipKeysAreTakenUp: a ring is taken up before the leader is told so, at
+// once and not with the next heartbeat; what cannot be taken up is not told and
+// tried again; a ring of the last run is not told of.
+func TestGossipKeysAreTakenUp(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		var fail atomic.Bool
+		var has atomic.Pointer[weft.GossipRing]
+		r.gossipKeys = func(ring weft.GossipRing) error {
+			if fail.Load() {
+				return errors.New("no entropy")
+			}
+			has.Store(&ring)
+			return nil
+		}
+		var told []string
+		r.leader.onReport(func(_ context.Context, rep wire.Report) error {
+			if rep.Gossip != nil {
+				told = append(told, fmt.Sprintf("reads %d sends %d", rep.Gossip.Reads, rep.Gossip.Sends))
+				if ring := has.Load(); ring == nil || ring.Epochs() != *rep.Gossip {
+					t.Errorf("told of %+v with the ring %v", *rep.Gossip, ring)
+				}
+			}
+			return nil
+		})
+		ring := func(seq, sends uint64, reads ...uint64) wire.Assignments {
+			c := wire.ClusterView{ID: testID("c"), DataPathPort: 4789, GossipEpoch: sends, GossipKey: []byte{byte(sends)}}
+			for _, e := range reads {
+				c.GossipReads = append(c.GossipReads, weft.GossipKey{Epoch: e, Key: []byte{byte(e)}})
+			}
+			return wire.Assignments{Seq: seq, Cluster: &c}
+		}
+		kill, s := r.running()
+		settle(5 * time.Second)
+		s.send <- ring(2, 0, 1)
+		settle(reportEvery / 10)
+		if has.Load().Epochs().Reads != 1 {
+			t.Errorf("after a tenth of a heartbeat: %v", has.Load())
+		}
+		settle(5 * time.Second)
+		fail.Store(true)
+		s.send <- ring(3, 1, 0)
+		settle(5 * time.Second)
+		if n := len(told); n != 2 {
+			t.Errorf("what was not taken up was told: %q", told)
+		}
+		fail.Store(false)
+		settle(5 * time.Second)
+		kill()
+		has.Store(nil)
+		kill = r.start()
+		s = <-r.leader.sessions
+		settle(5 * time.Second) // nothing was sent yet
+		if has.Load() != nil {
+			t.Errorf("the ring of the last run was taken up: %v", has.Load())
+		}
+		first := full()
+		first.Cluster = ring(1, 2).Cluster
+		s.send <- first
+		settle(5 * time.Second)
+		kill()
+		if want := []string{"reads 0 sends 0", "reads 1 sends 0", "reads 1 sends 1", "reads 2 sends 2"}; !reflect.DeepEqual(told, want) {
+			t.Errorf("told %q, want %q", told, want)
+		}
+	})
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"reflect"
@@ -36,14 +37,42 @@ const procUDP = `   sl  local_address rem_address   st tx_queue rx_queue tr tm->
   500: 0100007F:9C40 0100007F:0035 01 00000000:00000000 00:00000000 00000000     0        0 31339 2 0000000000000000 0        
 `
 
+// As Linux 6 prints it: two that listen, one of them on two addresses, and one that
+// does not.
+const procSCTP = ` ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS
+ffff8880 ffff8881 2   10  29   9200      0 40001 10.99.0.1 *10.99.0.2 
+ffff8882 ffff8883 2   10  30   9201      0 40002 0000:0000:0000:0000:0000:0000:0000:0000 
+ffff8884 ffff8885 2   7   31   9202      0 40003 10.99.0.1 
+`
+
+func TestParseSCTP(t *testing.T) {
+	got, err := parseSCTP([]byte(procSCTP))
+	want := []socket{{netip.MustParseAddr("10.99.0.1"), 9200, 40001}, {netip.MustParseAddr("10.99.0.2"), 9200, 40001}, {netip.IPv6Unspecified(), 9201, 40002}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+	if got, err := parseSCTP(nil); got != nil || err != nil {
+		t.Errorf("without SCTP: %v, %v", got, err)
+	}
+	for name, line := range map[string]string{
+		"cut off": "a b 2 10 29 9200 0", "odd port": "a b 2 10 29 x 0 1 10.0.0.1", "odd inode": "a b 2 10 29 1 0 x 10.0.0.1", "odd address": "a b 2 10 29 1 0 1 here",
+	} {
+		if got, err := parseSCTP([]byte("heading\n" + line + "\n")); err == nil {
+			t.Errorf("%s: read as %v", name, got)
+		}
+	}
+}
+
+var localhost = netip.MustParseAddr("127.0.0.1")
+
 func TestParseSockets(t *testing.T) {
 	for _, tc := range []struct {
 		name, text, state string
 		want              []socket
 	}{
-		{"tcp", procTCP, tcpListen, []socket{{80, 24511}, {8080, 24512}}},
-		{"tcp6", procTCP6, tcpListen, []socket{{22, 18071}, {30000, 18072}}},
-		{"udp", procUDP, tcpClose, []socket{{4789, 31337}, {53, 31338}}},
+		{"tcp", procTCP, tcpListen, []socket{{localhost, 80, 24511}, {netip.IPv4Unspecified(), 8080, 24512}}},
+		{"tcp6", procTCP6, tcpListen, []socket{{netip.IPv6Unspecified(), 22, 18071}, {netip.IPv6Loopback(), 30000, 18072}}},
+		{"udp", procUDP, tcpClose, []socket{{netip.IPv4Unspecified(), 4789, 31337}, {netip.MustParseAddr("127.0.0.53"), 53, 31338}}},
 		{"heading only", "  sl  local_address\n", tcpListen, nil},
 		{"empty", "", tcpListen, nil},
 	} {
@@ -59,6 +88,7 @@ func TestParseSockets(t *testing.T) {
 		"no port":    "   0: 0100007F 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
 		"long port":  "   0: 0100007F:00050 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
 		"no hex":     "   0: 0100007F:00G0 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
+		"no address": "   0: 01007F:0050 00000000:0000 0A 0:0 00:0 0 0 0 24511 1",
 		"odd inode":  "   0: 0100007F:0050 00000000:0000 0A 0:0 00:0 0 0 0 x 1",
 		"empty line": "",
 	} {
@@ -72,7 +102,11 @@ func FuzzParseSockets(f *testing.F) {
 	for _, s := range []string{procTCP, procTCP6, procUDP, "", "\n\n", "x\n : : : :"} {
 		f.Add([]byte(s))
 	}
+	f.Add([]byte(procSCTP))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		if got, err := parseSCTP(b); err == nil && slices.ContainsFunc(got, func(s socket) bool { return s.port == 0 || !s.addr.IsValid() }) {
+			t.Errorf("%v", got)
+		}
 		got, err := parseSockets(b, tcpListen)
 		if err != nil && got != nil {
 			t.Errorf("sockets %v beside error %v", got, err)
@@ -109,8 +143,11 @@ func TestHostListenersLeavesOwnOut(t *testing.T) {
 		}
 	}
 	defer pc.Close()
-	tcp := weft.Listener{Protocol: weft.TCP, Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
-	udp := weft.Listener{Protocol: weft.UDP, Port: uint16(pc.LocalAddr().(*net.UDPAddr).Port)}
+	at := func(p weft.Protocol, a netip.AddrPort) weft.Listener {
+		return weft.Listener{Protocol: p, Port: a.Port(), Addr: a.Addr().Unmap()}
+	}
+	tcp := at(weft.TCP, ln.Addr().(*net.TCPAddr).AddrPort())
+	udp := at(weft.UDP, pc.LocalAddr().(*net.UDPAddr).AddrPort())
 	own, err := ownSockets()
 	if err != nil {
 		t.Fatal(err)
@@ -133,7 +170,7 @@ func TestHostListenersSeesOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := weft.Listener{Protocol: weft.TCP, Port: uint16(ln.Addr().(*net.TCPAddr).Port)}
+	want := weft.Listener{Protocol: weft.TCP, Port: uint16(ln.Addr().(*net.TCPAddr).Port), Addr: localhost}
 	f, err := ln.(*net.TCPListener).File()
 	if err != nil {
 		t.Fatal(err)

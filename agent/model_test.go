@@ -5,16 +5,19 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
 
@@ -35,8 +38,11 @@ func TestStoredForms(t *testing.T) {
 		into    any
 	}{
 		{"assignments.v1.json", modelVersion, m, newModel()},
-		{"task.v1.json", statusVersion, &storedStatus{statusVersion, weft.TaskStatus{
+		{"task.v1.json", statusVersion, &storedStatus{Version: statusVersion, Status: weft.TaskStatus{
 			State: weft.TaskFailed, At: at, Message: "failed", Err: "task: non-zero exit (3)", ExitCode: 3, ExitKnown: true,
+		}}, new(storedStatus)},
+		{"task.v1-drain.json", statusVersion, &storedStatus{Version: statusVersion, Drain: at, Status: weft.TaskStatus{
+			State: weft.TaskRunning, At: at, Message: "started", Err: "unhealthy container", PID: 7, Ran: at, Unhealthy: true,
 		}}, new(storedStatus)},
 		{"endpoints.v1.json", endpointsVersion, &storedEndpoints{endpointsVersion, at, []storedOwner{{nodeB, vtepB, []weft.OwnedEndpoint{
 			{Endpoint: endpointOf(1), Owner: nodeB, VTEP: vtepB},
@@ -145,6 +151,15 @@ func TestViewOfATask(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	conf := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(conf, []byte("search of.the.host\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: conf})
+	if err != nil {
+		t.Fatal(err)
+	}
+	self := &Agent{cfg: Config{Names: names}}
 	on := func(ns ...weft.Network) weft.Task {
 		task := testTask(1, front)
 		task.Attachments = nil
@@ -166,14 +181,19 @@ func TestViewOfATask(t *testing.T) {
 		{"ingress alone", on(mesh), nil, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			v := m.view(tc.task)
+			v := self.view(m, tc.task)
 			if !reflect.DeepEqual(v.Networks, tc.networks) || v.Internal != tc.internal {
 				t.Errorf("networks %v internal %v", v.Networks, v.Internal)
 			}
 			// A task has a gateway exactly if it may ask for names outside.
-			c := newController(&Agent{}, m, tc.task)
-			if got := c.sandbox(m).Gateway; got == v.Internal {
-				t.Errorf("gateway %v although names outside are refused: %v", got, v.Internal)
+			c := newController(self, m, tc.task)
+			box := c.sandbox(m)
+			if box.Gateway == v.Internal {
+				t.Errorf("gateway %v although names outside are refused: %v", box.Gateway, v.Internal)
+			}
+			// What the client appends is what the resolver takes off again.
+			if want := []string{"of.the.host"}; !slices.Equal(box.Search, want) || !slices.Equal(v.Search, want) {
+				t.Errorf("search domains %q, and %q for the resolver, want the host's", box.Search, v.Search)
 			}
 		})
 	}

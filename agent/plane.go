@@ -2,14 +2,12 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -23,8 +21,8 @@ import (
 
 // Our own choices for the runner that applies the data plane.
 const (
-	// planeMinGap bounds the rate of passes: what changes within it is
-	// applied together. Larger saves work in a storm, smaller is sooner.
+	// planeMinGap bounds the rate of looks: the first change is looked at at
+	// once, what changes within it together. Larger saves work in a storm, smaller is sooner.
 	planeMinGap = 5 * time.Millisecond
 	// planeMaxGap is how long the kernel goes unread when nothing changes:
 	// whatever somebody else broke is repaired within it.
@@ -48,7 +46,7 @@ type plane struct {
 	netNSDir string
 	overlay  vxlan.Kernel // this, balancer and underlay.natives are set by Agent.Run before run
 	balancer ingress.Engine
-	gateways sandbox.Maker
+	host     host
 	names    names
 	gossip   gossip.Table
 	underlay underlay
@@ -70,7 +68,13 @@ type plane struct {
 	// withdrawn: nothing is published any more.
 	withdrawn bool
 
-	have vxlan.State // owned by run: what the last pass left in the kernel
+	hands hands
+}
+
+// host is what this node's own host says.
+type host struct {
+	gateways sandbox.Maker
+	addrs    func() ([]weft.HostAddr, error) // see Config
 }
 
 // underlay is the network between the nodes.
@@ -86,6 +90,11 @@ type past struct {
 	// ended are tasks that have lost their addresses, whatever the table or
 	// this node's own sandboxes still say of them.
 	ended map[weft.ID]bool
+	// draining are tasks of others that their owners said are about to stop,
+	// whatever the table still says, and when that was said.
+	draining map[owned]time.Time
+	// arrived are tasks of others that can serve, likewise.
+	arrived map[owned]time.Time
 }
 
 // lastPass is how far the last pass got.
@@ -104,9 +113,10 @@ type planeWaiter struct {
 func newPlane(cfg Config, table gossip.Table) *plane {
 	return &plane{
 		self: netstate.Node{ID: cfg.Node, VTEP: cfg.VTEP}, netNSDir: cfg.NetNSDir,
-		gateways: cfg.Sandbox, names: names{server: cfg.Names}, gossip: table, underlay: underlay{Underlay: cfg.Underlay}, log: cfg.Log,
+		host: host{cfg.Sandbox, cfg.HostAddrs}, names: names{server: cfg.Names}, gossip: table, underlay: underlay{Underlay: cfg.Underlay}, log: cfg.Log,
 		wake: make(chan struct{}, 1), model: newModel(), local: map[weft.ID]netstate.LocalTask{},
-		past: past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}}, applied: func() {},
+		hands: hands{steps: make(chan step)},
+		past:  past{gone: map[weft.ID]weft.Network{}, ended: map[weft.ID]bool{}, draining: map[owned]time.Time{}, arrived: map[owned]time.Time{}}, applied: func() {},
 	}
 }
 
@@ -153,8 +163,8 @@ func (p *plane) attach(t netstate.LocalTask) uint64 {
 }
 
 // setReady lets a task that has started be found. One that is draining stays so.
-func (p *plane) setReady(task weft.ID) {
-	p.change(func() {
+func (p *plane) setReady(task weft.ID) uint64 {
+	return p.change(func() {
 		if t, ok := p.local[task]; ok && t.State == weft.EndpointStarting {
 			t.State = weft.EndpointReady
 			p.local[task] = t
@@ -202,6 +212,12 @@ func (p *plane) change(f func()) uint64 {
 	return gen
 }
 
+func (p *plane) generation() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.gen
+}
+
 func (p *plane) kick() {
 	select {
 	case p.wake <- struct{}{}:
@@ -229,46 +245,99 @@ func (p *plane) wait(ctx context.Context, gen uint64, vnis []uint32) error {
 	}
 }
 
-// run applies until ctx ends. A failing pass is logged and repeated; it never
-// ends the loop, for the other objects of the plane must go on being repaired.
+// run looks and applies until ctx ends. What is told to others and to resolvers
+// does not wait for the kernel: looks go on while a pass is under way, and the next
+// pass takes the newest. A failing pass is logged and repeated; it never ends the
+// loop, for the other objects of the plane must go on being repaired.
 func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
-	var last string // error that was logged
+	var wg sync.WaitGroup // of the pass
+	defer wg.Wait()
+	r := runner{due: time.NewTimer(planeMaxGap)}
+	defer r.due.Stop()
+	begin := func() {
+		l, said := p.hands.look, p.hands.facts
+		r.isBusy, r.owes = true, false
+		wg.Go(func() { p.pass(ctx, l, said) })
+	}
+	look := func() { r.later, r.last, r.owes = p.see(), time.Now(), true }
+	look()
+	begin()
 	for {
-		slow := time.AfterFunc(planeSlow, func() {
-			p.log.Error("the data plane is being applied for long: the kernel does not answer; tasks wait for it", "after", planeSlow)
-		})
-		news, err := p.pass(ctx)
-		slow.Stop()
-		if ctx.Err() != nil {
-			return nil
-		}
-		next := planeMaxGap
-		switch {
-		case err != nil:
-			if err.Error() != last { // not four times a second the same
-				p.log.Error("apply data plane", weft.KeyErr, err)
-				last = err.Error()
-			}
-			next = planeRetryGap
-		case last != "":
-			p.log.Info("data plane is applied again")
-			last = ""
-		}
-		timer := time.NewTimer(next)
 		select {
 		case <-ctx.Done():
-		case <-p.wake:
-		case <-news.table:
-		case <-news.paths:
-		case <-news.proven:
-		case <-timer.C:
-		}
-		timer.Stop()
-		if !sleep(ctx, planeMinGap) {
 			return nil
+		case <-p.wake:
+			r.soon()
+		case <-r.later.table:
+			r.soon()
+		case <-r.later.paths:
+			r.soon()
+		case <-r.later.proven:
+			r.soon()
+		case <-r.due.C:
+			r.isDue = false
+			look()
+		case s := <-p.hands.steps:
+			if s.isLast && p.learn(s.facts) {
+				look()
+			}
+			p.hands.holds = s.holds
+			p.name(s.named)
+			if s.isLast {
+				p.settle(s.goal, s.err)
+				r.over(p.tell(s.err, r.told))
+			}
+		}
+		if r.owes && !r.isBusy {
+			begin()
 		}
 	}
+}
+
+// runner is what run remembers.
+type runner struct {
+	later news      // of the last look
+	last  time.Time // when that was
+	// isDue: a look is due soon, by the timer due, which else says when the kernel
+	// is looked at again although nothing has changed.
+	isDue bool
+	due   *time.Timer
+	// isBusy: a pass is under way. owes: a look has been made after its own.
+	isBusy, owes bool
+	told         string // error of the last pass, which was logged
+}
+
+// soon has a look made of what has changed.
+func (r *runner) soon() {
+	r.later, r.isDue = news{}, true // it will be looked at
+	r.due.Reset(max(0, planeMinGap-time.Since(r.last)))
+}
+
+// over is the end of a pass, which failed if there is something to tell.
+func (r *runner) over(told string) {
+	r.isBusy, r.told = false, told
+	switch {
+	case r.isDue:
+	case told != "":
+		r.due.Reset(planeRetryGap)
+	default:
+		r.due.Reset(planeMaxGap)
+	}
+}
+
+// tell logs how a pass went, unless that is no news, and returns what to remember.
+func (p *plane) tell(err error, last string) string {
+	switch {
+	case err == nil && last != "":
+		p.log.Info("data plane is applied again")
+	case err != nil && err.Error() != last: // not four times a second the same
+		p.log.Error("apply data plane", weft.KeyErr, err)
+	}
+	if err == nil {
+		return ""
+	}
+	return err.Error()
 }
 
 // awaitOthers holds back the first pass of a daemon that has adopted tasks until
@@ -318,50 +387,86 @@ func (p *plane) prime() {
 	in, _ := p.wanted(endpoints)
 	out := netstate.Derive(in)
 	p.names.update(out.Names)
-	p.publish(out.Publish)
+	p.publish(out.Publish, in.Networks)
 }
 
 // names are what the resolvers answer.
 type names struct {
 	server *dns.Server
-	given  dns.Records // owned by prime, then by run
+	given  atomic.Pointer[dns.Records] // written by prime, then by run
 }
 
 func (n *names) update(r dns.Records) {
-	n.given = r
-	n.server.Update(dns.NewSnapshot(r))
+	n.given.Store(&r)
+	n.server.Update(r)
+}
+
+// last is what was given last.
+func (n *names) last() dns.Records {
+	if r := n.given.Load(); r != nil {
+		return *r
+	}
+	return dns.Records{}
 }
 
 // news are channels that are closed when gossip, or the underlay, has something
-// that a pass did not see; nil = never.
+// that a look did not see; nil = never.
 type news struct{ table, paths, proven <-chan struct{} }
 
-// pass derives and applies once. What this node tells others does not depend on
-// its kernel: a task that drains is said to drain, whatever fails.
-func (p *plane) pass(ctx context.Context) (news, error) {
+// look is what this node wants of its data plane at a moment, made of what the
+// leader, gossip and the host have said by then.
+type look struct {
+	in   netstate.Input
+	out  netstate.Output
+	goal goal
+}
+
+// see looks anew, and has others and resolvers know what they may. What this node
+// tells others does not depend on its kernel: a task that drains is said to drain,
+// whatever fails.
+func (p *plane) see() news {
 	var later news
 	var endpoints []weft.OwnedEndpoint
+	var l look
+	// Before the table: who has seen an endpoint in it and then made a change
+	// knows that the pass of that change has the endpoint.
+	gen := p.generation()
 	endpoints, later.table = p.gossip.Snapshot()
-	in, goal := p.wanted(endpoints)
-	in.Paths, later.paths = p.underlay.MTUs()
+	l.in, l.goal = p.wanted(endpoints)
+	l.goal.gen = gen
+	l.in.Paths, later.paths = p.underlay.MTUs()
 	if p.underlay.natives != nil {
-		in.Proven, later.proven = p.underlay.natives.Proven()
+		l.in.Proven, later.proven = p.underlay.natives.Proven()
 	}
-	err := p.readHost(ctx, &in)
-	out := netstate.Derive(in)
-	p.publish(out.Publish)
-	p.underlay.Watch(vteps(out.Overlay))
+	p.hands.facts.put(&l.in)
+	l.out = netstate.Derive(l.in)
+	p.hands.look = l
+	p.publish(l.out.Publish, l.in.Networks)
+	p.name(vxlan.State{})
+	p.underlay.Watch(vteps(l.out.Overlay))
 	if p.underlay.natives != nil {
-		p.underlay.natives.Watch(out.Native)
+		p.underlay.natives.Watch(l.out.Native)
 	}
-	if err == nil {
-		if mid, ok := netstate.Between(p.holds(ctx), out.Overlay, in); ok {
-			err = p.apply(ctx, netstate.Derive(mid))
+	return later
+}
+
+// name gives the resolvers what is held of the newest look, or is of also: the state
+// of a pass that is over, which is named whatever of it has failed. What has gone,
+// and what drains, is not named any more in any case.
+func (p *plane) name(also vxlan.State) {
+	want := p.hands.look.out.Names
+	if missing := p.hands.missing(p.hands.look.out.Overlay); len(missing) > 0 {
+		var held dns.Held // nil: in doubt
+		switch {
+		case also.Networks != nil:
+			still := netstate.Missing(also, p.hands.look.out.Overlay)
+			held = func(network weft.ID, a netip.Addr) bool { return !missing[network][a] || !still[network][a] }
+		case len(p.hands.holds) > 0:
+			held = func(network weft.ID, a netip.Addr) bool { return !missing[network][a] }
 		}
-		err = errors.Join(err, p.apply(ctx, out))
+		want = dns.Still(p.names.last(), want, held)
 	}
-	p.settle(goal, err)
-	return later, err
+	p.names.update(want)
 }
 
 // vteps are the nodes that share a network with this one, in order.
@@ -376,25 +481,19 @@ func vteps(s vxlan.State) []netip.Addr {
 	return slices.Compact(out)
 }
 
-// holds is what the last pass left in the kernel, in the first pass of a daemon
-// what the last daemon did. If that cannot be read, the pass itself says so.
-func (p *plane) holds(ctx context.Context) vxlan.State {
-	if p.have.Networks != nil {
-		return p.have
-	}
-	have, err := p.overlay.Read(ctx)
-	if err != nil {
-		return vxlan.State{}
-	}
-	return have
-}
-
-func (p *plane) publish(endpoints []weft.Endpoint) {
+// publish tells others what runs here, and on which networks this node needs to
+// hear of theirs.
+func (p *plane) publish(endpoints []weft.Endpoint, networks []weft.Network) {
 	p.mu.Lock()
 	defer p.mu.Unlock() // held, so that nothing is published after a withdrawal
 	if p.withdrawn {
-		endpoints = nil
+		endpoints, networks = nil, nil
 	}
+	ids := make([]weft.ID, len(networks))
+	for i, n := range networks {
+		ids[i] = n.ID
+	}
+	p.gossip.Attach(ids)
 	p.gossip.Publish(endpoints)
 }
 
@@ -403,8 +502,8 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	in := p.model.netstate(p.self.ID, p.self.VTEP)
-	in.NetNSDir, in.Endpoints = p.netNSDir, p.living(endpoints)
-	to := goal{gen: p.gen, index: p.model.Index, confirm: p.model.confirm, vnis: map[uint32]weft.ID{}}
+	in.NetNSDir, in.Endpoints = p.netNSDir, p.heeded(time.Now(), p.living(endpoints))
+	to := goal{index: p.model.Index, confirm: p.model.confirm, vnis: map[uint32]weft.ID{}}
 	for _, n := range in.Networks {
 		to.vnis[n.VNI] = n.ID
 	}
@@ -418,46 +517,6 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 		}
 	}
 	return in, to
-}
-
-// readHost adds what the host itself says.
-func (p *plane) readHost(ctx context.Context, in *netstate.Input) error {
-	var err error
-	in.NoIPv6 = !hasIPv6()
-	if in.MTU, err = p.underlay.MTU(); err != nil {
-		return fmt.Errorf("read underlay mtu: %w", err)
-	}
-	if p.underlay.natives != nil {
-		// Whether it pays is no condition of anything: who does not tell is left alone.
-		if in.CutsTunnels, err = p.underlay.natives.CutsTunnels(); err != nil {
-			in.CutsTunnels = true
-		}
-	}
-	bridge, subnet, err := p.gateways.Gateway(ctx)
-	if err != nil {
-		return fmt.Errorf("make gateway bridge: %w", err)
-	}
-	in.Gateway = ingress.Gateway{Bridge: bridge, Subnet: subnet}
-	return nil
-}
-
-// apply goes from what is there to what is wanted in three steps, so that no
-// name and no balancer ever points to what the overlay cannot reach: first the
-// overlay holds both, then balancers and names turn, then the old goes. Names of
-// what drains or has ended go before all that: the kernel may take long.
-func (p *plane) apply(ctx context.Context, out netstate.Output) error {
-	if !reflect.DeepEqual(p.names.given, out.Names) {
-		p.names.update(dns.Still(p.names.given, out.Names))
-	}
-	both := netstate.Union(p.have, out.Overlay)
-	err := p.overlay.Apply(ctx, both)
-	err = errors.Join(err, p.balancer.Apply(ctx, out.Ingress))
-	p.names.update(out.Names)
-	if !reflect.DeepEqual(both, out.Overlay) {
-		err = errors.Join(err, p.overlay.Apply(ctx, out.Overlay))
-	}
-	p.have = out.Overlay
-	return err
 }
 
 // settle tells those who wait how the pass went that included their change.
@@ -487,7 +546,7 @@ func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
 	}
 	for _, s := range m.Services {
 		in.Services = append(in.Services, netstate.Service{
-			ID: s.ID, Name: s.Name, Mode: s.EndpointMode, VIPs: s.VIPs, Ports: s.Ports, Networks: s.Networks,
+			ID: s.ID, Name: s.Name, Mode: s.EndpointMode, VIPs: s.VIPs, Ports: s.Ports, Networks: s.Networks, HideClient: s.HideClient,
 		})
 	}
 	for _, n := range m.Nodes {

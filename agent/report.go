@@ -72,22 +72,36 @@ func (a *Agent) runReports(ctx context.Context) error {
 	defer beat.Stop()
 	var told []weft.Listener // nil: nothing in this session yet
 	var used []netip.Prefix
+	var addrs []weft.HostAddr
+	bound := boundPorts{log: a.cfg.Log}
 	var looked time.Time
 	var keys []weft.NodeKey // told in this session
+	var gossip *weft.GossipEpochs
 	for {
 		var r wire.Report
 		if now := time.Now(); now.Sub(looked) >= listenersEvery {
 			looked = now
-			if l := a.listeners(); l != nil && (told == nil || !slices.Equal(l, told)) {
+			l := a.listeners()
+			if l != nil && (told == nil || !slices.Equal(l, told)) {
 				r.Listeners = l
 			}
-			if p := a.prefixes(); p != nil && (used == nil || !slices.Equal(p, used)) {
+			p, at := a.inUse()
+			if l != nil && at != nil {
+				bound.look(a.model.Load(), l, at)
+			}
+			if p != nil && (used == nil || !slices.Equal(p, used)) {
 				r.Prefixes = p
+			}
+			if at != nil && (addrs == nil || !slices.Equal(at, addrs)) {
+				r.Addrs = at
 			}
 		}
 		newKeys := a.keys()
 		if slices.Equal(newKeys, keys) {
 			newKeys = nil
+		}
+		if r.Gossip = a.gossipKeys(); r.Gossip != nil && gossip != nil && *r.Gossip == *gossip {
+			r.Gossip = nil
 		}
 		done := a.plane.carried()
 		r.Tasks, r.Keys, r.Applied, r.Behind = a.outbox.take(), newKeys, done.index, done.behind
@@ -100,8 +114,14 @@ func (a *Agent) runReports(ctx context.Context) error {
 		if r.Prefixes != nil {
 			used = r.Prefixes
 		}
+		if r.Addrs != nil {
+			addrs = r.Addrs
+		}
 		if newKeys != nil {
 			keys = newKeys
+		}
+		if r.Gossip != nil {
+			gossip = r.Gossip
 		}
 		select {
 		case <-ctx.Done():
@@ -115,18 +135,15 @@ func (a *Agent) runReports(ctx context.Context) error {
 	}
 }
 
-// prefixes are the ranges in use on the host, never nil but when they cannot be
-// read now.
-func (a *Agent) prefixes() []netip.Prefix {
+// inUse are the ranges in use on the host and its addresses, never nil but when they
+// cannot be read now.
+func (a *Agent) inUse() ([]netip.Prefix, []weft.HostAddr) {
 	d, err := a.cfg.Describe()
 	if err != nil {
 		a.cfg.Log.Warn("read the ranges that the host uses", weft.KeyErr, err)
-		return nil
+		return nil, nil
 	}
-	if d.UsedPrefixes == nil {
-		return []netip.Prefix{}
-	}
-	return d.UsedPrefixes
+	return append([]netip.Prefix{}, d.UsedPrefixes...), append([]weft.HostAddr{}, d.Addrs...)
 }
 
 // listeners are the host's sockets without those of the overlay. nil = they cannot be read now.
@@ -142,7 +159,7 @@ func (a *Agent) listeners() []weft.Listener {
 	}
 	out := make([]weft.Listener, 0, len(list))
 	for _, l := range list {
-		if !slices.Contains(own, l) {
+		if !slices.Contains(own, weft.Listener{Protocol: l.Protocol, Port: l.Port}) {
 			out = append(out, l)
 		}
 	}
@@ -163,4 +180,20 @@ func (a *Agent) keys() []weft.NodeKey {
 		return nil
 	}
 	return keys
+}
+
+// gossipKeys takes up the keys of gossip that the leader has sent and says which
+// they are; nil before it has sent any, and when they cannot be taken up now.
+func (a *Agent) gossipKeys() *weft.GossipEpochs {
+	if a.cfg.GossipKeys == nil || !a.heard.Load() {
+		return nil
+	}
+	c := a.model.Load().Cluster
+	ring := c.GossipRing()
+	if err := a.cfg.GossipKeys(ring); err != nil {
+		a.cfg.Log.Error("take up the keys of gossip", weft.KeyErr, err)
+		return nil
+	}
+	e := ring.Epochs()
+	return &e
 }

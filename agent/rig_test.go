@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -94,11 +95,17 @@ type rig struct {
 	routes   vxlantest.Router
 	paths    *fakePaths
 	natives  Natives                        // nil = none
+	overlay  vxlan.Kernel                   // instead of kernel; nil = that
 	agent    *Agent                         // the last one started
 	prefixes func() ([]netip.Prefix, error) // nil = not asked
 	// engineGate is waited for by what asks for the engines; nil = at once.
 	engineGate func(context.Context) error
 	keys       func(epoch uint64) ([]weft.NodeKey, error)
+	gossipKeys func(weft.GossipRing) error
+	neighbour  func(node weft.ID, addr netip.AddrPort) wire.Agent // nil = nobody is asked
+	conns      fakeConns
+	execs      fakeExecs
+	lists      atomic.Int32 // of containers
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -116,8 +123,12 @@ func newRig(t *testing.T) *rig {
 		paths: newFakePaths(),
 	}
 	r.paths.link.Store(1500)
+	r.execs.Memory = r.rt
 	return r
 }
+
+// hostAddrs of the rig's host.
+var hostAddrs = []weft.HostAddr{{Interface: "eth0", Addr: vtepA}}
 
 func (r *rig) config() Config {
 	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null"})
@@ -127,18 +138,19 @@ func (r *rig) config() Config {
 	return Config{
 		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
 		Underlay: r.paths,
-		Runtime:  &loggedRuntime{r.rt, r.journal}, Execer: r.rt, Logs: r.rt, Images: r.rt,
+		Runtime:  &loggedRuntime{r.rt, r.journal, &r.lists}, Execer: &r.execs, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Engines: r.engines, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
-			d := weft.NodeDescription{Hostname: "a"}
+			d := weft.NodeDescription{Hostname: "a", Addrs: hostAddrs}
 			var err error
 			if r.prefixes != nil {
 				d.UsedPrefixes, err = r.prefixes()
 			}
 			return d, err
 		},
-		Listeners: r.readListeners, Keys: r.keys,
-		Log: slog.New(slog.NewTextHandler(&r.log, nil)),
+		Listeners: r.readListeners, Keys: r.keys, GossipKeys: r.gossipKeys, Neighbour: r.neighbour,
+		HostAddrs: func() ([]weft.HostAddr, error) { return hostAddrs, nil },
+		Log:       slog.New(slog.NewTextHandler(&r.log, nil)),
 	}
 }
 
@@ -166,7 +178,11 @@ func (r *rig) engines(ctx context.Context) (Engines, error) {
 			return Engines{}, err
 		}
 	}
-	return Engines{Overlay: vxlan.Routed{Kernel: r.kernel, Router: &r.routes}, Balancer: r.balancer, Natives: r.natives}, nil
+	overlay := vxlan.Kernel(r.kernel)
+	if r.overlay != nil {
+		overlay = r.overlay
+	}
+	return Engines{Overlay: vxlan.Routed{Kernel: overlay, Router: &r.routes}, Balancer: r.balancer, Natives: r.natives}, nil
 }
 
 func (r *rig) setListeners(l []weft.Listener, err error) {
@@ -189,7 +205,7 @@ func (r *rig) start() (kill func()) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	a.listen, a.linger.dial = r.sockets.listen, r.dial
+	a.listen, a.linger.dial, a.busy = r.sockets.listen, r.dial, r.conns.count
 	r.agent = a
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -26,7 +26,7 @@ type tasks struct {
 	a    *Agent
 	wake chan struct{} // capacity 1; never closed
 
-	// mu guards: model, fromLeader, swept, runners, last. It is held while
+	// mu guards: model, fromLeader, swept, runners, last, draining. It is held while
 	// a status goes to the outbox, so that the outbox sees them in the order
 	// in which they were recorded.
 	mu         sync.Mutex
@@ -37,12 +37,14 @@ type tasks struct {
 	// last is the last recorded status of each task. A removed one stays
 	// while the leader lists it, so that it is not begun again.
 	last map[weft.ID]weft.TaskStatus
+	// draining is when tasks began to drain; kept in their files.
+	draining map[weft.ID]time.Time
 }
 
 func newTasks(a *Agent) *tasks {
 	return &tasks{
 		a: a, wake: make(chan struct{}, 1), model: newModel(),
-		runners: map[weft.ID]*task.Runner{}, last: map[weft.ID]weft.TaskStatus{},
+		runners: map[weft.ID]*task.Runner{}, last: map[weft.ID]weft.TaskStatus{}, draining: map[weft.ID]time.Time{},
 	}
 }
 
@@ -111,6 +113,7 @@ func (t *tasks) forgetLocked() {
 		_, runs := t.runners[id]
 		if !listed && !runs {
 			delete(t.last, id)
+			delete(t.draining, id)
 		}
 	}
 }
@@ -141,7 +144,10 @@ func (t *tasks) newRunnerLocked(w weft.Task) (*task.Runner, error) {
 	case err != nil:
 		log.Error("state of a task is lost, its steps are repeated", weft.KeyErr, err)
 	case st != nil:
-		w.Status = *st
+		w.Status = st.Status
+		if !st.Drain.IsZero() {
+			t.draining[w.ID] = st.Drain
+		}
 	}
 	t.last[w.ID] = w.Status
 	return task.NewRunner(task.Config{
@@ -157,10 +163,10 @@ func (t *tasks) report(id weft.ID, s weft.TaskStatus) error {
 		if err := os.Remove(t.statusPath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("forget task %s: %w", id, err)
 		}
-	} else if err := saveFile(t.statusPath(id), storedStatus{Version: statusVersion, Status: s}); err != nil {
+	} else if err := t.save(id, s); err != nil {
 		return fmt.Errorf("record state of task %s: %w", id, err)
 	}
-	if s.State == weft.TaskRunning {
+	if s.State == weft.TaskRunning && !s.Unhealthy {
 		t.a.plane.setReady(id)
 	}
 	t.mu.Lock()
@@ -168,6 +174,34 @@ func (t *tasks) report(id weft.ID, s weft.TaskStatus) error {
 	t.last[id] = s
 	t.a.outbox.put(id, s)
 	return nil
+}
+
+func (t *tasks) save(id weft.ID, s weft.TaskStatus) error {
+	t.mu.Lock()
+	since := t.draining[id]
+	t.mu.Unlock()
+	return saveFile(t.statusPath(id), storedStatus{Version: statusVersion, Status: s, Drain: since})
+}
+
+// beginDrain is when a task began to drain: now, or in an earlier run of the daemon.
+// It is called by the task's runner, as report is, so that nobody else writes the
+// file. A disk that cannot be written to costs no more than the memory.
+func (t *tasks) beginDrain(id weft.ID, now time.Time) time.Time {
+	t.mu.Lock()
+	since, known := t.draining[id]
+	if known = known && !since.After(now); !known { // a clock that was set back must not add to it
+		since = now
+		t.draining[id] = now
+	}
+	last := t.last[id]
+	t.mu.Unlock()
+	if known {
+		return since
+	}
+	if err := t.save(id, last); err != nil {
+		t.a.cfg.Log.Warn("remember when a task began to drain", weft.KeyTask, id, weft.KeyErr, err)
+	}
+	return since
 }
 
 // reportAll puts every task's state into the outbox: a new session may be with
@@ -252,6 +286,9 @@ const statusVersion = 1
 type storedStatus struct {
 	Version int
 	Status  weft.TaskStatus
+	// Drain is when the task began to drain: its drain time goes on over the
+	// end of the daemon. Zero = it does not.
+	Drain time.Time `json:",omitzero"`
 }
 
 const statusSuffix = ".json"
@@ -263,13 +300,13 @@ func (t *tasks) statusPath(id weft.ID) string {
 }
 
 // loadStatus returns nil for a task that was not begun.
-func (t *tasks) loadStatus(id weft.ID) (*weft.TaskStatus, error) {
+func (t *tasks) loadStatus(id weft.ID) (*storedStatus, error) {
 	var s storedStatus
 	found, err := loadFile(t.statusPath(id), statusVersion, &s)
 	if err != nil || !found {
 		return nil, err
 	}
-	return &s.Status, nil
+	return &s, nil
 }
 
 // resumeState is how far the endpoints of a task may be used when the daemon
@@ -277,9 +314,9 @@ func (t *tasks) loadStatus(id weft.ID) (*weft.TaskStatus, error) {
 func (t *tasks) resumeState(w weft.Task) weft.EndpointState {
 	st, err := t.loadStatus(w.ID)
 	switch {
-	case w.Desired >= weft.TaskShutdown:
+	case w.Desired >= weft.TaskShutdown, err == nil && st != nil && st.Status.Unhealthy:
 		return weft.EndpointDraining
-	case err == nil && st != nil && st.State == weft.TaskRunning:
+	case err == nil && st != nil && st.Status.State == weft.TaskRunning:
 		return weft.EndpointReady
 	}
 	return weft.EndpointStarting // the runner looks further, and logs what it cannot read

@@ -41,6 +41,9 @@ type ServiceStore interface {
 	// ErrConflict, a network that does not exist ErrNotFound.
 	CreateService(ctx context.Context, spec weft.ServiceSpec) (weft.Service, error)
 	UpdateService(ctx context.Context, id weft.ID, index uint64, spec weft.ServiceSpec) (weft.Service, error)
+	// RollbackService gives a service its previous specification back; the two
+	// change places. Without one it is ErrInvalid.
+	RollbackService(ctx context.Context, id weft.ID, index uint64) (weft.Service, error)
 	RemoveService(ctx context.Context, id weft.ID) error
 }
 

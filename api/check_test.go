@@ -3,6 +3,7 @@ package api
 import (
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -192,7 +193,8 @@ func TestHonouredFieldsReachTheSpec(t *testing.T) {
 	}
 	words := map[string]string{ // fields with a closed set of words
 		"EndpointSpec.Mode": "dnsrr", "TaskTemplate.RestartPolicy.Condition": "on-failure",
-		"EndpointSpec.Ports[].Protocol": "udp", "TaskTemplate.ContainerSpec.Mounts[].Type": "bind",
+		"EndpointSpec.Ports[].Protocol": "udp", "EndpointSpec.Ports[].PublishMode": "host", "TaskTemplate.ContainerSpec.Mounts[].Type": "bind",
+		"TaskTemplate.ContainerSpec.Hosts": "10.0.0.1 a",
 	}
 	for _, l := range leaves(reflect.TypeFor[swarm.ServiceSpec](), "", func(v reflect.Value) reflect.Value { return v }) {
 		if !rules[l.pattern].isHonoured {
@@ -228,22 +230,35 @@ func ptr[T any](v T) *T { return &v }
 
 // TestServiceRoundTrip: what inspect shows passes the decoder, the rules and
 // the checks again and means the same.
+func drawUpdate(t *rapid.T, of string, actions int) weft.UpdateConfig {
+	return weft.UpdateConfig{
+		Parallelism: rapid.Uint64Range(0, 9).Draw(t, of+" parallelism"), Delay: time.Duration(rapid.Int64Range(0, 1e12).Draw(t, of+" delay")),
+		Monitor: time.Duration(rapid.Int64Range(1, 1e12).Draw(t, of+" monitor")), StartFirst: rapid.Bool().Draw(t, of+" start first"),
+		OnFailure: weft.UpdateFailure(rapid.IntRange(0, actions).Draw(t, of+" action")), MaxFailureRatio: float64(rapid.IntRange(0, 1000).Draw(t, of+" ratio")) / 1000,
+	}
+}
+
 func TestServiceRoundTrip(t *testing.T) {
 	rules := serviceRules()
 	word := rapid.StringMatching(`[a-z][a-z0-9]{1,8}`)
 	words := rapid.SliceOfN(word, 1, 3)
 	rapid.Check(t, func(t *rapid.T) {
 		in := weft.ServiceSpec{
-			Name: word.Draw(t, "name"), Labels: map[string]string{word.Draw(t, "lk"): "v"}, Update: weft.DefaultUpdate,
+			Name: word.Draw(t, "name"), Labels: map[string]string{word.Draw(t, "lk"): "v"},
+			Update: drawUpdate(t, "update", 2), Rollback: drawUpdate(t, "rollback", 1),
 			Mode: weft.ServiceMode(rapid.IntRange(0, 1).Draw(t, "mode")),
 			Container: weft.ContainerSpec{
 				Image: word.Draw(t, "image"), Args: words.Draw(t, "args"), User: word.Draw(t, "user"),
 				StopGrace: time.Duration(rapid.Int64Range(0, 1e12).Draw(t, "grace")),
-				Mounts:    []weft.Mount{{Type: weft.MountTmpfs, Target: "/" + word.Draw(t, "target"), TmpfsSize: rapid.Int64Range(0, 1e9).Draw(t, "size")}},
+				Health: weft.HealthCheck{
+					Test: []string{"CMD", word.Draw(t, "test")}, Interval: time.Duration(rapid.Int64Range(1e6, 1e12).Draw(t, "interval")), Timeout: time.Duration(rapid.Int64Range(1e6, 1e12).Draw(t, "timeout")),
+					StartPeriod: time.Duration(rapid.Int64Range(1e6, 1e12).Draw(t, "period")), StartInterval: time.Duration(rapid.Int64Range(1e6, 1e12).Draw(t, "start")), Retries: rapid.IntRange(0, 9).Draw(t, "retries"),
+				},
+				Mounts: []weft.Mount{{Type: weft.MountTmpfs, Target: "/" + word.Draw(t, "target"), TmpfsSize: rapid.Int64Range(0, 1e9).Draw(t, "size")}},
 			},
 			Limits:      weft.Resources{NanoCPUs: rapid.Int64Range(minCPU, 1e12).Draw(t, "cpu"), MemoryBytes: rapid.Int64Range(minMemory, 1e12).Draw(t, "mem")},
 			Restart:     weft.RestartPolicy{Condition: weft.RestartCondition(rapid.IntRange(0, 2).Draw(t, "cond")), Delay: weft.DefaultRestartDelay},
-			Ports:       []weft.PortSpec{{Protocol: weft.UDP, Target: uint16(rapid.IntRange(1, 65535).Draw(t, "port")), Published: uint16(rapid.IntRange(0, 65535).Draw(t, "pub"))}},
+			Ports:       drawPorts(t),
 			Networks:    []weft.NetworkTarget{{Network: weft.ID(word.Draw(t, "net")), Aliases: words.Draw(t, "alias")}},
 			Constraints: []string{"node.hostname==" + word.Draw(t, "host")}, ForceUpdate: rapid.Uint64().Draw(t, "force"),
 		}
@@ -264,10 +279,37 @@ func TestServiceRoundTrip(t *testing.T) {
 		if err := checkService(&d); err != nil {
 			t.Fatal(err)
 		}
+		if len(in.Ports) == 0 {
+			in.Ports = nil
+		}
 		if out := serviceSpec(&d); !reflect.DeepEqual(in, out) {
 			t.Fatalf("\n in %+v\nout %+v", in, out)
 		}
 	})
+}
+
+// drawPorts draws ports, ranges among them, as they are stored.
+func drawPorts(t *rapid.T) []weft.PortSpec {
+	var out []weft.PortSpec
+	next := map[weft.Protocol]int{}
+	for range rapid.IntRange(0, 4).Draw(t, "ports") {
+		p := weft.PortSpec{
+			Name:     rapid.SampledFrom([]string{"", "", "http"}).Draw(t, "port name"),
+			Protocol: rapid.SampledFrom([]weft.Protocol{weft.TCP, weft.UDP, weft.SCTP}).Draw(t, "protocol"),
+			Mode:     rapid.SampledFrom([]weft.PublishMode{weft.PublishIngress, weft.PublishHost}).Draw(t, "port mode"),
+			Target:   uint16(rapid.IntRange(1, 50000).Draw(t, "port")),
+		}
+		if rapid.IntRange(0, 3).Draw(t, "chosen") > 0 {
+			first := next[p.Protocol] + rapid.IntRange(1, 3).Draw(t, "gap")
+			n := rapid.SampledFrom([]int{1, 2, 3, 1001}).Draw(t, "count")
+			next[p.Protocol] = first + n - 1
+			if p.Published = uint16(first); n > 1 {
+				p.Count = uint16(n)
+			}
+		}
+		out = append(out, p)
+	}
+	return weft.JoinPorts(out)
 }
 
 func TestDecodeRanges(t *testing.T) {
@@ -312,21 +354,34 @@ func TestDecodeFaults(t *testing.T) {
 
 func TestCheckServiceFaults(t *testing.T) {
 	for body, want := range map[string]string{
-		`"Name":"-x"`:                                                    "Name:",
-		`"Labels":{"weft.drain":"1s"}`:                                   `Labels["weft.drain"]`,
-		`"Mode":{"Replicated":{},"Global":{}}`:                           "Mode: Replicated and Global",
-		`"EndpointSpec":{"Ports":[{"TargetPort":0}]}`:                    "EndpointSpec.Ports[0].TargetPort: 0 is not a port",
-		`"EndpointSpec":{"Ports":[{"TargetPort":70000}]}`:                "70000 is not a port",
-		`"EndpointSpec":{"Ports":[{"TargetPort":80,"Protocol":"sctp"}]}`: "EndpointSpec.Ports[0].Protocol",
-		`"EndpointSpec":{"Mode":"dnsrr","Ports":[{"TargetPort":80}]}`:    "dnsrr mode",
-		`"EndpointSpec":{"Ports":[{"TargetPort":1,"PublishedPort":5},{"TargetPort":2,"PublishedPort":5,"Protocol":"tcp"}]}`: "5/tcp is given twice",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"UPPER"}}`:                                                                "TaskTemplate.ContainerSpec.Image",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Hostname":"{{.Node.ID}}"}}`:                                          "Hostname: templates",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Env":["=x"]}}`:                                                       "Env[0]",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Mounts":[{"Type":"bind","Source":"rel","Target":"/t"}]}}`:            "Mounts[0].Source",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Placement":{"Constraints":["node.hostname=h1"]}}`:                   "Constraints[0]",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Networks":[{"Target":"n"},{"Target":"n"}]}`:                         "given twice",
-		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Resources":{"Limits":{"MemoryBytes":1}}}`:                           "less than 4 MiB",
+		`"Name":"-x"`:                                "Name:",
+		`"UpdateConfig":{"Delay":-1}`:                "UpdateConfig.Delay: -1ns is negative",
+		`"UpdateConfig":{"Monitor":-1}`:              "UpdateConfig.Monitor: -1ns is negative",
+		`"UpdateConfig":{"MaxFailureRatio":1.5}`:     "UpdateConfig.MaxFailureRatio: 1.5: write a number from 0 to 1",
+		`"UpdateConfig":{"MaxFailureRatio":-0.1}`:    "UpdateConfig.MaxFailureRatio: -0.1: write",
+		`"Labels":{"weft.drain":"61m"}`:              `Labels["weft.drain"]: "61m": write a duration from 0s to 1h`,
+		`"Labels":{"weft.drains":"1s"}`:              `Labels["weft.drains"]: unknown label; of names that begin with "weft." weft knows weft.drain, weft.publish.PORT.allow`,
+		`"Labels":{"weft.drain":"25"}`:               `Labels["weft.drain"]: "25": write a duration`,
+		`"Labels":{"weft.publish.80.ip":"10.0.0.1"}`: `Labels["weft.publish.80.ip"]: the service does not publish port 80`,
+		`"Labels":{"weft.source":"snat","weft.publish.81.allow":"all"},"EndpointSpec":{"Ports":[{"TargetPort":80,"PublishedPort":81}]}`: `Labels["weft.publish.81.allow"]: "all" is no range`,
+		`"EndpointSpec":{"Ports":[{"TargetPort":80,"PublishMode":"node"}]}`:                                                             `EndpointSpec.Ports[0].PublishMode: "node" must be ingress or host`,
+		`"EndpointSpec":{"Ports":[{"TargetPort":80,"PublishedPort":65536}]}`:                                                            "EndpointSpec.Ports[0].PublishedPort: 65536 is not a port",
+		`"Mode":{"Replicated":{},"Global":{}}`:                                                                                          "Mode: Replicated and Global",
+		`"EndpointSpec":{"Ports":[{"TargetPort":0}]}`:                                                                                   "EndpointSpec.Ports[0].TargetPort: 0 is not a port",
+		`"EndpointSpec":{"Ports":[{"TargetPort":70000}]}`:                                                                               "70000 is not a port",
+		`"EndpointSpec":{"Ports":[{"TargetPort":80,"Protocol":"dccp"}]}`:                                                                `EndpointSpec.Ports[0].Protocol: "dccp" must be tcp, udp or sctp`,
+		`"EndpointSpec":{"Mode":"dnsrr","Ports":[{"TargetPort":80}]}`:                                                                   "dnsrr mode",
+		`"EndpointSpec":{"Ports":[{"TargetPort":1,"PublishedPort":5},{"TargetPort":2,"PublishedPort":5,"Protocol":"tcp"}]}`:             "5/tcp is given twice",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"UPPER"}}`:                                                                            "TaskTemplate.ContainerSpec.Image",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Hosts":["10.0.0.1 a","b"]}}`:                                                     "Hosts[1]: ",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","DNSConfig":{"Search":["a","b c"]}}}`:                                             "DNSConfig.Search[1]: ",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","DNSConfig":{"Options":["ndots:99"]}}}`:                                           "DNSConfig.Options[0]: ",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Hostname":"{{.Node.ID}}"}}`:                                                      "Hostname: templates",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Env":["=x"]}}`:                                                                   "Env[0]",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a","Mounts":[{"Type":"bind","Source":"rel","Target":"/t"}]}}`:                        "Mounts[0].Source",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Placement":{"Constraints":["node.hostname=h1"]}}`:                               "Constraints[0]",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Networks":[{"Target":"n"},{"Target":"n"}]}`:                                     "given twice",
+		`"TaskTemplate":{"ContainerSpec":{"Image":"a"},"Resources":{"Limits":{"MemoryBytes":1}}}`:                                       "less than 4 MiB",
 	} {
 		var d swarm.ServiceSpec
 		if err := decodeJSON([]byte("{"+body+"}"), &d); err != nil {
@@ -356,9 +411,10 @@ func TestServiceRefusals(t *testing.T) {
 		{`"TaskTemplate":{"RestartPolicy":{"Delay":0}}`, "TaskTemplate.RestartPolicy.Delay 0s is not supported yet (only 5s)"},
 		{`"TaskTemplate":{"RestartPolicy":{"MaxAttempts":3}}`, "TaskTemplate.RestartPolicy.MaxAttempts 3 is not supported yet (only 0)"},
 		{`"TaskTemplate":{"RestartPolicy":{"Window":1000000000}}`, "TaskTemplate.RestartPolicy.Window 1s is not supported yet (only 0s)"},
-		{`"EndpointSpec":{"Ports":[{"Name":"http","TargetPort":80}]}`, "EndpointSpec.Ports[0].Name is not supported yet"},
-		{`"EndpointSpec":{"Ports":[{"PublishMode":"host","TargetPort":80}]}`, `EndpointSpec.Ports[0].PublishMode "host" is not supported yet (only "ingress")`},
-		{`"UpdateConfig":{"Parallelism":2}`, "UpdateConfig.Parallelism 2 is not supported yet (only 1)"},
+		{`"UpdateConfig":{"FailureAction":"ask"}`, `UpdateConfig.FailureAction "ask" is not supported yet`},
+		{`"RollbackConfig":{"FailureAction":"rollback"}`, `RollbackConfig.FailureAction "rollback" is not supported yet`},
+		{`"RollbackConfig":{"Order":"both"}`, `RollbackConfig.Order "both" is not supported yet`},
+		{`"UpdateConfig":{"Order":"both"}`, `UpdateConfig.Order "both" is not supported yet`},
 		{`"TaskTemplate":{"ContainerSpec":{"TTY":true},"RestartPolicy":{"MaxAttempts":3}}`, container + "TTY is not supported yet; TaskTemplate.RestartPolicy.MaxAttempts 3"},
 	} {
 		var d swarm.ServiceSpec
@@ -379,6 +435,7 @@ func TestServiceDefaultsPass(t *testing.T) {
 		`"TaskTemplate":{"Resources":{"Limits":{},"Reservations":{"NanoCPUs":0,"MemoryBytes":0}}}`,
 		`"TaskTemplate":{"ContainerSpec":{"Command":[],"Labels":{},"StopSignal":"","TTY":false,"ReadOnly":false}}`,
 		`"EndpointSpec":{"Ports":[{"Name":"","PublishMode":"ingress","TargetPort":80}]}`,
+		`"EndpointSpec":{"Ports":[{"Name":"http","PublishMode":"host","TargetPort":80}]}`,
 	} {
 		var d swarm.ServiceSpec
 		if err := decodeJSON([]byte("{"+body+"}"), &d); err != nil {
@@ -387,6 +444,46 @@ func TestServiceDefaultsPass(t *testing.T) {
 		if err := serviceRules().check(d); err != nil {
 			t.Errorf("%s: %v", body, err)
 		}
+	}
+}
+
+// TestRangesOfDockersCommand: single ports in the order of a map, ten thousand of
+// them, are one range; they come back one by one, and as one range again.
+func TestRangesOfDockersCommand(t *testing.T) {
+	var d swarm.ServiceSpec
+	d.EndpointSpec = &swarm.EndpointSpec{}
+	for p := range uint32(10001) {
+		d.EndpointSpec.Ports = append(d.EndpointSpec.Ports, swarm.PortConfig{Protocol: network.UDP, TargetPort: 10000 + p, PublishedPort: 10000 + p, PublishMode: "ingress"})
+	}
+	rand.New(rand.NewPCG(1, 1)).Shuffle(len(d.EndpointSpec.Ports), func(i, j int) {
+		l := d.EndpointSpec.Ports
+		l[i], l[j] = l[j], l[i]
+	})
+	d.TaskTemplate.ContainerSpec = &swarm.ContainerSpec{Image: "a"}
+	if err := serviceRules().check(d); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkService(&d); err != nil {
+		t.Fatal(err)
+	}
+	spec := serviceSpec(&d)
+	want := weft.PortSpec{Protocol: weft.UDP, Target: 10000, Published: 10000, Count: 10001}
+	if len(spec.Ports) != 1 || !spec.Ports[0].Equal(want) {
+		t.Fatalf("%d ports, %+v first", len(spec.Ports), spec.Ports[0])
+	}
+	shown := dockerSpec(&spec)
+	if len(shown.EndpointSpec.Ports) != 10001 || shown.EndpointSpec.Ports[7].TargetPort != 10007 {
+		t.Errorf("%d ports are shown", len(shown.EndpointSpec.Ports))
+	}
+	if again := serviceSpec(&shown); !reflect.DeepEqual(again.Ports, spec.Ports) {
+		t.Errorf("sent back they are %+v", again.Ports)
+	}
+	// All wrong at once is a sentence, not a megabyte.
+	for i := range d.EndpointSpec.Ports {
+		d.EndpointSpec.Ports[i].TargetPort = 0
+	}
+	if err := checkService(&d); err == nil || len(err.Error()) > 4096 || !strings.Contains(err.Error(), "and 9981 more") {
+		t.Errorf("%.200s", err)
 	}
 }
 

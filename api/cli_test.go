@@ -190,7 +190,18 @@ func TestDockerServices(t *testing.T) {
 		"--restart-condition", "on-failure", "--stop-grace-period", "3s", "--endpoint-mode", "vip", "busybox", "sleep", "9")
 	id := out[:25]
 	d.bad("name conflicts", "service", "create", "-d", "--name", "web", "busybox")
-	d.bad("TaskTemplate.ContainerSpec.Healthcheck.Test is not supported yet", "service", "create", "-d", "--health-cmd", "x", "busybox")
+	d.bad("TaskTemplate.ContainerSpec.Healthcheck.StartInterval: 1µs: write at least 1ms", "service", "create", "-d", "--health-cmd", "x", "--health-start-interval", "1us", "busybox")
+	d.ok("", "service", "create", "-d", "--name", "checked", "--health-cmd", "true", "--health-interval", "7s", "--health-timeout", "2s",
+		"--health-start-period", "20s", "--health-start-interval", "1s", "--health-retries", "4", "busybox")
+	d.ok(`{"Test":\["CMD-SHELL","true"\],"Interval":7000000000,"Timeout":2000000000,"StartPeriod":20000000000,"StartInterval":1000000000,"Retries":4}`,
+		"service", "inspect", "--format", "{{json .Spec.TaskTemplate.ContainerSpec.Healthcheck}}", "checked")
+	d.ok("", "service", "update", "-d", "--update-parallelism", "0", "--update-delay", "1m", "--update-order", "start-first", "--update-monitor", "9s",
+		"--update-failure-action", "continue", "--update-max-failure-ratio", "0.1", "checked")
+	d.ok(`^{"Parallelism":0,"Delay":60000000000,"FailureAction":"continue","Monitor":9000000000,"MaxFailureRatio":0.1,"Order":"start-first"}`,
+		"service", "inspect", "--format", "{{json .Spec.UpdateConfig}}", "checked")
+	d.ok("", "service", "update", "-d", "--no-healthcheck", "checked")
+	d.ok(`^{"Test":\["NONE"\]}`, "service", "inspect", "--format", "{{json .Spec.TaskTemplate.ContainerSpec.Healthcheck}}", "checked")
+	d.ok("", "service", "rm", "checked")
 	for flag, path := range map[string]string{
 		"--container-label a=b": `ContainerSpec.Labels\["a"\]`, "--entrypoint sh": "ContainerSpec.Command", "--tty": "ContainerSpec.TTY",
 		"--read-only": "ContainerSpec.ReadOnly", "--stop-signal SIGINT": "ContainerSpec.StopSignal",
@@ -201,7 +212,6 @@ func TestDockerServices(t *testing.T) {
 	}
 	d.bad("TaskTemplate.LogDriver", "service", "create", "-d", "--log-driver", "syslog", "busybox")
 	d.bad("network nope not found|No such network: nope", "service", "create", "-d", "--network", "nope", "busybox")
-	d.bad("PublishMode", "service", "create", "-d", "--publish", "mode=host,target=80", "busybox")
 	d.ok("web +replicated +2/2 +busybox:latest +.*8080->80/tcp", "service", "ls")
 	d.ok(`web\.1 +busybox:latest +h1 +Running +Running`, "service", "ps", "web")
 	d.ok(`Replicas:\s+2[^$]*Constraints:\s+\[node.hostname==h1\][^$]*PublishedPort = 8080`, "service", "inspect", "--pretty", "web")
@@ -215,7 +225,6 @@ func TestDockerServices(t *testing.T) {
 	d.bad(`ContainerSpec\.StopSignal is not supported yet`, "service", "update", "-d", "--stop-signal", "SIGINT", "web")
 	d.bad(`RestartPolicy\.Delay 1s is not supported yet \(only 5s\)`, "service", "update", "-d", "--restart-delay", "1s", "web")
 	d.ok("web", "service", "update", "--replicas", "1", "web") // an update that is complete is not monitored
-	d.bad("rolling a service back", "service", "rollback", "-d", "web")
 	d.ok(`web\.1\.[0-9a-z]+@h1 +\| out of`, "service", "logs", "web")
 	d.ok(`web\.1`, "node", "ps", "self")
 	d.ok("replicated", "service", "ls", "-f", "mode=replicated")
@@ -224,6 +233,88 @@ func TestDockerServices(t *testing.T) {
 	d.bad("no such service: web", "service", "inspect", "web")
 	d.ok("converged", "service", "create", "--mode", "global", "--name", "g", "busybox")
 	d.ok("g +global +1/1", "service", "ls")
+}
+
+func TestDockerRollback(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("", "swarm", "init")
+	d.ok("", "service", "create", "-d", "--name", "web", "--update-failure-action", "rollback", "--rollback-parallelism", "3", "--rollback-delay", "2s",
+		"--rollback-monitor", "8s", "--rollback-order", "start-first", "--rollback-failure-action", "continue", "--rollback-max-failure-ratio", "0.25", "busybox:1")
+	policy := `{"Parallelism":3,"Delay":2000000000,"FailureAction":"continue","Monitor":8000000000,"MaxFailureRatio":0.25,"Order":"start-first"}`
+	d.ok("^"+policy, "service", "inspect", "-f", "{{json .Spec.RollbackConfig}}", "web")
+	d.ok("^rollback", "service", "inspect", "-f", "{{.Spec.UpdateConfig.FailureAction}}", "web")
+	d.bad("rpc error: code = FailedPrecondition desc = service [0-9a-z]{25} does not have a previous spec", "service", "rollback", "-d", "web")
+	d.ok("", "service", "update", "-d", "--image", "busybox:2", "web")
+	d.ok("^"+policy, "service", "inspect", "-f", "{{json .Spec.RollbackConfig}}", "web") // it is sent back
+	d.ok("rollback completed", "service", "rollback", "web")                             // with the progress bar
+	d.ok("^busybox:1", "service", "inspect", "-f", "{{.Spec.TaskTemplate.ContainerSpec.Image}}", "web")
+	for _, want := range []string{"2", "1"} {
+		d.ok("web", "service", "rollback", "-d", "web")
+		d.ok("^busybox:"+want+" rollback_completed rollback completed", "service", "inspect", "-f", "{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.UpdateStatus.State}} {{.UpdateStatus.Message}}", "web")
+	}
+	d.ok(`(?s)UpdateStatus:.*State:\s+rollback_completed.*UpdateConfig:.*On failure:\s+rollback.*RollbackConfig:.*Parallelism:\s+3.*On failure:\s+continue.*Max failure ratio: 0.25.*Rollback order:\s+start-first`, "service", "inspect", "--pretty", "web")
+	d.ok("web", "service", "update", "-d", "--rollback", "web")
+	d.bad(`RollbackConfig.FailureAction "rollback" is not supported yet`, "service", "update", "-d", "--rollback-failure-action", "rollback", "web")
+	d.bad("RollbackConfig.Delay: .*negative", "service", "update", "-d", "--rollback-delay", "-1s", "web")
+	d.bad("RollbackConfig.MaxFailureRatio: ", "service", "update", "-d", "--rollback-max-failure-ratio", "1.5", "web")
+	d.bad("nope", "service", "rollback", "nope")
+}
+
+func TestDockerPublish(t *testing.T) {
+	d := newDocker(t, apitest.New())
+	d.ok("", "swarm", "init")
+	ports := func(of string) string {
+		return strings.TrimSpace(d.ok("", "service", "inspect", "-f", "{{range ."+of+"}}{{.Protocol}}:{{.PublishedPort}}:{{.TargetPort}}:{{.PublishMode}} {{end}}", "s"))
+	}
+	// Ranges: sent as single ports in the order of a map, shown as Docker shows them.
+	d.ok("", "service", "create", "-d", "--name", "s", "--publish", "10000-20000:10000-20000/udp", "--publish", "9999:80/sctp", "busybox")
+	if got := strings.Fields(ports("Endpoint.Ports")); len(got) != 10002 || !slices.Contains(got, "udp:20000:20000:ingress") || !slices.Contains(got, "sctp:9999:80:ingress") {
+		t.Errorf("%d ports, first %v", len(got), got[:min(3, len(got))])
+	}
+	d.ok(`\*:10000-20000->10000-20000/udp`, "service", "ls")
+	d.ok("", "service", "update", "-d", "--publish-rm", "15000/udp", "--publish-rm", "80/sctp", "s")
+	d.ok(`\*:10000-14999->10000-14999/udp.*\*:15001-20000->15001-20000/udp`, "service", "ls")
+	d.ok("", "service", "update", "-d", "--publish-add", "15000:15000/udp", "--label-add", "weft.publish.10000-20000.allow=10.0.0.0/8", "s")
+	if got := len(strings.Fields(ports("Spec.EndpointSpec.Ports"))); got != 10001 {
+		t.Errorf("%d ports after one was given back", got)
+	}
+	if _, errOut, code := d.run("", "service", "update", "-d", "--label-add", "weft.publish.10000.ip=10.0.0.1", "s"); code != 0 || !strings.Contains(errOut, "weft.publish.10000-20000.ip would speak of all") {
+		t.Errorf("a label of the first port of a range: exit %d, %s", code, errOut)
+	}
+	d.ok("10.0.0.0/8", "service", "inspect", "-f", `{{index .Spec.Labels "weft.publish.10000-20000.allow"}}`, "s")
+	d.ok("", "service", "rm", "s")
+
+	// Mode host: what a task has is shown with it, the service's own shows the wish.
+	d.ok("", "service", "create", "-d", "--name", "s", "--publish", "mode=host,target=80,published=8080,protocol=udp", "--publish", "mode=host,target=81", "busybox")
+	if got := ports("Endpoint.Ports"); got != "udp:8080:80:host tcp:0:81:host" && got != "tcp:0:81:host udp:8080:80:host" {
+		t.Errorf("mode host: %s", got)
+	}
+	d.ok(`\*:8080->80/udp`, "service", "ps", "s")
+	d.ok(`\*:32767->81/tcp`, "service", "ps", "s")
+	ct := strings.Fields(d.ok(`0\.0\.0\.0:8080->80/udp`, "ps", "--format", "{{.ID}} {{.Ports}}"))[0]
+	d.ok(`(?s)80/udp -> 0\.0\.0\.0:8080.*81/tcp -> 0\.0\.0\.0:32767|81/tcp -> 0\.0\.0\.0:32767.*80/udp -> 0\.0\.0\.0:8080`, "port", ct)
+	d.ok("", "service", "update", "-d", "--publish-rm", "mode=host,target=80,protocol=udp,published=8080", "--publish-add", "8081:80", "s")
+	if got := ports("Spec.EndpointSpec.Ports"); got != "tcp:0:81:host tcp:8081:80:ingress" {
+		t.Errorf("after an update: %s", got)
+	}
+	d.ok("", "service", "create", "-d", "--name", "rr", "--endpoint-mode", "dnsrr", "--publish", "mode=host,target=80", "busybox")
+	d.bad("dnsrr mode", "service", "create", "-d", "--endpoint-mode", "dnsrr", "--publish", "80", "busybox")
+
+	// Labels.
+	create := func(args ...string) []string {
+		return slices.Concat([]string{"service", "create", "-d", "--publish", "8090:80"}, args, []string{"busybox"})
+	}
+	d.bad(`Labels\["weft.publish.80.ip"\]: the service does not publish port 80`, create("--label", "weft.publish.80.ip=10.0.0.1")...)
+	d.bad(`Labels\["weft.publish.8090.ip"\]: "here" is no address`, create("--label", "weft.publish.8090.ip=here")...)
+	d.bad(`Labels\["weft.publish.8090.allow"\]: 10.0.0.1/8 has host bits set: use 10.0.0.0/8`, create("--label", "weft.publish.8090.allow=10.0.0.1/8")...)
+	d.bad(`Labels\["weft.publish.8090.interface"\]`, create("--label", "weft.publish.8090.interface=")...)
+	d.bad(`Labels\["weft.source"\]: "on": write client or snat`, create("--label", "weft.source=on")...)
+	d.bad(`Labels\["weft.drain"\]: "soon": write a duration`, create("--label", "weft.drain=soon")...)
+	d.bad(`Labels\["weft.what"\]: unknown label; .* weft knows weft.drain, weft.publish.PORT.allow`, create("--label", "weft.what=1")...)
+	d.ok("", create("--label", "weft.publish.8090.ip=127.0.0.1", "--label", "weft.source=snat", "--label", "weft.drain=25s", "--name", "l")...)
+	d.ok("weft.source:snat", "service", "inspect", "-f", "{{.Spec.Labels}}", "l")
+	d.bad(`Labels\["weft.publish.8090.ip"\]: the service does not publish`, "service", "update", "-d", "--publish-rm", "80", "l")
+	d.ok("", "service", "update", "-d", "--publish-rm", "80", "--label-rm", "weft.publish.8090.ip", "--label-rm", "weft.source", "l")
 }
 
 func TestDockerContainers(t *testing.T) {

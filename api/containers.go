@@ -35,11 +35,14 @@ func (s *Server) containerRoutes(add adder) {
 const running = "running"
 
 func (s *Server) containerList(c *call) error {
-	f, err := c.filters("id", "name", "label", "status", "network", "ancestor", "is-task", "exited")
+	f, err := c.filters("id", "name", "label", "status", "network", "ancestor", "is-task", "exited", "health")
 	if err != nil {
 		return err
 	}
 	if err := f.oneOf("status", "created", "running", "paused", "restarting", "removing", "exited", "dead"); err != nil {
+		return err
+	}
+	if err := f.oneOf("health", "none", "starting", "healthy", "unhealthy"); err != nil {
 		return err
 	}
 	isTask, hasTask, err := f.flag("is-task")
@@ -104,7 +107,7 @@ func keepContainer(f filters, ct *weft.Container) bool {
 	_, byNetwork := f["network"]
 	exited := f["exited"] == nil || (ct.State.Status != running && f.has("exited", strconv.Itoa(ct.State.ExitCode)))
 	return f.prefix("id", ct.ID) && f.matches("name", ct.Name) && f.labels("label", ct.Labels) &&
-		f.has("status", string(dockerState(ct.State.Status))) && exited &&
+		f.has("status", string(dockerState(ct.State.Status))) && f.has("health", healthWord(&ct.State.Health)) && exited &&
 		(f["ancestor"] == nil || slices.ContainsFunc(f["ancestor"], func(a string) bool { return sameImage(a, ct.Image) })) &&
 		(!byNetwork || slices.ContainsFunc(networks, func(n string) bool { return f.has("network", n) }))
 }
@@ -121,7 +124,7 @@ func dockerState(status string) container.ContainerState {
 func statusText(st *weft.ContainerState, now time.Time) string {
 	switch st.Status {
 	case running:
-		return "Up " + units.HumanDuration(now.Sub(st.StartedAt))
+		return "Up " + units.HumanDuration(now.Sub(st.StartedAt)) + healthText(&st.Health)
 	case "exited":
 		return fmt.Sprintf("Exited (%d) %s ago", st.ExitCode, units.HumanDuration(now.Sub(st.FinishedAt)))
 	case "lost":
@@ -135,8 +138,9 @@ func containerSummary(ct *weft.Container, imageID string, now time.Time) contain
 	out := container.Summary{
 		ID: ct.ID, Names: []string{"/" + ct.Name}, Image: ct.Image, ImageID: imageID,
 		Command: strings.Join(ct.Command, " "), Created: ct.Created.Unix(),
-		Ports: []container.PortSummary{}, Labels: orEmpty(ct.Labels),
+		Ports: containerPorts(ct), Labels: orEmpty(ct.Labels),
 		State: dockerState(ct.State.Status), Status: statusText(&ct.State, now),
+		Health:          &container.HealthSummary{Status: container.HealthStatus(healthWord(&ct.State.Health)), FailingStreak: ct.State.Health.FailingStreak},
 		NetworkSettings: &container.NetworkSettingsSummary{Networks: containerNetworks(ct)},
 		Mounts:          containerMounts(ct),
 	}
@@ -204,7 +208,7 @@ func inspectContainer(ct *weft.Container, execs []string) container.InspectRespo
 		State: &container.State{
 			Status: dockerState(st.Status), Running: st.Status == running, Dead: st.Status == "lost",
 			OOMKilled: st.OOMKilled, Pid: st.PID, ExitCode: st.ExitCode, Error: st.Error,
-			StartedAt: stamp(st.StartedAt), FinishedAt: stamp(st.FinishedAt),
+			StartedAt: stamp(st.StartedAt), FinishedAt: stamp(st.FinishedAt), Health: dockerHealth(&st.Health),
 		},
 		HostConfig: &container.HostConfig{
 			LogConfig: container.LogConfig{Type: "json-file", Config: map[string]string{}}, NetworkMode: "default",
@@ -215,9 +219,9 @@ func inspectContainer(ct *weft.Container, execs []string) container.InspectRespo
 		Config: &container.Config{
 			Hostname: ct.Spec.Hostname, User: ct.Spec.User, Tty: ct.Spec.TTY, Env: ct.Spec.Env, Cmd: ct.Spec.Args,
 			Image: ct.Image, WorkingDir: ct.Spec.Dir, Entrypoint: ct.Spec.Entrypoint, Labels: orEmpty(ct.Labels),
-			StopSignal: ct.Spec.StopSignal, StopTimeout: &grace,
+			StopSignal: ct.Spec.StopSignal, StopTimeout: &grace, Healthcheck: dockerHealthCheck(ct.Spec.Health),
 		},
-		NetworkSettings: &container.NetworkSettings{Ports: network.PortMap{}, Networks: containerNetworks(ct)},
+		NetworkSettings: &container.NetworkSettings{Ports: portMap(ct), Networks: containerNetworks(ct)},
 	}
 	if len(ct.Command) > 0 {
 		out.Path, out.Args = ct.Command[0], ct.Command[1:]

@@ -109,10 +109,18 @@ func notFoundf(format string, a ...any) error {
 	return notFoundError{fmt.Sprintf(format, a...)}
 }
 
+// maxFaults of one request are named: a range of ports can be wrong ten thousand
+// times.
+const maxFaults = 20
+
 // joined is several faults of one request; all have the same sentinel.
 func joined(sentinel error, faults []string) error {
 	if len(faults) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%s: %w", strings.Join(faults, "; "), sentinel)
+	text := strings.Join(faults[:min(maxFaults, len(faults))], "; ")
+	if n := len(faults) - maxFaults; n > 0 {
+		text += fmt.Sprintf("; and %d more", n)
+	}
+	return fmt.Errorf("%s: %w", text, sentinel)
 }

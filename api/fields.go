@@ -6,6 +6,8 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+
+	"github.com/weftnet/weft"
 )
 
 // A request is honoured or refused, field by field. The conversion of a request
@@ -51,10 +53,7 @@ func (r ruleSet) honour(prefix string, names ...string) {
 func (r ruleSet) check(v any) error {
 	var faults []string
 	r.walk("", "", reflect.ValueOf(v), func(f string) { faults = append(faults, f) })
-	if len(faults) > 0 {
-		return unsupportedf("%s", strings.Join(faults, "; "))
-	}
-	return nil
+	return joined(weft.ErrUnsupported, faults)
 }
 
 func (r ruleSet) walk(path, pattern string, v reflect.Value, fault func(string)) {
@@ -89,13 +88,12 @@ func (r ruleSet) walk(path, pattern string, v reflect.Value, fault func(string))
 			r.walk(joinPath(path, f.name), joinPath(pattern, f.name), v.FieldByIndex(f.index), fault)
 		}
 	case reflect.Slice:
+		if v.Len() > 0 && !r.hasBelow(pattern+"[]") {
+			fault(path + " is not supported yet")
+			return
+		}
 		for i := range v.Len() {
-			at := fmt.Sprintf("%s[%d]", path, i)
-			if !r.hasBelow(pattern + "[]") {
-				fault(path + " is not supported yet")
-				return
-			}
-			r.walk(at, pattern+"[]", v.Index(i), fault)
+			r.walk(fmt.Sprintf("%s[%d]", path, i), pattern+"[]", v.Index(i), fault)
 		}
 	case reflect.Map:
 		for _, k := range sortedKeys(v) {

@@ -150,6 +150,7 @@ func (s *Server) imageInspect(c *call) error {
 	cfg := &out.Config.ImageConfig
 	cfg.Entrypoint, cfg.Cmd, cfg.Env = img.Config.Entrypoint, img.Config.Cmd, img.Config.Env
 	cfg.User, cfg.WorkingDir, cfg.StopSignal, cfg.Labels = img.Config.User, img.Config.Dir, img.Config.StopSignal, img.Labels
+	out.Config.Healthcheck, out.Config.Shell = dockerHealthCheck(img.Config.Health), img.Config.Shell
 	if len(img.Config.ExposedPorts) > 0 {
 		cfg.ExposedPorts = map[string]struct{}{}
 		for _, p := range img.Config.ExposedPorts {

@@ -351,7 +351,7 @@ func (s *Server) networkServices(ctx context.Context, id weft.ID, isVerbose bool
 			continue
 		}
 		for _, p := range v.Ports {
-			m.info.Ports = append(m.info.Ports, fmt.Sprintf("Target: %d, Publish: %d", p.Target, p.Published))
+			m.info.Ports = append(m.info.Ports, fmt.Sprintf("Target: %s, Publish: %s", p.TargetText(), p.PublishedText()))
 		}
 		out[v.ID] = m
 	}

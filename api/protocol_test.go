@@ -81,7 +81,7 @@ func TestGolden(t *testing.T) {
 	for name, path := range map[string]string{
 		"services": "/services?status=true", "service": "/services/web", "tasks": `/tasks?filters={"_up-to-date":["true"]}`,
 		"nodes": "/nodes", "networks": "/networks", "network": "/networks/n?verbose=1", "swarm": "/swarm",
-		"container": "/containers/web.1.0000000000000000000000007/json", "images": "/images/json", "volumes": "/volumes", "repairs": api.RepairsPath, "ways": api.WaysPath,
+		"container": "/containers/web.1.0000000000000000000000007/json", "images": "/images/json", "volumes": "/volumes", "repairs": api.RepairsPath, "ways": api.WaysPath, "drains": api.DrainsPath,
 	} {
 		if name == "container" {
 			var list []struct {
@@ -134,6 +134,9 @@ func TestProtocol(t *testing.T) {
 		{"GET", "/services?filters=%7B%22name%22:%7B%22we%22:true%7D%7D", "", 200, `"Name":"web"`},
 		{"GET", "/services?filters=%7B%22name%22:%5B%22zz%22%5D%7D", "", 200, "[]\n"},
 		{"POST", "/services/web/update?version=1", strings.Replace(web, `"n"`, `"n"`, 1), 400, "update out of sequence"},
+		{"POST", "/services/web/update?version=1&rollback=next", web, 400, "must be previous or none"},
+		{"POST", "/services/web/update?version=1&rollback=previous", "nothing", 400, "parse body"},
+		{"POST", "/services/web/update?version=1&rollback=previous", web, 400, "rpc error: code = FailedPrecondition desc = service 0000000000000000000000005 does not have a previous spec"},
 		{"POST", "/services/web/update?version=x", web, 400, "invalid version"},
 		{"POST", "/services/create", `{"Name":7}`, 400, "Name is a number"},
 		{"POST", "/services/create", strings.Repeat(" ", 5<<20), 413, "larger than"},

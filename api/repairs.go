@@ -29,6 +29,7 @@ type RepairCount struct {
 func (s *Server) ownRoutes(add adder) {
 	add("GET", RepairsPath, s.repairs)
 	add("GET", WaysPath, s.ways)
+	add("GET", DrainsPath, s.drains)
 }
 
 func (s *Server) repairs(c *call) error {

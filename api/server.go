@@ -26,6 +26,7 @@ type Config struct {
 	Containers ContainerStore
 	Images     ImageStore
 	Repairs    RepairLog
+	Drains     DrainLog
 	Ways       WayLog
 
 	// Version is the release shown as server version; empty = weft.Version.
@@ -46,7 +47,7 @@ func (c *Config) Validate() error {
 	}{
 		{"Swarm", c.Swarm != nil}, {"Services", c.Services != nil}, {"Tasks", c.Tasks != nil},
 		{"Nodes", c.Nodes != nil}, {"Networks", c.Networks != nil},
-		{"Containers", c.Containers != nil}, {"Images", c.Images != nil}, {"Repairs", c.Repairs != nil}, {"Ways", c.Ways != nil}, {"Log", c.Log != nil},
+		{"Containers", c.Containers != nil}, {"Images", c.Images != nil}, {"Repairs", c.Repairs != nil}, {"Drains", c.Drains != nil}, {"Ways", c.Ways != nil}, {"Log", c.Log != nil},
 	} {
 		if !f.isGood {
 			return fmt.Errorf("api.Config.%s is not set: %w", f.name, weft.ErrInvalid)

@@ -146,7 +146,7 @@ func (s *Server) serviceCreate(c *call) error {
 	if err != nil {
 		return err
 	}
-	writeJSON(c.w, http.StatusCreated, swarm.ServiceCreateResponse{ID: string(v.ID), Warnings: []string{}})
+	writeJSON(c.w, http.StatusCreated, swarm.ServiceCreateResponse{ID: string(v.ID), Warnings: warnings(&spec)})
 	return nil
 }
 
@@ -155,12 +155,16 @@ func (s *Server) serviceUpdate(c *call) error {
 	if err != nil {
 		return err
 	}
-	if c.bool("rollback") {
-		return unsupportedf("rolling a service back is not supported yet: update it with the values it had ('service inspect' shows them in PreviousSpec)")
+	back, err := c.rollback()
+	if err != nil {
+		return err
 	}
 	old, err := s.cfg.Services.Service(c.Context(), c.vars["name"])
 	if err != nil {
 		return err
+	}
+	if back {
+		return s.serviceRollback(c, &old, index)
 	}
 	spec, err := s.readService(c)
 	if err != nil {
@@ -175,7 +179,7 @@ func (s *Server) serviceUpdate(c *call) error {
 	if _, err := s.cfg.Services.UpdateService(c.Context(), old.ID, index, spec); err != nil {
 		return err
 	}
-	return c.json(swarm.ServiceUpdateResponse{Warnings: []string{}})
+	return c.json(swarm.ServiceUpdateResponse{Warnings: warnings(&spec)})
 }
 
 func (s *Server) serviceInspect(c *call) error {

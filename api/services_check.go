@@ -9,7 +9,6 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/mount"
-	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/swarm"
 
 	"github.com/weftnet/weft"
@@ -26,13 +25,14 @@ func serviceRules() ruleSet {
 		"Resources.Limits.NanoCPUs", "Resources.Limits.MemoryBytes", "RestartPolicy.Condition")
 	r.honour("TaskTemplate.ContainerSpec.", "Image", "Args", "Hostname", "Env", "Dir", "User", "StopGracePeriod",
 		"Mounts[].Type", "Mounts[].Source", "Mounts[].Target", "Mounts[].ReadOnly", "Mounts[].TmpfsOptions.SizeBytes")
-	r.honour("EndpointSpec.Ports[].", "Protocol", "TargetPort", "PublishedPort")
+	r.honour("TaskTemplate.ContainerSpec.", "DNSConfig.Nameservers", "DNSConfig.Search", "DNSConfig.Options", "Hosts")
+	honourHealth(r)
+	r.honour("EndpointSpec.Ports[].", "Name", "Protocol", "TargetPort", "PublishedPort", "PublishMode")
 
 	r["Mode.ReplicatedJob"] = absent()
 	r["Mode.GlobalJob"] = absent()
 	r["TaskTemplate.PluginSpec"] = absent()
 	r["TaskTemplate.NetworkAttachmentSpec"] = absent()
-	r["RollbackConfig"] = absent()
 	r["TaskTemplate.ContainerSpec.Mounts[].ImageOptions"] = absent()
 	r["TaskTemplate.ContainerSpec.Mounts[].ClusterOptions"] = absent()
 	r["TaskTemplate.Runtime"] = only("", "container")
@@ -41,17 +41,12 @@ func serviceRules() ruleSet {
 	r["TaskTemplate.ContainerSpec.Mounts[].Consistency"] = only("", "default")
 	r["TaskTemplate.ContainerSpec.Mounts[].BindOptions.Propagation"] = only("", "rprivate")
 	r["TaskTemplate.ContainerSpec.Mounts[].VolumeOptions.DriverConfig.Name"] = only("", "local")
-	r["EndpointSpec.Ports[].PublishMode"] = only("", "ingress")
 	// Docker's own defaults, which clients send along: a replacement starts
 	// after five seconds, as often as needed.
 	r["TaskTemplate.RestartPolicy.Delay"] = only(weft.DefaultRestartDelay)
 	r["TaskTemplate.RestartPolicy.MaxAttempts"] = only(uint64(0))
 	r["TaskTemplate.RestartPolicy.Window"] = only(time.Duration(0))
-	// Docker's own defaults: one at a time, stop first, pause on failure.
-	r["UpdateConfig.Parallelism"] = only(weft.DefaultUpdate.Parallelism)
-	r["UpdateConfig.FailureAction"] = only("", "pause")
-	r["UpdateConfig.Monitor"] = only(time.Duration(0), weft.DefaultUpdate.Monitor)
-	r["UpdateConfig.Order"] = only("", "stop-first")
+	honourUpdate(r)
 	return r
 }
 
@@ -78,12 +73,15 @@ var (
 func checkService(d *swarm.ServiceSpec) error {
 	var faults []string
 	bad := func(path, format string, a ...any) {
-		faults = append(faults, path+": "+fmt.Sprintf(format, a...))
+		fault := fmt.Sprintf(format, a...)
+		if path != "" {
+			fault = path + ": " + fault
+		}
+		faults = append(faults, fault)
 	}
 	if d.Name != "" && (len(d.Name) > maxName || !serviceName.MatchString(d.Name)) {
 		bad("Name", "%q must be at most %d letters, digits, '-' and '_', and begin and end with a letter or digit", d.Name, maxName)
 	}
-	checkLabels(d.Labels, bad)
 	checkMode(d, bad)
 	t := &d.TaskTemplate
 	if t.ContainerSpec == nil {
@@ -93,6 +91,8 @@ func checkService(d *swarm.ServiceSpec) error {
 	}
 	checkResources(t.Resources, bad)
 	checkRestart(t.RestartPolicy, bad)
+	checkUpdate(weft.FieldUpdate, d.UpdateConfig, bad)
+	checkUpdate(weft.FieldRollback, d.RollbackConfig, bad)
 	if t.Placement != nil {
 		for i, c := range t.Placement.Constraints {
 			if !constraintExp.MatchString(c) {
@@ -111,14 +111,20 @@ func checkService(d *swarm.ServiceSpec) error {
 		}
 		targets[n.Target] = true
 	}
-	checkEndpoint(d.EndpointSpec, bad)
+	if before := len(faults); d.EndpointSpec != nil {
+		if checkEndpoint(d.EndpointSpec, bad); len(faults) > before {
+			return joined(weft.ErrInvalid, faults) // what labels say of ports that are wrong is nobody's concern
+		}
+	}
+	checkServiceLabels(d, bad)
 	return joined(weft.ErrInvalid, faults)
 }
 
+// badFunc takes a fault; without a path the text names it.
 type badFunc func(path, format string, a ...any)
 
-// checkLabels refuses the labels that weft keeps for its own options: one that
-// is not understood must not be taken for one that works.
+// checkLabels refuses the labels that weft keeps for its own options, on what has
+// none.
 func checkLabels(labels map[string]string, bad badFunc) {
 	for k := range labels {
 		if strings.HasPrefix(k, "weft.") {
@@ -165,6 +171,13 @@ func checkContainer(c *swarm.ContainerSpec, bad badFunc) {
 	if c.StopGracePeriod != nil && *c.StopGracePeriod < 0 {
 		bad(at+"StopGracePeriod", "%s is negative", *c.StopGracePeriod)
 	}
+	badIf(dnsConfig(c.DNSConfig).Validate(at+"DNSConfig"), bad)
+	for i, h := range c.Hosts {
+		if _, err := weft.ParseHostEntry(h); err != nil {
+			bad(fmt.Sprintf("%sHosts[%d]", at, i), "%s", weft.Text(err))
+		}
+	}
+	checkHealth(c.Healthcheck, bad)
 	targets := map[string]bool{}
 	for i := range c.Mounts {
 		m := &c.Mounts[i]
@@ -231,45 +244,5 @@ func checkRestart(p *swarm.RestartPolicy, bad badFunc) {
 	case "", swarm.RestartPolicyConditionAny, swarm.RestartPolicyConditionNone, swarm.RestartPolicyConditionOnFailure:
 	default:
 		bad("TaskTemplate.RestartPolicy.Condition", "%q must be none, on-failure or any", p.Condition)
-	}
-}
-
-func checkEndpoint(e *swarm.EndpointSpec, bad badFunc) {
-	if e == nil {
-		return
-	}
-	switch e.Mode {
-	case "", swarm.ResolutionModeVIP:
-	case swarm.ResolutionModeDNSRR:
-		if len(e.Ports) > 0 {
-			bad("EndpointSpec", "port published with ingress mode can't be used with dnsrr mode")
-		}
-	default:
-		bad("EndpointSpec.Mode", "%q must be vip or dnsrr", e.Mode)
-	}
-	type key struct {
-		protocol network.IPProtocol
-		port     uint32
-	}
-	taken := map[key]bool{}
-	for i, p := range e.Ports {
-		at := fmt.Sprintf("EndpointSpec.Ports[%d].", i)
-		if p.Protocol == "" {
-			p.Protocol = network.TCP
-		}
-		if p.Protocol != network.TCP && p.Protocol != network.UDP {
-			bad(at+"Protocol", "%q is not supported yet (tcp or udp)", p.Protocol)
-		}
-		if p.TargetPort < 1 || p.TargetPort > 65535 {
-			bad(at+"TargetPort", "%d is not a port (1-65535)", p.TargetPort)
-		}
-		if p.PublishedPort > 65535 {
-			bad(at+"PublishedPort", "%d is not a port (0-65535, 0 = choose one)", p.PublishedPort)
-		}
-		k := key{p.Protocol, p.PublishedPort}
-		if p.PublishedPort != 0 && taken[k] {
-			bad(at+"PublishedPort", "%d/%s is given twice", p.PublishedPort, p.Protocol)
-		}
-		taken[k] = true
 	}
 }

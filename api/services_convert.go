@@ -4,7 +4,6 @@ import (
 	"time"
 
 	"github.com/moby/moby/api/types/mount"
-	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/swarm"
 
 	"github.com/weftnet/weft"
@@ -16,9 +15,10 @@ import (
 func serviceSpec(d *swarm.ServiceSpec) weft.ServiceSpec {
 	t := &d.TaskTemplate
 	s := weft.ServiceSpec{
-		Name:   d.Name,
-		Labels: orEmpty(d.Labels),
-		Update: weft.DefaultUpdate,
+		Name:     d.Name,
+		Labels:   orEmpty(d.Labels),
+		Update:   updateConfig(d.UpdateConfig),
+		Rollback: updateConfig(d.RollbackConfig),
 		Restart: weft.RestartPolicy{
 			Condition: weft.RestartAny,
 			Delay:     weft.DefaultRestartDelay,
@@ -50,23 +50,9 @@ func serviceSpec(d *swarm.ServiceSpec) weft.ServiceSpec {
 		if e.Mode == swarm.ResolutionModeDNSRR {
 			s.EndpointMode = weft.EndpointDNSRR
 		}
-		for _, p := range e.Ports {
-			s.Ports = append(s.Ports, portSpec(p))
-		}
+		s.Ports = portSpecs(e.Ports)
 	}
 	return s
-}
-
-func portSpec(p swarm.PortConfig) weft.PortSpec {
-	out := weft.PortSpec{
-		Protocol:  weft.Protocol(p.Protocol),
-		Target:    uint16(p.TargetPort),
-		Published: uint16(p.PublishedPort),
-	}
-	if out.Protocol == "" {
-		out.Protocol = weft.TCP
-	}
-	return out
 }
 
 func restartCondition(c swarm.RestartPolicyCondition) weft.RestartCondition {
@@ -88,6 +74,12 @@ func containerSpec(c *swarm.ContainerSpec) weft.ContainerSpec {
 		User:      c.User,
 		Hostname:  c.Hostname,
 		StopGrace: weft.DefaultStopGrace,
+		Health:    healthCheck(c.Healthcheck),
+		DNS:       dnsConfig(c.DNSConfig),
+	}
+	for _, line := range c.Hosts {
+		h, _ := weft.ParseHostEntry(line) // checkService has said what is wrong
+		out.Hosts = append(out.Hosts, h)
 	}
 	if c.StopGracePeriod != nil {
 		out.StopGrace = *c.StopGracePeriod
@@ -105,23 +97,22 @@ func containerSpec(c *swarm.ContainerSpec) weft.ContainerSpec {
 	return out
 }
 
+func dnsConfig(d *swarm.DNSConfig) weft.DNSConfig {
+	if d == nil {
+		return weft.DNSConfig{}
+	}
+	return weft.DNSConfig{Nameservers: d.Nameservers, Search: d.Search, Options: d.Options}
+}
+
 // dockerSpec is serviceSpec backwards; what it makes passes the rules again,
 // because clients send back what they were given.
 func dockerSpec(s *weft.ServiceSpec) swarm.ServiceSpec {
 	out := swarm.ServiceSpec{
-		Annotations:  swarm.Annotations{Name: s.Name, Labels: orEmpty(s.Labels)},
-		TaskTemplate: dockerTaskSpec(s),
-		UpdateConfig: &swarm.UpdateConfig{
-			Parallelism:   s.Update.Parallelism,
-			Delay:         s.Update.Delay,
-			FailureAction: swarm.UpdateFailureActionPause,
-			Monitor:       s.Update.Monitor,
-			Order:         swarm.UpdateOrderStopFirst,
-		},
-		EndpointSpec: &swarm.EndpointSpec{Mode: swarm.ResolutionModeVIP, Ports: dockerPorts(s.Ports)},
-	}
-	if s.Update.StartFirst {
-		out.UpdateConfig.Order = swarm.UpdateOrderStartFirst
+		Annotations:    swarm.Annotations{Name: s.Name, Labels: orEmpty(s.Labels)},
+		TaskTemplate:   dockerTaskSpec(s),
+		UpdateConfig:   dockerUpdate(s.Update),
+		RollbackConfig: dockerUpdate(s.Policy(weft.RollbackRunning)),
+		EndpointSpec:   &swarm.EndpointSpec{Mode: swarm.ResolutionModeVIP, Ports: dockerPorts(s.Ports)},
 	}
 	if s.EndpointMode == weft.EndpointDNSRR {
 		out.EndpointSpec.Mode = swarm.ResolutionModeDNSRR
@@ -169,8 +160,12 @@ func dockerContainer(c *weft.ContainerSpec) *swarm.ContainerSpec {
 		Dir:             c.Dir,
 		User:            c.User,
 		StopGracePeriod: &grace,
-		DNSConfig:       &swarm.DNSConfig{},
+		Healthcheck:     dockerHealthCheck(c.Health),
+		DNSConfig:       &swarm.DNSConfig{Nameservers: c.DNS.Nameservers, Search: c.DNS.Search, Options: c.DNS.Options},
 		Isolation:       "default",
+	}
+	for _, h := range c.Hosts {
+		out.Hosts = append(out.Hosts, h.String())
 	}
 	for _, m := range c.Mounts {
 		d := mount.Mount{Type: mount.Type(m.Type), Source: m.Source, Target: m.Target, ReadOnly: m.ReadOnly}
@@ -178,19 +173,6 @@ func dockerContainer(c *weft.ContainerSpec) *swarm.ContainerSpec {
 			d.TmpfsOptions = &mount.TmpfsOptions{SizeBytes: m.TmpfsSize}
 		}
 		out.Mounts = append(out.Mounts, d)
-	}
-	return out
-}
-
-func dockerPorts(ports []weft.PortSpec) []swarm.PortConfig {
-	var out []swarm.PortConfig
-	for _, p := range ports {
-		out = append(out, swarm.PortConfig{
-			Protocol:      network.IPProtocol(p.Protocol),
-			TargetPort:    uint32(p.Target),
-			PublishedPort: uint32(p.Published),
-			PublishMode:   swarm.PortConfigPublishModeIngress,
-		})
 	}
 	return out
 }
@@ -210,25 +192,6 @@ func dockerService(s *weft.Service) swarm.Service {
 		}
 	}
 	out.UpdateStatus = dockerUpdateStatus(s.Update)
-	return out
-}
-
-func dockerUpdateStatus(u weft.UpdateStatus) *swarm.UpdateStatus {
-	var state swarm.UpdateState
-	switch u.State {
-	case weft.UpdateRunning:
-		state = swarm.UpdateStateUpdating
-	case weft.UpdatePaused:
-		state = swarm.UpdateStatePaused
-	case weft.UpdateDone:
-		state = swarm.UpdateStateCompleted
-	default:
-		return nil
-	}
-	out := &swarm.UpdateStatus{State: state, Message: u.Message, StartedAt: optionalTime(u.StartedAt)}
-	if u.State == weft.UpdateDone {
-		out.CompletedAt = optionalTime(u.EndedAt)
-	}
 	return out
 }
 

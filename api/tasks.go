@@ -79,6 +79,9 @@ func dockerTaskStatus(t *weft.Task) swarm.TaskStatus {
 		Message:   st.Message,
 		Err:       st.Err,
 	}
+	if st.State >= weft.TaskAssigned && !st.State.Ended() {
+		out.PortStatus.Ports = dockerPorts(t.Ports)
+	}
 	// A container exists from the end of preparing; before, there is nothing
 	// that `docker inspect` could find.
 	if (st.State >= weft.TaskReady && st.State <= weft.TaskFailed) || st.PID != 0 {

@@ -122,7 +122,7 @@ func (g *ground) openers(names []string) []opener {
 // the patterns on each, and the programming of weft's engines. Its Close closes g,
 // too.
 func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string, meter meter) (plan, error) {
-	p := plan{Restless: true, Pairs: slices.Concat(trafficPairs, cryptPairs)}
+	p := plan{Restless: true, Pairs: slices.Concat(trafficPairs, cryptPairs, servicePairs, dockerPairs, meshPairs)}
 	var ways []*way
 	closeWays := func() error {
 		var errs []error

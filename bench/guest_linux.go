@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 )
@@ -42,7 +43,8 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			return err
 		}
 		log := slog.New(slog.NewTextHandler(stderr, nil))
-		paths, counts := split(*cases), guestCounts
+		// Docker's own paths are made with its nodes.
+		paths, counts := slices.DeleteFunc(split(*cases), func(n string) bool { return slices.Contains(dockersOwn, n) }), guestCounts
 		if *isCrypt {
 			paths, counts = nil, cryptCounts
 		}
@@ -54,9 +56,9 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		var p plan
 		switch {
 		case *isDocker:
-			var o opener
-			o, err = g.docker(ctx)
-			list = append([]opener{o}, list...)
+			var own []opener
+			own, err = g.docker(ctx, split(*cases))
+			list = append(own, list...)
 		case *isCrypt:
 			list, err = g.wireguard(ctx, split(*cases))
 		}

@@ -42,6 +42,12 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == trafficWord {
 		os.Exit(traffic(os.Args[2:], os.Stdin, os.Stdout))
 	}
+	if len(os.Args) == 3 && os.Args[1] == namesWord {
+		os.Exit(serveNames(os.Args[2], os.Stdin, os.Stdout, os.Stderr))
+	}
+	if len(os.Args) == 2 && os.Args[1] == gossipWord {
+		os.Exit(serveGossip(os.Stdin, os.Stdout, os.Stderr))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	// A second signal ends the program at once.
 	release := context.AfterFunc(ctx, stop)
@@ -53,7 +59,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), dockerBench(), wireguardBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), servicesBench(), dockerBench(), wireguardBench(), namesBench(), gossipBench()}
 }
 
 // options of one run.
@@ -135,7 +141,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if o.cases, err = choose("case", cases, o.bench.Choices.Cases, o.bench.Choices.Usual); err != nil {
 		return usage("%v", err)
 	}
-	if o.metrics, err = choose("metric", metrics, o.bench.Choices.Metrics, o.bench.Choices.Metrics); err != nil {
+	if o.metrics, err = choose("metric", metrics, o.bench.Choices.Metrics, o.bench.Choices.usualMetrics()); err != nil {
 		return usage("%v", err)
 	}
 	switch {

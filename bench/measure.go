@@ -51,8 +51,16 @@ type away struct {
 	Guest  string // the guest in words
 }
 
-// choices are what -case and -metric may name. Usual are the cases without -case.
-type choices struct{ Cases, Usual, Metrics []string }
+// choices are what -case and -metric may name. Usual are the cases without -case,
+// UsualMetrics the metrics without -metric (empty = all).
+type choices struct{ Cases, Usual, Metrics, UsualMetrics []string }
+
+func (c choices) usualMetrics() []string {
+	if len(c.UsualMetrics) > 0 {
+		return c.UsualMetrics
+	}
+	return c.Metrics
+}
 
 // variant is one case, or the baseline. Run does everything once and yields
 // one value per metric; what it needs before and after is not in the values.

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 
@@ -59,6 +60,7 @@ type path struct {
 	from, to string // files of namespaces
 	addr     netip.Addr
 	own      netip.Addr // of the client, if it must not be chosen by the kernel
+	listen   netip.Addr // of the server, if not addr
 }
 
 const noCore = -1
@@ -109,6 +111,12 @@ func (g *ground) build(ctx context.Context, names []string) error {
 	}
 	for _, name := range append([]string{pathRaw}, names...) {
 		make, ok := makers[name]
+		if slices.ContainsFunc(vipCases, func(c vipCase) bool { return c.name == name || c.direct == name }) {
+			make, ok = g.vip, true
+		}
+		if isMesh(name) {
+			make, ok = g.mesh, true
+		}
 		if !ok {
 			return fmt.Errorf("no path %q", name)
 		}
@@ -142,6 +150,34 @@ func (g *ground) hosts(name string) (pairOfHosts, error) {
 		}
 	}
 	return h, nil
+}
+
+// outsideNet joins a host with a client that is no part of any network.
+var outsideNet = netip.MustParsePrefix("10.98.8.0/24")
+
+// outsideOf is the address of the host (0) or of its client (1) there.
+func outsideOf(i int) netip.Addr {
+	a := outsideNet.Addr().As4()
+	a[3] = byte(i + 1)
+	return netip.AddrFrom4(a)
+}
+
+// client makes a namespace beside host, from which the host is reached at
+// outsideOf(0).
+func (g *ground) client(name, host string) (string, error) {
+	ns, err := g.namespace(name + "-client")
+	if err != nil {
+		return "", err
+	}
+	if err := g.veth(host, "outside", ns, "eth0", groundMTU); err != nil {
+		return "", err
+	}
+	at := func(i int) string { return netip.PrefixFrom(outsideOf(i), outsideNet.Bits()).String() }
+	err = netns.Do(host, func() error { return address("outside", at(0)) })
+	if err == nil {
+		err = netns.Do(ns, func() error { return address("eth0", at(1)) })
+	}
+	return ns, err
 }
 
 func (g *ground) raw(_ context.Context, name string, h pairOfHosts) error {
@@ -309,11 +345,14 @@ func neighbour(i int) error {
 
 // engine makes one of weft's for host i of a path.
 func (g *ground) engine(name string, i int) (vxlan.Kernel, error) {
-	node := weft.NewID()
+	return g.engineOf(name, vipNode{id: weft.NewID(), bpf: filepath.Join(g.dir, fmt.Sprintf("%s-bpf%d", name, i))})
+}
+
+func (g *ground) engineOf(name string, n vipNode) (vxlan.Kernel, error) {
 	if name == pathBridge {
-		return linux.New(linux.Config{Node: node, NetNSDir: g.dir, Log: g.log})
+		return linux.New(linux.Config{Node: n.id, NetNSDir: g.dir, Log: g.log})
 	}
-	return bpf.New(bpf.Config{Node: node, Dir: filepath.Join(g.dir, fmt.Sprintf("%s-bpf%d", name, i)), Log: g.log})
+	return bpf.New(bpf.Config{Node: n.id, Dir: n.bpf, Log: g.log})
 }
 
 // overlay is a network of one of weft's engines.

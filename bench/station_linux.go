@@ -135,12 +135,16 @@ func (s *station) close() error {
 // way is a path that is ready for traffic.
 type way struct {
 	name           string
-	server, client *station
+	server, client *station // server is nil where somebody else runs it
 }
 
 // open starts both ends of a path between namespaces.
 func (p path) open(ctx context.Context, core int) (*way, error) {
-	server, err := generator(ctx, p.to, core, "serve", p.addr.String())
+	listen := p.addr
+	if p.listen.IsValid() {
+		listen = p.listen
+	}
+	server, err := generator(ctx, p.to, core, "serve", listen.String())
 	if err != nil {
 		return nil, fmt.Errorf("path %s: %w", p.name, err)
 	}
@@ -155,4 +159,10 @@ func (p path) open(ctx context.Context, core int) (*way, error) {
 	return &way{name: p.name, server: server, client: client}, nil
 }
 
-func (w *way) close() error { return errors.Join(w.client.close(), w.server.close()) }
+func (w *way) close() error {
+	err := w.client.close()
+	if w.server != nil {
+		err = errors.Join(err, w.server.close())
+	}
+	return err
+}

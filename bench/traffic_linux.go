@@ -56,11 +56,12 @@ type spell struct {
 	Elapsed, Idle time.Duration // Idle: sum of all processors' time with nothing to do
 }
 
-// traffic runs one end, "serve ADDR" or "ask ADDR [OWN ADDR]", and returns the exit code.
+// traffic runs one end, "serve ADDR", "stay ADDR" (the same, until it is killed) or
+// "ask ADDR [OWN ADDR]", and returns the exit code.
 func traffic(args []string, in io.Reader, out io.Writer) int {
 	err := func() error {
 		if len(args) < 2 || len(args) > 3 {
-			return errors.New("usage: traffic serve ADDR | traffic ask ADDR [OWN ADDR]")
+			return errors.New("usage: traffic serve|stay ADDR | traffic ask ADDR [OWN ADDR]")
 		}
 		var addrs []netip.Addr
 		for _, a := range args[1:] {
@@ -77,6 +78,9 @@ func traffic(args []string, in io.Reader, out io.Writer) int {
 		switch args[0] {
 		case "serve":
 			return serveTraffic(addrs[0], in, out)
+		case "stay":
+			never, _ := io.Pipe()
+			return serveTraffic(addrs[0], never, out)
 		case "ask":
 			t := target{to: addrs[0]}
 			if len(addrs) == 2 {
@@ -84,7 +88,7 @@ func traffic(args []string, in io.Reader, out io.Writer) int {
 			}
 			return askTraffic(t, in, out)
 		}
-		return fmt.Errorf("no end %q: want serve or ask", args[0])
+		return fmt.Errorf("no end %q: want serve, stay or ask", args[0])
 	}()
 	if err != nil {
 		fmt.Fprintln(out, "error:", err)

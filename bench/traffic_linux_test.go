@@ -76,7 +76,7 @@ func TestStationTellsItsError(t *testing.T) {
 	for _, tc := range []struct{ args, in, want string }{
 		{"serve", "", "usage"},
 		{"serve ::1", "", "want IPv4"},
-		{"listen 127.0.0.1", "", "want serve or ask"},
+		{"listen 127.0.0.1", "", "want serve, stay or ask"},
 		{"ask 127.0.0.1", "RR", "count"},
 		{"ask 127.0.0.1", "RR 0", "count"},
 		{"ask 127.0.0.1", "XX 5", `no pattern "XX"`},

@@ -2,6 +2,7 @@ package dns
 
 import (
 	"net/netip"
+	"slices"
 
 	miekg "github.com/miekg/dns"
 )
@@ -20,7 +21,7 @@ func parse(packet []byte) (req *miekg.Msg, ok bool) {
 // respond answers req for v from snap. forward is true when the question must
 // go to an upstream; then the answer is empty. turn rotates answers of several
 // addresses.
-func respond(snap *Snapshot, v *View, req *miekg.Msg, turn uint64) (resp *miekg.Msg, forward bool) {
+func respond(snap *Snapshot, v *view, req *miekg.Msg, turn uint64) (resp *miekg.Msg, forward bool) {
 	resp = reply(req)
 	if rcode := check(req); rcode != miekg.RcodeSuccess {
 		resp.Rcode = rcode
@@ -32,13 +33,19 @@ func respond(snap *Snapshot, v *View, req *miekg.Msg, turn uint64) (resp *miekg.
 	q := req.Question[0]
 	name := fold(q.Name)
 	resp.Authoritative = true
-	if q.Qtype == miekg.TypePTR {
-		if addr, ok := reverseAddr(name); ok {
-			return respondPTR(snap, v, resp, addr)
-		}
+	if p, exact, ok := reverseNet(name); ok {
+		return respondReverse(snap, v, resp, p, exact)
 	}
-	want6 := q.Qtype == miekg.TypeAAAA
-	addrs, ttl, d := snap.lookup(v, name, want6)
+	if port, tasks, d, found := snap.service(v, []byte(name)); found {
+		switch {
+		case d == verdictAbsent:
+			resp.Rcode = miekg.RcodeNameError
+		case q.Qtype == miekg.TypeSRV || q.Qtype == miekg.TypeANY:
+			appendSRV(resp, port, tasks, turn)
+		}
+		return resp, false
+	}
+	addrs, ttl, d := snap.lookup(v, []byte(name), q.Qtype == miekg.TypeAAAA)
 	switch d {
 	case verdictForward:
 		return nil, true
@@ -51,8 +58,8 @@ func respond(snap *Snapshot, v *View, req *miekg.Msg, turn uint64) (resp *miekg.
 		appendAddrs(resp, q.Name, addrs, ttl, turn)
 	case miekg.TypeANY: // RFC 8482 section 4.1: a subset will do
 		appendAddrs(resp, q.Name, addrs, ttl, turn)
-		addrs6, _, _ := snap.lookup(v, name, true)
-		appendAddrs(resp, q.Name, addrs6, ttl, turn)
+		addrs6, ttl6, _ := snap.lookup(v, []byte(name), true)
+		appendAddrs(resp, q.Name, addrs6, ttl6, turn)
 	}
 	return resp, false
 }
@@ -87,18 +94,47 @@ func check(req *miekg.Msg) (rcode int) {
 	return miekg.RcodeSuccess
 }
 
-func respondPTR(snap *Snapshot, v *View, resp *miekg.Msg, addr netip.Addr) (*miekg.Msg, bool) {
-	target, d := snap.reverse(v, addr)
+// respondReverse answers about addresses p, or what stands before the name of p
+// if it is not exact.
+func respondReverse(snap *Snapshot, v *view, resp *miekg.Msg, p netip.Prefix, exact bool) (*miekg.Msg, bool) {
+	if !exact || !p.IsSingleIP() {
+		if !v.internal && !snap.isOverlay(p) {
+			return nil, true
+		}
+		resp.Rcode = miekg.RcodeNameError
+		return resp, false
+	}
+	target, d := snap.reverse(v, p.Addr())
 	switch d {
 	case verdictForward:
 		return nil, true
 	case verdictAbsent:
 		resp.Rcode = miekg.RcodeNameError
-	default:
-		q := resp.Question[0]
+		return resp, false
+	}
+	q := resp.Question[0]
+	if q.Qtype == miekg.TypePTR || q.Qtype == miekg.TypeANY {
 		resp.Answer = append(resp.Answer, &miekg.PTR{Hdr: header(q.Name, miekg.TypePTR, vipTTL), Ptr: target})
 	}
 	return resp, false
+}
+
+// appendSRV adds a record for each task, all of the same priority and weight (RFC
+// 2782), and the addresses of the targets.
+func appendSRV(resp *miekg.Msg, port uint16, tasks []*instance, turn uint64) {
+	name := resp.Question[0].Name
+	for i := range tasks {
+		t := tasks[(turn+uint64(i))%uint64(len(tasks))]
+		resp.Answer = append(resp.Answer, &miekg.SRV{Hdr: header(name, miekg.TypeSRV, taskTTL), Weight: 1, Port: port, Target: t.name})
+		for _, a := range t.addrs {
+			resp.Extra = append(resp.Extra, addrRecord(t.name, a.Unmap(), taskTTL))
+		}
+	}
+	// EDNS stays last: it was there before.
+	if opt := resp.IsEdns0(); opt != nil {
+		i := slices.IndexFunc(resp.Extra, func(rr miekg.RR) bool { return rr == miekg.RR(opt) })
+		resp.Extra = append(slices.Delete(resp.Extra, i, i+1), opt)
+	}
 }
 
 func header(name string, rrtype uint16, ttl uint32) miekg.RR_Header {
@@ -111,13 +147,15 @@ func appendAddrs(resp *miekg.Msg, name string, addrs []netip.Addr, ttl uint32, t
 	}
 	start := int(turn % uint64(len(addrs)))
 	for i := range addrs {
-		a := addrs[(start+i)%len(addrs)]
-		if a.Is4() {
-			resp.Answer = append(resp.Answer, &miekg.A{Hdr: header(name, miekg.TypeA, ttl), A: a.AsSlice()})
-		} else {
-			resp.Answer = append(resp.Answer, &miekg.AAAA{Hdr: header(name, miekg.TypeAAAA, ttl), AAAA: a.AsSlice()})
-		}
+		resp.Answer = append(resp.Answer, addrRecord(name, addrs[(start+i)%len(addrs)], ttl))
 	}
+}
+
+func addrRecord(name string, a netip.Addr, ttl uint32) miekg.RR {
+	if a.Is4() {
+		return &miekg.A{Hdr: header(name, miekg.TypeA, ttl), A: a.AsSlice()}
+	}
+	return &miekg.AAAA{Hdr: header(name, miekg.TypeAAAA, ttl), AAAA: a.AsSlice()}
 }
 
 // udpLimit is the size of the biggest answer that the asker takes on UDP.

@@ -34,7 +34,7 @@ func testRecords() Records {
 			Name:    "blue",
 			Subnets: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/20"), netip.MustParsePrefix("fd00:1::/64")},
 			Services: []Service{
-				{Name: "Web", Aliases: []string{"www", "shared"}, VIP: addrs("10.1.0.2", "fd00:1::2"), Tasks: []Task{
+				{Name: "Web", Aliases: []string{"www", "shared"}, VIP: addrs("10.1.0.2", "fd00:1::2"), Ports: []Port{{"HTTP", weft.TCP, 8080}, {"443", weft.TCP, 8443}}, Tasks: []Task{
 					{Slot: 1, Names: []string{"web.1.aaa", "c0ffee"}, Addrs: addrs("10.1.0.11", "fd00:1::11"), Ready: true},
 					{Slot: 2, Names: []string{"web.2.bbb", "badcafe"}, Addrs: addrs("10.1.0.12"), Ready: false},
 					{Slot: 3, Names: []string{"web.3.ccc"}, Addrs: addrs("10.1.0.13"), Ready: true},
@@ -45,6 +45,11 @@ func testRecords() Records {
 				}},
 				{Name: "down", VIP: addrs("10.1.0.3"), Tasks: []Task{{Slot: 1, Names: []string{"down.1.fff"}, Addrs: addrs("10.1.0.31")}}},
 				{Name: "shadow", Aliases: []string{"rr"}, VIP: addrs("10.1.0.4")},
+				{Name: "agents", VIP: addrs("10.1.0.5"), Tasks: []Task{
+					{Host: "H1", Names: []string{"agents.n1.hhh"}, Addrs: addrs("10.1.0.51"), Ready: true},
+					{Host: "h2.example", Names: []string{"agents.n2.iii"}, Addrs: addrs("10.1.0.52"), Ready: true},
+					{Host: "h3", Names: []string{"agents.n3.jjj"}, Addrs: addrs("10.1.0.53")},
+				}},
 			},
 		},
 		red: {
@@ -61,6 +66,10 @@ func TestRespond(t *testing.T) {
 	onBlue := View{Networks: []weft.ID{blue}, Self: self}
 	both := View{Networks: []weft.ID{red, blue}, Self: self}
 	inside := View{Networks: []weft.ID{blue}, Self: self, Internal: true}
+	searching := View{Networks: []weft.ID{blue}, Self: self, Search: []string{"Example.com", "lan."}}
+	unready := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 2, Names: []string{"web.2.bbb"}, Addrs: addrs("10.1.0.12")}}
+	unreadyHost := View{Networks: []weft.ID{blue}, Service: "agents", Self: Task{Host: "h3", Names: []string{"agents.n3.jjj"}, Addrs: addrs("10.1.0.53")}}
+	replaced := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 1, Names: []string{"web.1.old"}, Addrs: addrs("10.1.0.10")}}
 	cases := []struct {
 		name  string
 		view  View
@@ -77,7 +86,7 @@ func TestRespond(t *testing.T) {
 		{"second network helps out with a family", both, "web.", miekg.TypeAAAA, "NOERROR fd00:1::2"},
 		{"the network can be chosen", both, "web.blue.", miekg.TypeA, "NOERROR 10.1.0.2"},
 		{"alias", onBlue, "www.", miekg.TypeA, "NOERROR 10.1.0.2"},
-		{"shared alias", onBlue, "shared.", miekg.TypeA, "NOERROR 10.1.0.2 10.1.0.21 10.1.0.22"},
+		{"shared alias", onBlue, "shared.", miekg.TypeA, "NOERROR 10.1.0.21 10.1.0.22 10.1.0.2"},
 		{"a service wins over an alias", onBlue, "rr.", miekg.TypeA, "NOERROR 10.1.0.21 10.1.0.22"},
 		{"tasks, ready ones only", onBlue, "tasks.web.", miekg.TypeA, "NOERROR 10.1.0.11 10.1.0.13"},
 		{"slot", onBlue, "1.web.", miekg.TypeA, "NOERROR 10.1.0.11"},
@@ -89,7 +98,43 @@ func TestRespond(t *testing.T) {
 		{"and has no tasks", onBlue, "tasks.down.", miekg.TypeA, "NOERROR"},
 		{"AAAA of an IPv4 service", onBlue, "down.", miekg.TypeAAAA, "NOERROR"},
 		{"self before any record", onBlue, "me.", miekg.TypeA, "NOERROR 10.1.0.99"},
-		{"SRV is not there", onBlue, "web.", miekg.TypeSRV, "NOERROR"},
+		{"host of a global service", onBlue, "h1.agents.", miekg.TypeA, "NOERROR 10.1.0.51"},
+		{"host with dots", onBlue, "h2.example.agents.blue.", miekg.TypeA, "NOERROR 10.1.0.52"},
+		{"host whose task is not ready", onBlue, "h3.agents.", miekg.TypeA, "NOERROR"},
+		{"not ready, asked by itself", unready, "2.web.", miekg.TypeA, "NOERROR 10.1.0.12"},
+		{"the same with its network", unready, "2.Web.Blue.", miekg.TypeA, "NOERROR 10.1.0.12"},
+		{"not ready on its host, asked by itself", unreadyHost, "h3.agents.", miekg.TypeA, "NOERROR 10.1.0.53"},
+		{"tasks are the ready ones to it, too", unready, "tasks.web.", miekg.TypeA, "NOERROR 10.1.0.11 10.1.0.13"},
+		{"the place of one that is on its way out", replaced, "1.web.", miekg.TypeA, "NOERROR 10.1.0.11"},
+
+		{"SRV by name", onBlue, "_http._tcp.web.", miekg.TypeSRV, "NOERROR 8080 web.1.aaa.blue. 8080 web.3.ccc.blue."},
+		{"SRV in any case, with the network", onBlue, "_HTTP._TCP.Web.BLUE.", miekg.TypeSRV, "NOERROR 8080 web.1.aaa.blue. 8080 web.3.ccc.blue."},
+		{"SRV by number", onBlue, "_9090._udp.web.", miekg.TypeSRV, "NOERROR 9090 web.1.aaa.blue. 9090 web.3.ccc.blue."},
+		{"SRV by a name that is a number", onBlue, "_443._tcp.web.", miekg.TypeSRV, "NOERROR 8443 web.1.aaa.blue. 8443 web.3.ccc.blue."},
+		{"but not of another protocol", onBlue, "_443._udp.web.", miekg.TypeSRV, "NOERROR 443 web.1.aaa.blue. 443 web.3.ccc.blue."},
+		{"SRV of an alias", onBlue, "_http._tcp.www.", miekg.TypeSRV, "NOERROR 8080 web.1.aaa.blue. 8080 web.3.ccc.blue."},
+		{"SRV of a shared alias", onBlue, "_80._tcp.shared.", miekg.TypeSRV, "NOERROR 80 rr.1.ddd.blue. 80 rr.2.eee.blue. 80 web.1.aaa.blue. 80 web.3.ccc.blue."},
+		{"SRV without ready tasks", onBlue, "_80._tcp.down.", miekg.TypeSRV, "NOERROR"},
+		{"SRV with a search domain", searching, "_80._tcp.rr.example.com.", miekg.TypeSRV, "NOERROR 80 rr.1.ddd.blue. 80 rr.2.eee.blue."},
+		{"SRV of an unknown port", onBlue, "_smtp._tcp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of no protocol", onBlue, "_80._icmp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of port 0", onBlue, "_0._tcp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a large port", onBlue, "_65536._tcp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a number with a zero before", onBlue, "_080._tcp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of an unknown service stays here", onBlue, "_80._tcp.nonsense.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of another network's service", onBlue, "_80._tcp.secret.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV outside", onBlue, "_ldap._tcp.example.com.", miekg.TypeSRV, "forward"},
+		{"A of a SRV name", onBlue, "_http._tcp.web.", miekg.TypeA, "NOERROR"},
+		{"SRV of what is none", onBlue, "web.", miekg.TypeSRV, "NOERROR"},
+
+		{"with a search domain", searching, "web.example.com.", miekg.TypeA, "NOERROR 10.1.0.2"},
+		{"with network and search domain", searching, "WEB.blue.LAN.", miekg.TypeA, "NOERROR 10.1.0.2"},
+		{"no address of the family, with a search domain", searching, "down.example.com.", miekg.TypeAAAA, "NOERROR"},
+		{"another network's tasks with a search domain", searching, "tasks.secret.lan.", miekg.TypeA, "NXDOMAIN"},
+		{"unknown, with a search domain", searching, "nonsense.example.com.", miekg.TypeA, "forward"},
+		{"a domain that is not searched", onBlue, "web.example.com.", miekg.TypeA, "forward"},
+		{"the domain itself", searching, "example.com.", miekg.TypeA, "forward"},
+
 		{"localhost", onBlue, "localhost.", miekg.TypeAAAA, "NOERROR ::1"},
 
 		{"unknown single label stays here", onBlue, "nonsense.", miekg.TypeA, "NXDOMAIN"},
@@ -111,12 +156,19 @@ func TestRespond(t *testing.T) {
 		{"PTR of an external address", onBlue, "1.100.51.198.in-addr.arpa.", miekg.TypePTR, "forward"},
 		{"PTR from inside", inside, "1.100.51.198.in-addr.arpa.", miekg.TypePTR, "NXDOMAIN"},
 		{"PTR of half an address", onBlue, "100.51.198.in-addr.arpa.", miekg.TypePTR, "forward"},
+		{"PTR of half an overlay address", onBlue, "1.1.10.in-addr.arpa.", miekg.TypePTR, "NXDOMAIN"},
+		{"the zone of an overlay", onBlue, "0.0.0.0.0.0.0.0.1.0.0.0.0.0.d.f.ip6.arpa.", miekg.TypeSOA, "NXDOMAIN"},
+		{"more than an overlay", onBlue, "1.10.in-addr.arpa.", miekg.TypeNS, "forward"},
+		{"below an overlay", onBlue, "b._dns-sd._udp.1.1.10.in-addr.arpa.", miekg.TypePTR, "NXDOMAIN"},
+		{"other types of a reverse name", onBlue, "2.0.1.10.in-addr.arpa.", miekg.TypeTXT, "NOERROR"},
+		{"loopback", onBlue, "1.0.0.127.in-addr.arpa.", miekg.TypePTR, "NOERROR localhost."},
+		{"the root of reverse names", onBlue, "in-addr.arpa.", miekg.TypeNS, "forward"},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			req := new(miekg.Msg)
 			req.SetQuestion(c.q, c.qtype)
-			resp, forward := respond(snap, &c.view, req, 0)
+			resp, forward := respond(snap, compile(&c.view), req, 0)
 			if got := show(resp, forward); got != c.want {
 				t.Errorf("%s %s = %q, want %q", c.q, miekg.TypeToString[c.qtype], got, c.want)
 			}
@@ -136,6 +188,8 @@ func show(m *miekg.Msg, forward bool) string {
 			data = append(data, rr.A.String())
 		case *miekg.AAAA:
 			data = append(data, rr.AAAA.String())
+		case *miekg.SRV:
+			data = append(data, fmt.Sprint(rr.Port, " ", rr.Target))
 		case *miekg.PTR:
 			data = append(data, rr.Ptr)
 		default:
@@ -147,10 +201,10 @@ func show(m *miekg.Msg, forward bool) string {
 
 func TestPTRTargetsResolve(t *testing.T) {
 	snap := NewSnapshot(testRecords())
-	view := &View{Networks: []weft.ID{blue, red}}
+	view := compile(&View{Networks: []weft.ID{blue, red}})
 	for id, z := range snap.networks {
-		for addr, target := range z.byAddr {
-			got, _, d := snap.lookup(view, fold(target), addr.Is6())
+		for addr, target := range z.shards[0].byAddr {
+			got, _, d := snap.lookup(view, []byte(fold(target)), addr.Is6())
 			if d != verdictFound || !slices.Contains(got, addr) {
 				t.Errorf("network %s: %v points to %s, which has %v", id, addr, target, got)
 			}
@@ -164,7 +218,7 @@ func TestRotation(t *testing.T) {
 	req.SetQuestion("tasks.web.", miekg.TypeA)
 	first := map[string]int{}
 	for turn := range uint64(10) {
-		resp, _ := respond(snap, &View{Networks: []weft.ID{blue}}, req, turn)
+		resp, _ := respond(snap, compile(&View{Networks: []weft.ID{blue}}), req, turn)
 		first[resp.Answer[0].(*miekg.A).A.String()]++
 		if ttl := resp.Answer[0].Header().Ttl; ttl == 0 || ttl > 5 {
 			t.Fatalf("TTL %d, want 1 to 5", ttl)
@@ -181,7 +235,7 @@ func TestRefusals(t *testing.T) {
 		req := new(miekg.Msg)
 		req.SetQuestion("web.", miekg.TypeA)
 		change(req)
-		resp, forward := respond(snap, &View{Networks: []weft.ID{blue}}, req, 0)
+		resp, forward := respond(snap, compile(&View{Networks: []weft.ID{blue}}), req, 0)
 		if forward {
 			t.Fatal("forwarded")
 		}
@@ -256,7 +310,7 @@ func slow(n Network, name string, want6 bool) (out []netip.Addr, exists bool) {
 	}
 	for _, s := range n.Services {
 		for _, t := range s.Tasks {
-			if t.Slot != 0 && same(strconv.FormatUint(t.Slot, 10)+"."+s.Name) {
+			if t.Slot != 0 && same(strconv.FormatUint(t.Slot, 10)+"."+s.Name) || t.Slot == 0 && t.Host != "" && same(t.Host+"."+s.Name) {
 				add(readyAddrs(t))
 			}
 			if same("tasks." + s.Name) {
@@ -281,7 +335,7 @@ func slow(n Network, name string, want6 bool) (out []netip.Addr, exists bool) {
 }
 
 func TestLookupAgainstSlowTwin(t *testing.T) {
-	word := rapid.SampledFrom([]string{"a", "B", "c", "tasks.a", "1.a", "a.1.x", "2.B", "tasks.c", "h"})
+	word := rapid.SampledFrom([]string{"a", "B", "c", "tasks.a", "1.a", "a.1.x", "2.B", "tasks.c", "h", "h1.A", "h2.b"})
 	address := rapid.Custom(func(t *rapid.T) netip.Addr {
 		n := rapid.ByteRange(1, 20).Draw(t, "host")
 		if rapid.Bool().Draw(t, "is6") {
@@ -292,6 +346,7 @@ func TestLookupAgainstSlowTwin(t *testing.T) {
 	task := rapid.Custom(func(t *rapid.T) Task {
 		return Task{
 			Slot:  rapid.Uint64Range(0, 3).Draw(t, "slot"),
+			Host:  rapid.SampledFrom([]string{"", "h1", "H2", "tasks"}).Draw(t, "host"),
 			Names: rapid.SliceOfN(word, 0, 3).Draw(t, "names"),
 			Addrs: rapid.SliceOfN(address, 0, 2).Draw(t, "addrs"),
 			Ready: rapid.Bool().Draw(t, "ready"),
@@ -310,7 +365,7 @@ func TestLookupAgainstSlowTwin(t *testing.T) {
 		snap := NewSnapshot(Records{Networks: map[weft.ID]Network{blue: n}})
 		name, want6 := word.Draw(t, "question"), rapid.Bool().Draw(t, "want6")
 		want, exists := slow(n, name, want6)
-		got, _, d := snap.lookup(&View{Networks: []weft.ID{blue}}, fold(name), want6)
+		got, _, d := snap.lookup(compile(&View{Networks: []weft.ID{blue}}), []byte(fold(name)), want6)
 		if (d == verdictFound) != exists {
 			t.Fatalf("%q: verdict %v, slow twin says exists=%v", name, d, exists)
 		}
@@ -320,6 +375,63 @@ func TestLookupAgainstSlowTwin(t *testing.T) {
 			t.Fatalf("%q: %v, slow twin says %v", name, got, want)
 		}
 	})
+}
+
+// TestSRVAgainstSlowTwin: the ready tasks that SRV names are those of tasks.NAME,
+// for every service; for an alias, those of all services that have it.
+func TestSRVAgainstSlowTwin(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var n Network
+		for i := range rapid.IntRange(0, 4).Draw(t, "services") {
+			s := Service{Name: fmt.Sprintf("s%d", i), Aliases: rapid.SliceOfN(rapid.SampledFrom([]string{"s0", "S1", "a", "b"}), 0, 4).Draw(t, "aliases")}
+			for k := range rapid.IntRange(0, 3).Draw(t, "tasks") {
+				s.Tasks = append(s.Tasks, Task{Names: []string{fmt.Sprintf("s%d.%d.x", i, k)}, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(i), byte(k)})}, Ready: rapid.Bool().Draw(t, "ready")})
+			}
+			n.Services = append(n.Services, s)
+		}
+		name := rapid.SampledFrom([]string{"s0", "s1", "s3", "a", "b"}).Draw(t, "name")
+		var want []string
+		offers := func(isIt func(Service) bool) (known bool) {
+			for _, s := range n.Services {
+				if !isIt(s) {
+					continue
+				}
+				known = true
+				for _, task := range s.Tasks {
+					if task.Ready {
+						want = append(want, task.Names[0]+".")
+					}
+				}
+			}
+			return known
+		}
+		same := func(a string) bool { return strings.EqualFold(a, name) }
+		known := offers(func(s Service) bool { return same(s.Name) }) || offers(func(s Service) bool { return slices.ContainsFunc(s.Aliases, same) })
+		_, tasks, _, found := NewSnapshot(Records{Networks: map[weft.ID]Network{blue: n}}).service(compile(&View{Networks: []weft.ID{blue}}), []byte("_80._tcp."+name))
+		var got []string
+		for _, i := range tasks {
+			got = append(got, i.name)
+		}
+		if found != known || !slices.Equal(got, want) {
+			t.Fatalf("%s: %q, known %v, want %q, %v", name, got, found, want, known)
+		}
+	})
+}
+
+// TestSRVBringsAddresses: who asks for a service need not ask again for its tasks.
+func TestSRVBringsAddresses(t *testing.T) {
+	req := new(miekg.Msg)
+	req.SetQuestion("_http._tcp.web.", miekg.TypeSRV)
+	req.SetEdns0(1232, false)
+	resp, _ := respond(NewSnapshot(testRecords()), compile(&View{Networks: []weft.ID{blue}}), req, 1)
+	var got []string
+	for _, rr := range resp.Extra {
+		got = append(got, strings.Join(strings.Fields(rr.String()), " "))
+	}
+	want := []string{"web.3.ccc.blue. 1 IN A 10.1.0.13", "web.1.aaa.blue. 1 IN A 10.1.0.11", "web.1.aaa.blue. 1 IN AAAA fd00:1::11"}
+	if len(got) != 4 || !slices.Equal(got[:3], want) || !strings.Contains(got[3], "EDNS") {
+		t.Errorf("further records %q, want %q and EDNS", got, want)
+	}
 }
 
 // FuzzRespond feeds the whole packet path with bytes from the network.
@@ -344,7 +456,7 @@ func FuzzRespond(f *testing.F) {
 		if !ok {
 			return
 		}
-		resp, forward := respond(snap, &View{Networks: []weft.ID{blue}}, req, 3)
+		resp, forward := respond(snap, compile(&View{Networks: []weft.ID{blue}}), req, 3)
 		if forward {
 			questionOf(req)
 			resp = adapt(req, reply(req), 0)
@@ -365,7 +477,7 @@ func BenchmarkAnswerService(b *testing.B) {
 	m := new(miekg.Msg)
 	m.SetQuestion("web.", miekg.TypeA)
 	packet, _ := m.Pack()
-	view := &View{Networks: []weft.ID{blue}}
+	view := compile(&View{Networks: []weft.ID{blue}})
 	s := &session{s: &Server{}}
 	out := make([]byte, maxUDPAnswer)
 	b.ReportAllocs()
@@ -393,10 +505,18 @@ func TestStill(t *testing.T) {
 		Service{Name: "new", VIP: []netip.Addr{addr("10.0.0.7")}})
 	now.Networks["other"] = Network{Name: "other"}
 	want := net(Service{Name: "web", VIP: []netip.Addr{addr("10.0.0.9")}, Tasks: []Task{task("stays", "10.0.0.1", true), task("drains", "10.0.0.2", false), task("starts", "10.0.0.4", false)}})
-	if got := Still(before, now); !reflect.DeepEqual(got, want) {
+	if got := Still(before, now, nil); !reflect.DeepEqual(got, want) {
 		t.Errorf("still there is\n%+v, want\n%+v", got, want)
 	}
-	if got := Still(now, now); !reflect.DeepEqual(got, now) {
+	if got := Still(now, now, nil); !reflect.DeepEqual(got, now) {
 		t.Errorf("of the same is left\n%+v, want\n%+v", got, now)
+	}
+	// What is held may be answered, a new service only if its own address is.
+	want = net(Service{Name: "web", VIP: []netip.Addr{addr("10.0.0.9")}, Tasks: []Task{task("stays", "10.0.0.1", true), task("drains", "10.0.0.2", false), task("starts", "10.0.0.4", true), task("new", "10.0.0.5", true)}})
+	held := func(id weft.ID, a netip.Addr) bool {
+		return id == "n" && a != addr("10.0.0.3") && a != addr("10.0.0.7")
+	}
+	if got := Still(before, now, held); !reflect.DeepEqual(got, want) {
+		t.Errorf("with ways to all but two there is\n%+v, want\n%+v", got, want)
 	}
 }

@@ -7,15 +7,21 @@ import (
 	miekg "github.com/miekg/dns"
 )
 
-// maxCacheTTL bounds how long an external answer is kept.
-const maxCacheTTL = 5 * time.Minute
+const (
+	// maxCacheTTL bounds how long an external answer is kept.
+	maxCacheTTL = 5 * time.Minute
+	// maxCacheSize bounds what is kept, in bytes on the wire: a few hundred are
+	// usual, and thousands of answers of 64 KiB would fill the memory.
+	maxCacheSize = 4096
+)
 
 // question is what makes two forwarded questions the same.
 type question struct {
-	name   string // folded
-	qtype  uint16
-	do, cd bool
-	rd     bool
+	name    string // folded
+	qtype   uint16
+	do, cd  bool
+	rd      bool
+	servers string // nameservers.key
 }
 
 func questionOf(req *miekg.Msg) question {
@@ -85,7 +91,7 @@ func (c *cache) put(k question, msg *miekg.Msg, now time.Time, gen uint64) {
 // cacheTTL says how long msg may be kept, if at all: a name that exists by its
 // smallest TTL, one that does not by its SOA (RFC 2308 section 5).
 func cacheTTL(msg *miekg.Msg) (time.Duration, bool) {
-	if msg.Truncated || (msg.Rcode != miekg.RcodeSuccess && msg.Rcode != miekg.RcodeNameError) {
+	if msg.Truncated || msg.Len() > maxCacheSize || (msg.Rcode != miekg.RcodeSuccess && msg.Rcode != miekg.RcodeNameError) {
 		return 0, false
 	}
 	ttl, found := uint32(maxCacheTTL/time.Second), false

@@ -7,8 +7,7 @@
 // does not know where records come from.
 //
 // One Server serves all tasks of a node. The agent calls Serve once per task,
-// each call in a goroutine of its own, and Update whenever a new Snapshot was
-// computed. Answers to cluster names take no lock: they read the Snapshot
+// each call in a goroutine of its own, and Update whenever Records have changed. Answers to cluster names take no lock: they read the Snapshot
 // through one atomic pointer.
 package dns
 
@@ -18,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -47,6 +47,9 @@ const (
 	maxUDPAnswer = 4096
 	// maxUDPQuery bounds a query on UDP. A real one has under 300 bytes.
 	maxUDPQuery = 1024
+	// maxTCPQuery bounds one on TCP: who may keep a connection waiting for
+	// the rest of a question must not hold 64 KiB by it.
+	maxTCPQuery = 4096
 	// maxTCPConns and maxPipelined bound what one task can hold open: a
 	// connection costs two goroutines' stacks at most, a pipelined query one.
 	maxTCPConns  = 16
@@ -133,8 +136,14 @@ type Server struct {
 	cfg   Config
 	snap  atomic.Pointer[Snapshot]
 	fwd   *forwarder
-	turn  atomic.Uint64 // rotates answers of several addresses
+	past  past
 	stats counters
+	// bursts are *burst that no session reads into.
+	bursts sync.Pool
+
+	// mu guards build.
+	mu    sync.Mutex
+	build *builder
 }
 
 // New checks cfg and returns a Server with an empty Snapshot. It does no I/O
@@ -144,15 +153,27 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	cfg.setDefaults()
-	s := &Server{cfg: cfg}
+	s := &Server{cfg: cfg, build: newBuilder(), past: past{names: map[string]time.Time{}}, bursts: sync.Pool{New: func() any { return newBurst() }}}
 	s.fwd = newForwarder(cfg, &s.stats)
-	s.snap.Store(NewSnapshot(Records{}))
+	s.snap.Store(s.build.last)
 	return s, nil
 }
 
-// Update makes snap the source of all answers from now on. A question under
-// way is answered wholly from the old or wholly from the new one.
-func (s *Server) Update(snap *Snapshot) { s.snap.Store(snap) }
+// Update makes r the source of all answers from now on. A question under way is
+// answered wholly from the old or wholly from the new. What r shares with the last
+// ones costs a look; r must not be written any more.
+func (s *Server) Update(r Records) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	snap := s.build.update(r)
+	if old := s.snap.Swap(snap); old != snap {
+		s.past.turn(old, snap, time.Now())
+	}
+}
+
+// HostSearch are the search domains of the host's resolver file as it is now; none
+// if it cannot be read. It may block for as long as reading the file takes.
+func (s *Server) HostSearch() []string { return s.fwd.up.searchDomains(time.Now()) }
 
 // Stats are counts since the Server was made.
 type Stats struct {

@@ -53,15 +53,17 @@ func newForwarder(cfg Config, stats *counters) *forwarder {
 	}
 }
 
-// forward answers req from the cache or an upstream; SERVFAIL when none
+// forward answers req from the cache or an upstream of the host, or of the task's
+// own; SERVFAIL when none
 // answers within Config.Timeout. It never fails to return an answer.
-func (f *forwarder) forward(ctx context.Context, req *miekg.Msg) *miekg.Msg {
+func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg) *miekg.Msg {
 	f.stats.forwarded.Add(1)
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
 	defer cancel()
 	now := time.Now()
 	k := questionOf(req)
-	servers, gen, err := f.up.current(now)
+	k.servers = own.key
+	servers, gen, err := f.up.current(now, own)
 	var msg *miekg.Msg
 	var age time.Duration
 	if err == nil {

@@ -1,24 +1,70 @@
 package dns
 
 import (
+	"bytes"
+	"hash/maphash"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/weftnet/weft"
 )
 
-// View is what one task may see.
+// View is what one task may see, and how it asks.
 type View struct {
 	// Networks of the task, in the order in which they answer for a name
 	// that several of them know.
 	Networks []weft.ID
-	// Self is the task itself: its names answer from the moment it is
-	// served, before any record of it came round.
-	Self Task
+	// Self is the task itself, of service Service: its names answer from the
+	// moment it is served, before any record of it came round and whether
+	// it is ready or not.
+	Self    Task
+	Service string
 	// Internal marks a task that is on internal networks only. External
 	// names are NXDOMAIN to it: a name is a way out, too.
 	Internal bool
+	// Search are the search domains that the task's client appends: a name of
+	// the cluster with one of them behind is answered here.
+	Search []string
+	// Nameservers are asked for external names instead of the host's, the
+	// first three of them; none = the host's.
+	Nameservers []netip.Addr
+}
+
+// view is View as questions need it. It is immutable.
+type view struct {
+	networks []weft.ID
+	own      map[string]*rrset // the task's own names, folded
+	addrs    []netip.Addr
+	ptr      string   // target of PTR of addrs; "" = none
+	search   []string // folded, each with a dot before it
+	internal bool
+	servers  nameservers
+}
+
+func compile(v *View) *view {
+	out := &view{networks: v.Networks, own: map[string]*rrset{}, internal: v.Internal, servers: newNameservers(v.Nameservers)}
+	set := &rrset{rank: rankTask, ttl: taskTTL}
+	for _, a := range v.Self.Addrs {
+		set.add(a)
+		out.addrs = append(out.addrs, a.Unmap())
+	}
+	for _, n := range v.Self.Names {
+		out.own[fold(n)] = set
+	}
+	if at := v.Self.place(); at != "" && v.Service != "" {
+		out.own[at+"."+fold(v.Service)] = set
+	}
+	if len(v.Self.Names) > 0 {
+		out.ptr = v.Self.Names[0] + "."
+	}
+	for _, d := range v.Search {
+		if d = fold(d); d != "" {
+			out.search = append(out.search, "."+d)
+		}
+	}
+	return out
 }
 
 // verdict is the decision about a name.
@@ -31,49 +77,150 @@ const (
 )
 
 // lookup decides what name (folded) means to v and, if it is ours, which
-// addresses of the family it has.
+// addresses of the family it has. It allocates nothing.
 //
 // Not forwarded, though unknown, are names of one label: all of them are
 // cluster names by construction, so a misspelt or stopped service would be
 // told to the outside, and a resolver that answers everything would send the
 // task to a stranger. For the same reason derived names of networks that v
 // does not see stay here. A host that lives by search domains is not hurt:
-// the client appends them itself and asks again.
-func (s *Snapshot) lookup(v *View, name string, want6 bool) (addrs []netip.Addr, ttl uint32, d verdict) {
-	d = verdictForward
-	for _, id := range v.Networks {
+// the client appends them itself and asks again. What it then asks about a name
+// that is known here is answered here: clients append domains to names that
+// exist, too, if they have no address of the family.
+func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr, ttl uint32, d verdict) {
+	set := s.find(v, name, want6)
+	if set == nil {
+		set = localhost(name)
+	}
+	if set != nil {
+		return set.family(want6), set.ttl, verdictFound
+	}
+	if s.isDerived(name) || isOneLabel(name) {
+		return nil, 0, verdictAbsent
+	}
+	for _, d := range v.search {
+		rest, ok := cutSuffix(name, d)
+		if !ok {
+			continue
+		}
+		if set := s.find(v, rest, want6); set != nil {
+			return set.family(want6), set.ttl, verdictFound
+		}
+		if s.isDerived(rest) {
+			return nil, 0, verdictAbsent
+		}
+	}
+	if v.internal {
+		return nil, 0, verdictAbsent
+	}
+	return nil, 0, verdictForward
+}
+
+// find returns what name, in full or without the name of a network of v, has on
+// the first of these networks that has an address of the family for it; else
+// what it has on the first that knows it, which is then empty. The task's own
+// names stand in for what nobody else holds. nil = unknown.
+func (s *Snapshot) find(v *view, name []byte, want6 bool) *rrset {
+	var first *rrset
+	held := false
+	for _, id := range v.networks {
 		z := s.networks[id]
 		if z == nil {
 			continue
 		}
-		set := z.byName[name]
-		if set == nil && z.name != "" {
-			if host, ok := strings.CutSuffix(name, "."+z.name); ok {
-				set = z.byName[host]
+		set := z.name(name)
+		if set == nil && z.suffix != "" {
+			if host, ok := cutSuffix(name, z.suffix); ok {
+				set = z.name(host)
 			}
 		}
 		if set == nil {
 			continue
 		}
-		d, ttl = verdictFound, set.ttl
-		if addrs = set.family(want6); len(addrs) > 0 {
-			return addrs, ttl, d
+		if len(set.family(want6)) > 0 {
+			return set
+		}
+		held = held || !set.isEmpty()
+		if first == nil {
+			first = set
 		}
 	}
-	if d == verdictFound {
-		return nil, ttl, d
+	if !held {
+		if own := s.own(v, name); own != nil {
+			return own
+		}
 	}
-	if set := v.self(name); set != nil {
-		return set.family(want6), set.ttl, verdictFound
+	return first
+}
+
+// own is what name means if it is the task's own, in full or with one of its
+// networks behind.
+func (s *Snapshot) own(v *view, name []byte) *rrset {
+	if set := v.own[string(name)]; set != nil {
+		return set
 	}
-	if name == "localhost" || strings.HasSuffix(name, ".localhost") { // RFC 6761 section 6.3
-		set := rrset{v4: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}, v6: []netip.Addr{netip.IPv6Loopback()}}
-		return set.family(want6), vipTTL, verdictFound
+	for _, id := range v.networks {
+		if z := s.networks[id]; z != nil && z.suffix != "" {
+			if host, ok := cutSuffix(name, z.suffix); ok && v.own[string(host)] != nil {
+				return v.own[string(host)]
+			}
+		}
 	}
-	if _, ours := s.derived[name]; ours || v.Internal || name == "" || !strings.Contains(name, ".") {
-		return nil, 0, verdictAbsent
+	return nil
+}
+
+// localhost answers for itself (RFC 6761 section 6.3).
+func localhost(name []byte) *rrset {
+	const host = "localhost"
+	rest, ok := cutSuffix(name, host)
+	if !ok || len(rest) > 0 && rest[len(rest)-1] != '.' {
+		return nil
 	}
-	return nil, 0, verdictForward
+	return &loopback
+}
+
+var loopback = rrset{ttl: vipTTL, v4: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}, v6: []netip.Addr{netip.IPv6Loopback()}}
+
+func (s *Snapshot) isDerived(name []byte) bool {
+	hash := maphash.Bytes(s.seed, name)
+	for _, z := range s.networks {
+		if set := z.shard(hash).byName[string(name)]; set != nil && set.derived {
+			return true
+		}
+	}
+	return false
+}
+
+// domains are what may stand behind a name of the cluster when v asks: the search
+// domains, and the names of v's networks.
+func (s *Snapshot) domains(v *view) []string {
+	out := slices.Clone(v.search)
+	for _, id := range v.networks {
+		if z := s.networks[id]; z != nil && z.suffix != "" {
+			out = append(out, z.suffix)
+			for _, d := range v.search {
+				out = append(out, z.suffix+d)
+			}
+		}
+	}
+	return out
+}
+
+// isOneLabel: the root has none, and is nobody's business outside either. SRV
+// names count by what stands behind port and protocol.
+func isOneLabel(name []byte) bool {
+	if _, _, rest, ok := cutSRV(name); ok {
+		name = rest
+	}
+	return bytes.IndexByte(name, '.') < 0
+}
+
+// cutSuffix is bytes.CutSuffix with a string.
+func cutSuffix(b []byte, suffix string) ([]byte, bool) {
+	if n := len(b) - len(suffix); n >= 0 && string(b[n:]) == suffix {
+		return b[:n], true
+	}
+	return b, false
 }
 
 func (r *rrset) family(want6 bool) []netip.Addr {
@@ -83,47 +230,102 @@ func (r *rrset) family(want6 bool) []netip.Addr {
 	return r.v4
 }
 
-func (v *View) self(name string) *rrset {
-	for _, n := range v.Self.Names {
-		if fold(n) == name {
-			set := &rrset{ttl: taskTTL}
-			for _, a := range v.Self.Addrs {
-				set.add(a)
+// cutSRV takes apart _PORT._PROTOCOL.REST (RFC 2782).
+func cutSRV(name []byte) (port, proto, rest []byte, ok bool) {
+	port, rest, ok = bytes.Cut(name, []byte{'.'})
+	if !ok || len(port) < 2 || port[0] != '_' {
+		return nil, nil, nil, false
+	}
+	proto, rest, ok = bytes.Cut(rest, []byte{'.'})
+	if !ok || len(proto) < 2 || proto[0] != '_' || len(rest) == 0 {
+		return nil, nil, nil, false
+	}
+	return port[1:], proto[1:], rest, true
+}
+
+// service decides what the SRV name (folded) means to v: the port and the ready
+// tasks. A port that the service does not name and that is no number does not
+// exist. Names that are no SRV names, and those of nothing known here, are left
+// to lookup: found is false.
+func (s *Snapshot) service(v *view, name []byte) (port uint16, tasks []*instance, d verdict, found bool) {
+	portName, proto, rest, ok := cutSRV(name)
+	if !ok {
+		return 0, nil, 0, false
+	}
+	o := s.offered(v, rest)
+	for _, d := range v.search {
+		if short, ok := cutSuffix(rest, d); o == nil && ok {
+			o = s.offered(v, short)
+		}
+	}
+	if o == nil {
+		return 0, nil, 0, false
+	}
+	if port = o.port(string(portName), weft.Protocol(proto)); port == 0 {
+		return 0, nil, verdictAbsent, true
+	}
+	return port, o.tasks, verdictFound, true
+}
+
+func (s *Snapshot) offered(v *view, name []byte) *offer {
+	for _, id := range v.networks {
+		z := s.networks[id]
+		if z == nil {
+			continue
+		}
+		if o := z.offered(name); o != nil {
+			return o
+		}
+		if host, ok := cutSuffix(name, z.suffix); ok && z.suffix != "" {
+			if o := z.offered(host); o != nil {
+				return o
 			}
-			return set
 		}
 	}
 	return nil
 }
 
+// port finds the port that name (folded) stands for: one of that name, else the
+// number. 0 = none.
+func (o *offer) port(name string, proto weft.Protocol) uint16 {
+	if proto != weft.TCP && proto != weft.UDP && proto != weft.SCTP {
+		return 0
+	}
+	for _, p := range o.ports {
+		if p.Protocol == proto && strings.EqualFold(p.Name, name) {
+			return p.Port
+		}
+	}
+	n, err := strconv.ParseUint(name, 10, 16)
+	if err != nil || name[0] < '1' || name[0] > '9' { // neither 0 nor 080 nor +80
+		return 0
+	}
+	return uint16(n)
+}
+
 // reverse decides about a PTR question. Addresses of overlays, of any network
 // of the cluster, and of loopback are never asked of others.
-func (s *Snapshot) reverse(v *View, addr netip.Addr) (target string, d verdict) {
-	for _, id := range v.Networks {
+func (s *Snapshot) reverse(v *view, addr netip.Addr) (target string, d verdict) {
+	for _, id := range v.networks {
 		if z := s.networks[id]; z != nil {
-			if name, ok := z.byAddr[addr]; ok {
+			if name, ok := z.target(addr); ok {
 				return name, verdictFound
 			}
 		}
 	}
-	for _, a := range v.Self.Addrs {
-		if a.Unmap() == addr && len(v.Self.Names) > 0 {
-			return v.Self.Names[0] + ".", verdictFound
+	for _, a := range v.addrs {
+		if a == addr && v.ptr != "" {
+			return v.ptr, verdictFound
 		}
 	}
 	if addr.IsLoopback() {
 		return "localhost.", verdictFound
 	}
-	if v.Internal {
+	if v.internal || s.isOverlay(netip.PrefixFrom(addr, addr.BitLen())) {
 		return "", verdictAbsent
 	}
-	for _, p := range s.subnets {
-		if p.Contains(addr) {
-			return "", verdictAbsent
-		}
-	}
 	for _, z := range s.networks {
-		if _, known := z.byAddr[addr]; known {
+		if _, known := z.target(addr); known {
 			return "", verdictAbsent
 		}
 	}
@@ -131,51 +333,56 @@ func (s *Snapshot) reverse(v *View, addr netip.Addr) (target string, d verdict) 
 }
 
 const (
-	arpa4 = ".in-addr.arpa" // RFC 1035 section 3.5
-	arpa6 = ".ip6.arpa"     // RFC 3596 section 2.5
+	arpa4 = "in-addr.arpa" // RFC 1035 section 3.5
+	arpa6 = "ip6.arpa"     // RFC 3596 section 2.5
 )
 
-// reverseAddr parses a folded reverse name of a whole address.
-func reverseAddr(name string) (netip.Addr, bool) {
-	if host, ok := strings.CutSuffix(name, arpa4); ok {
-		return reverse4(host)
-	}
-	if host, ok := strings.CutSuffix(name, arpa6); ok {
-		return reverse6(host)
-	}
-	return netip.Addr{}, false
-}
-
-func reverse4(host string) (netip.Addr, bool) {
-	labels := strings.Split(host, ".")
-	if len(labels) != 4 {
-		return netip.Addr{}, false
-	}
-	var b [4]byte
-	for i, l := range labels {
-		n, err := strconv.ParseUint(l, 10, 8)
-		if err != nil || (len(l) > 1 && l[0] == '0') {
-			return netip.Addr{}, false
+// reverseNet reads a folded reverse name from its end: the addresses that it is
+// about, and whether it is just the name of them, with nothing before it. A
+// whole address of IPv4 in IPv6 is one of IPv4.
+func reverseNet(name string) (p netip.Prefix, exact, ok bool) {
+	width, base, size := 8, 10, 4
+	rest, ok := cutDomain(name, arpa4)
+	if !ok {
+		width, base, size = 4, 16, 16
+		if rest, ok = cutDomain(name, arpa6); !ok {
+			return netip.Prefix{}, false, false
 		}
-		b[3-i] = byte(n)
-	}
-	return netip.AddrFrom4(b), true
-}
-
-func reverse6(host string) (netip.Addr, bool) {
-	if len(host) != 63 { // 32 nibbles and 31 dots
-		return netip.Addr{}, false
 	}
 	var b [16]byte
-	for i := range 32 {
-		if i > 0 && host[2*i-1] != '.' {
-			return netip.Addr{}, false
+	bits := 0
+	for rest != "" && bits < 8*size {
+		label := rest[strings.LastIndexByte(rest, '.')+1:]
+		n, err := strconv.ParseUint(label, base, width)
+		if err != nil || len(label) > 1 && (label[0] == '0' || base == 16) || label[0] == '+' {
+			break
 		}
-		n, err := strconv.ParseUint(host[2*i:2*i+1], 16, 4)
-		if err != nil {
-			return netip.Addr{}, false
-		}
-		b[15-i/2] |= byte(n) << (4 * (i % 2))
+		b[bits/8] |= byte(n) << (8 - width - bits%8)
+		bits += width
+		rest = strings.TrimSuffix(rest[:len(rest)-len(label)], ".")
 	}
-	return netip.AddrFrom16(b).Unmap(), true
+	a, _ := netip.AddrFromSlice(b[:size])
+	if a.Is4In6() && bits == 128 {
+		return netip.PrefixFrom(a.Unmap(), 32), rest == "", true
+	}
+	return netip.PrefixFrom(a, bits), rest == "", true
+}
+
+// cutDomain takes domain, and the dot before it, from the end of name.
+func cutDomain(name, domain string) (rest string, ok bool) {
+	if name == domain {
+		return "", true
+	}
+	return strings.CutSuffix(name, "."+domain)
+}
+
+// isOverlay reports whether all of p is of networks of the cluster, or of
+// loopback.
+func (s *Snapshot) isOverlay(p netip.Prefix) bool {
+	for _, n := range s.subnets {
+		if n.Bits() <= p.Bits() && n.Contains(p.Addr()) {
+			return true
+		}
+	}
+	return p.Addr().IsLoopback() && (p.Addr().Is4() && p.Bits() >= 8 || p.Bits() == 128)
 }

@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	miekg "github.com/miekg/dns"
@@ -18,14 +20,14 @@ import (
 
 // Serve answers one task's questions on pc (UDP) and ln (TCP), opened by the
 // caller inside the task's network namespace, until ctx ends; then it returns
-// nil. It owns both from the call on and has closed them when it returns, as
-// it has ended every goroutine it started. An error means that a socket
-// failed; the caller opens new ones and calls again.
+// nil. It owns both from the call on and has closed them when it returns, as it
+// has ended every goroutine it started. An error means that a socket failed; the
+// caller opens new ones and calls again.
 //
 // At rest it costs two goroutines (the caller's included) and their sockets.
-func (s *Server) Serve(ctx context.Context, view View, pc net.PacketConn, ln net.Listener) error {
+func (s *Server) Serve(ctx context.Context, v View, pc net.PacketConn, ln net.Listener) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	t := &session{s: s, view: view, slots: make(chan struct{}, maxTaskForwards), conns: make(chan struct{}, maxTCPConns)}
+	t := &session{s: s, view: compile(&v), slots: make(chan struct{}, maxTaskForwards), conns: make(chan struct{}, maxTCPConns)}
 	unhook := context.AfterFunc(ctx, func() {
 		pc.Close()
 		ln.Close()
@@ -46,10 +48,11 @@ func (s *Server) Serve(ctx context.Context, view View, pc net.PacketConn, ln net
 // session is the service of one task.
 type session struct {
 	s     *Server
-	view  View
+	view  *view
 	wg    sync.WaitGroup
 	slots chan struct{} // forwards under way
 	conns chan struct{} // TCP connections
+	turn  atomic.Uint64 // rotates answers of several addresses
 }
 
 // answer handles one packet; ok is false if there is nothing to send. An
@@ -61,7 +64,12 @@ func (t *session) answer(packet []byte) (req, resp *miekg.Msg, external, ok bool
 		return nil, nil, false, false
 	}
 	t.s.stats.queries.Add(1)
-	resp, external = respond(t.s.snap.Load(), &t.view, req, t.s.turn.Add(1))
+	snap := t.s.snap.Load()
+	resp, external = respond(snap, t.view, req, t.turn.Add(1))
+	if external && t.s.past.has(fold(req.Question[0].Name), snap.domains(t.view), time.Now()) {
+		resp, external = reply(req), false
+		resp.Authoritative, resp.Rcode = true, miekg.RcodeNameError
+	}
 	if !external {
 		t.s.stats.local.Add(1)
 	}
@@ -76,68 +84,125 @@ func (t *session) busy(req *miekg.Msg) *miekg.Msg {
 	return resp
 }
 
-// packets is the part of *net.UDPConn that spares an allocation per packet.
-type packets interface {
-	ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
-	WriteToUDPAddrPort(b []byte, addr netip.AddrPort) (int, error)
-}
-
 // serveUDP reads until the socket is closed. Cluster names are answered in the
 // loop, external ones in a goroutine each.
 func (t *session) serveUDP(ctx context.Context, pc net.PacketConn) error {
-	fast, _ := pc.(packets)
-	in, out := make([]byte, maxUDPQuery), make([]byte, ednsSize) // bigger answers get their own
+	var err error
+	if u, ok := pc.(*net.UDPConn); ok {
+		err = t.serveBursts(ctx, u)
+	} else {
+		err = t.servePackets(ctx, pc)
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("read dns questions on %v: %w", pc.LocalAddr(), err)
+}
+
+// serveBursts answers what arrives together with two calls of the kernel.
+func (t *session) serveBursts(ctx context.Context, pc *net.UDPConn) error {
+	raw, err := pc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var b *burst
+	var n int
+	var errno syscall.Errno
+	recv := func(fd uintptr) bool {
+		b = t.s.bursts.Get().(*burst)
+		if n, errno = b.recv(fd); errno == syscall.EAGAIN {
+			t.s.bursts.Put(b)
+			return false // until there is something to read
+		}
+		return true
+	}
+	send := func(fd uintptr) bool { b.send(fd); return true }
+	var q plainQuery
 	for {
-		var n int
-		var from netip.AddrPort
-		var addr net.Addr
-		var err error
-		if fast != nil {
-			n, from, err = fast.ReadFromUDPAddrPort(in)
-		} else {
-			n, addr, err = pc.ReadFrom(in)
+		if err := raw.Read(recv); err != nil {
+			return err
 		}
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
+		if errno != 0 {
+			return errno
+		}
+		t.answerBurst(ctx, pc, b, n, &q)
+		if b.replies > 0 {
+			if err := raw.Write(send); err != nil {
+				return err
 			}
-			return fmt.Errorf("read dns question on %v: %w", pc.LocalAddr(), err)
 		}
+		t.s.bursts.Put(b)
+	}
+}
+
+// answerBurst answers the first n packets of b.
+func (t *session) answerBurst(ctx context.Context, pc *net.UDPConn, b *burst, n int, q *plainQuery) {
+	snap := t.s.snap.Load()
+	quick := uint64(0)
+	for i := range n {
+		packet, out := b.packet(i), b.out[i][:]
+		if q.read(packet) {
+			if size, ok := q.answer(snap, t.view, packet, out, t.turn.Load()+1); ok {
+				t.turn.Add(1)
+				quick++
+				b.reply(i, out[:size])
+				continue
+			}
+		}
+		from := b.sender(i)
 		// A failed write is the asker's loss, as a lost packet is: it asks again.
-		send := func(req, resp *miekg.Msg, buf []byte) {
-			b := t.pack(req, resp, udpLimit(req), buf)
-			if b == nil {
-				return
-			}
-			if fast != nil {
-				fast.WriteToUDPAddrPort(b, from)
-			} else {
-				pc.WriteTo(b, addr)
-			}
-		}
-		req, resp, external, ok := t.answer(in[:n])
-		switch {
-		case !ok:
-		case !external:
-			send(req, resp, out)
-		default:
-			select {
-			case t.slots <- struct{}{}:
-				t.wg.Go(func() {
-					defer func() { <-t.slots }()
-					resp := t.s.fwd.forward(ctx, req)
-					send(req, resp, nil)
-				})
-			default:
-				send(req, t.busy(req), out)
-			}
+		if out := t.answerPacket(ctx, packet, out, func(late []byte) { pc.WriteToUDPAddrPort(late, from) }); out != nil {
+			b.reply(i, out)
 		}
 	}
+	t.s.stats.queries.Add(quick)
+	t.s.stats.local.Add(quick)
+}
+
+// servePackets is serveBursts for what is no socket of the kernel's.
+func (t *session) servePackets(ctx context.Context, pc net.PacketConn) error {
+	in, buf := make([]byte, maxUDPQuery), make([]byte, ednsSize)
+	for {
+		n, from, err := pc.ReadFrom(in)
+		if err != nil {
+			return err
+		}
+		if out := t.answerPacket(ctx, in[:n], buf, func(late []byte) { pc.WriteTo(late, from) }); out != nil {
+			pc.WriteTo(out, from)
+		}
+	}
+}
+
+// answerPacket returns the answer to any packet, in buf if it fits. If it must
+// be got from outside it is given to late by a goroutine; then, and if there is
+// none, nil is returned.
+func (t *session) answerPacket(ctx context.Context, packet, buf []byte, late func([]byte)) []byte {
+	req, resp, external, ok := t.answer(packet)
+	if !ok {
+		return nil
+	}
+	if external {
+		select {
+		case t.slots <- struct{}{}:
+			t.wg.Go(func() {
+				defer func() { <-t.slots }()
+				resp := t.s.fwd.forward(ctx, t.view.servers, req)
+				if out := t.pack(req, resp, udpLimit(req), nil); out != nil {
+					late(out)
+				}
+			})
+			return nil
+		default:
+			resp = t.busy(req)
+		}
+	}
+	return t.pack(req, resp, udpLimit(req), buf)
 }
 
 // pack cuts resp to limit and encodes it, in buf if it fits.
 func (t *session) pack(req, resp *miekg.Msg, limit int, buf []byte) []byte {
 	resp.Truncate(limit)
+	resp.Compress = true // Truncate leaves it out where there is room
 	b, err := resp.PackBuffer(buf)
 	if err == nil {
 		return b
@@ -203,6 +268,9 @@ func (t *session) serveConn(ctx context.Context, conn net.Conn) {
 	for {
 		conn.SetReadDeadline(time.Now().Add(t.s.cfg.TCPIdle))
 		packet, err := readFrame(r)
+		if err == errLongFrame {
+			t.s.stats.malformed.Add(1)
+		}
 		if err != nil {
 			return
 		}
@@ -221,10 +289,12 @@ func (t *session) serveConn(ctx context.Context, conn net.Conn) {
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			send(req, t.s.fwd.forward(ctx, req))
+			send(req, t.s.fwd.forward(ctx, t.view.servers, req))
 		})
 	}
 }
+
+var errLongFrame = errors.New("a question of that length is none")
 
 // readFrame reads a message with its length before it (RFC 1035 section
 // 4.2.2).
@@ -233,7 +303,11 @@ func readFrame(r io.Reader) ([]byte, error) {
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return nil, err
 	}
-	b := make([]byte, binary.BigEndian.Uint16(head[:]))
+	n := binary.BigEndian.Uint16(head[:])
+	if n > maxTCPQuery {
+		return nil, errLongFrame
+	}
+	b := make([]byte, n)
 	_, err := io.ReadFull(r, b)
 	return b, err
 }

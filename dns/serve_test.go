@@ -108,7 +108,7 @@ func newRig(t *testing.T, cfg Config, stubs map[netip.AddrPort]*stub) *rig {
 	if r.s, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	r.s.Update(NewSnapshot(testRecords()))
+	r.s.Update(testRecords())
 	r.serve(View{Networks: []weft.ID{blue}})
 	return r
 }
@@ -185,7 +185,7 @@ func TestServe(t *testing.T) {
 	if s := r.s.Stats(); s.CacheHits != 1 || s.Forwarded != 2 || s.Local != 4 {
 		t.Errorf("stats %+v", s)
 	}
-	r.s.Update(NewSnapshot(Records{}))
+	r.s.Update(Records{})
 	r.want("udp", "web.", "NXDOMAIN")
 }
 
@@ -270,7 +270,7 @@ func TestSharedQuestions(t *testing.T) {
 
 func TestResolvConf(t *testing.T) {
 	in := "# nameserver 1.1.1.1\nnameserver 127.0.0.11\n nameserver  ::1\nnameserver\nnameserver bad\nnameserver 10.0.0.1 x\nnameserver 10.0.0.1\nnameserver fe80::1%eth0\nnameserver 10.0.0.4\n"
-	got, err := parseResolvConf(strings.NewReader(in), []netip.Addr{netip.MustParseAddr("127.0.0.11")})
+	got, _, err := parseResolvConf(strings.NewReader(in), []netip.Addr{netip.MustParseAddr("127.0.0.11")})
 	if want := "[[::1]:53 10.0.0.1:53 [fe80::1%eth0]:53]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("%v, %v, want %s", got, err, want)
 	}
@@ -286,19 +286,19 @@ func TestResolvConf(t *testing.T) {
 	}
 	r.write("nameserver 127.0.0.11\n")
 	u := &r.s.fwd.up
-	_, before, err := u.current(time.Now().Add(2 * resolvCheck))
+	_, before, err := u.current(time.Now().Add(2*resolvCheck), nameservers{})
 	if err == nil {
 		t.Error("a file without nameservers gives some")
 	}
 	r.write("nameserver 198.51.100.1\n# changed\n")
-	list, after, err := u.current(time.Now().Add(4 * resolvCheck))
+	list, after, err := u.current(time.Now().Add(4*resolvCheck), nameservers{})
 	if err != nil || len(list) != 1 || list[0] != ns1 || after == before {
 		t.Errorf("after the change: %v, generation %d to %d, %v", list, before, after, err)
 	}
 	if err := os.Remove(r.conf); err != nil {
 		t.Fatal(err)
 	}
-	if list, _, err := u.current(time.Now().Add(6 * resolvCheck)); err != nil || len(list) != 1 {
+	if list, _, err := u.current(time.Now().Add(6*resolvCheck), nameservers{}); err != nil || len(list) != 1 {
 		t.Errorf("a missing file forgets the nameservers: %v, %v", list, err)
 	}
 }
@@ -309,7 +309,7 @@ func TestTruncation(t *testing.T) {
 	for i := range 200 {
 		big.Tasks = append(big.Tasks, Task{Slot: uint64(i + 1), Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 1, byte(i)})}, Ready: true})
 	}
-	r.s.Update(NewSnapshot(Records{Networks: map[weft.ID]Network{blue: {Name: "blue", Services: []Service{big}}}}))
+	r.s.Update(Records{Networks: map[weft.ID]Network{blue: {Name: "blue", Services: []Service{big}}}})
 	edns := func(size uint16) func(*miekg.Msg) { return func(m *miekg.Msg) { m.SetEdns0(size, false) } }
 	for _, c := range []struct {
 		network string

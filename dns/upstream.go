@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/weftnet/weft"
 )
 
 const (
@@ -20,7 +23,28 @@ const (
 	maxUpstreams = 3
 	// downFor is how long a failed upstream is asked last.
 	downFor = 10 * time.Second
+	// maxFailed bounds how many failed ones are remembered: tasks may name any.
+	maxFailed = 1024
 )
+
+// nameservers are a task's own; without any it uses the host's. key tells lists
+// apart: what one resolver says another may not.
+type nameservers struct {
+	key  string
+	list []netip.AddrPort
+}
+
+func newNameservers(addrs []netip.Addr) nameservers {
+	var n nameservers
+	for _, a := range addrs {
+		ap := netip.AddrPortFrom(a.Unmap(), 53)
+		if a.IsValid() && len(n.list) < maxUpstreams && !slices.Contains(n.list, ap) {
+			n.list = append(n.list, ap)
+			n.key += ap.String() + " "
+		}
+	}
+	return n
+}
 
 // upstreams is the host's list of nameservers, read again when the file has
 // changed.
@@ -34,27 +58,29 @@ type upstreams struct {
 	mtime   time.Time
 	size    int64
 	list    []netip.AddrPort
-	failed  map[netip.AddrPort]time.Time // until when it is asked last
+	search  []string
+	failed  map[netip.AddrPort]time.Time // until when it is asked last; tasks' own, too
 	gen     uint64                       // grows with each new list
 }
 
-// current returns the nameservers in the order to ask them and a number that
-// changes with the list. A file that cannot be read keeps the last list, as an
-// editor may be replacing it; without any list that is an error.
-func (u *upstreams) current(now time.Time) ([]netip.AddrPort, uint64, error) {
+// current returns the nameservers in the order to ask them, the task's own or
+// else the host's, and a number that changes with the list of the host. A file
+// that cannot be read keeps the last list, as an editor may be replacing it;
+// without any list that is an error.
+func (u *upstreams) current(now time.Time, own nameservers) ([]netip.AddrPort, uint64, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	var err error
-	if u.checked.IsZero() || now.Sub(u.checked) >= resolvCheck {
-		err = u.readLocked()
-		u.checked = now
+	err := u.checkLocked(now)
+	list := own.list
+	if len(list) == 0 {
+		list = u.list
 	}
-	if len(u.list) == 0 {
+	if len(list) == 0 {
 		return nil, u.gen, errors.Join(err, fmt.Errorf("no usable nameserver in %s", u.path))
 	}
-	up := make([]netip.AddrPort, 0, len(u.list))
+	up := make([]netip.AddrPort, 0, len(list))
 	var down []netip.AddrPort
-	for _, a := range u.list {
+	for _, a := range list {
 		if now.Before(u.failed[a]) {
 			down = append(down, a)
 		} else {
@@ -64,10 +90,29 @@ func (u *upstreams) current(now time.Time) ([]netip.AddrPort, uint64, error) {
 	return append(up, down...), u.gen, nil
 }
 
+// checkLocked reads the file if that is due.
+func (u *upstreams) checkLocked(now time.Time) error {
+	if !u.checked.IsZero() && now.Sub(u.checked) < resolvCheck {
+		return nil
+	}
+	u.checked = now
+	return u.readLocked()
+}
+
+func (u *upstreams) searchDomains(now time.Time) []string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.checkLocked(now) // the last ones are better than none
+	return slices.Clone(u.search)
+}
+
 func (u *upstreams) fail(a netip.AddrPort, now time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if slices.Contains(u.list, a) {
+	if len(u.failed) >= maxFailed {
+		maps.DeleteFunc(u.failed, func(_ netip.AddrPort, until time.Time) bool { return !now.Before(until) })
+	}
+	if len(u.failed) < maxFailed {
 		u.failed[a] = now.Add(downFor)
 	}
 }
@@ -91,10 +136,11 @@ func (u *upstreams) readLocked() error {
 	if st.ModTime().Equal(u.mtime) && st.Size() == u.size {
 		return nil
 	}
-	list, err := parseResolvConf(f, u.exclude)
+	list, search, err := parseResolvConf(f, u.exclude)
 	if err != nil {
 		return fmt.Errorf("read nameservers of %s: %w", u.path, err)
 	}
+	u.search = search
 	u.mtime, u.size = st.ModTime(), st.Size()
 	if !slices.Equal(list, u.list) {
 		u.list, u.failed = list, map[netip.AddrPort]time.Time{}
@@ -114,7 +160,7 @@ func Nameservers(path string) ([]netip.Addr, error) {
 		return nil, fmt.Errorf("read nameservers: %w", err)
 	}
 	defer f.Close()
-	list, err := parseResolvConf(f, nil)
+	list, _, err := parseResolvConf(f, nil)
 	if err != nil {
 		return nil, fmt.Errorf("read nameservers of %s: %w", path, err)
 	}
@@ -126,24 +172,42 @@ func Nameservers(path string) ([]netip.Addr, error) {
 }
 
 // parseResolvConf returns the nameservers of a resolv.conf(5), at most three,
-// without the excluded. Lines that it does not understand are none of its
-// business.
-func parseResolvConf(r io.Reader, exclude []netip.Addr) ([]netip.AddrPort, error) {
-	var list []netip.AddrPort
+// without the excluded, and its search domains: those of its last line of them.
+// Lines and domains that it does not understand are none of its business.
+func parseResolvConf(r io.Reader, exclude []netip.Addr) (list []netip.AddrPort, search []string, err error) {
 	sc := bufio.NewScanner(io.LimitReader(r, 1<<20))
 	for sc.Scan() {
 		f := strings.Fields(sc.Text())
-		if len(f) < 2 || f[0] != "nameserver" {
+		if len(f) < 2 {
 			continue
 		}
-		a, err := netip.ParseAddr(f[1])
-		if err != nil || slices.Contains(exclude, a.Unmap()) {
-			continue
-		}
-		ap := netip.AddrPortFrom(a.Unmap(), 53)
-		if len(list) < maxUpstreams && !slices.Contains(list, ap) {
-			list = append(list, ap)
+		switch f[0] {
+		case "nameserver":
+			a, err := netip.ParseAddr(f[1])
+			if err != nil || slices.Contains(exclude, a.Unmap()) {
+				continue
+			}
+			ap := netip.AddrPortFrom(a.Unmap(), 53)
+			if len(list) < maxUpstreams && !slices.Contains(list, ap) {
+				list = append(list, ap)
+			}
+		case "domain":
+			search = domainsOf(f[1:2])
+		case "search":
+			search = domainsOf(f[1:])
 		}
 	}
-	return list, sc.Err()
+	return list, search, sc.Err()
+}
+
+// domainsOf are the words that are names of domains, each once.
+func domainsOf(words []string) []string {
+	var out []string
+	for _, w := range words {
+		w = strings.TrimSuffix(w, ".")
+		if weft.CheckDomain(w) == nil && !slices.Contains(out, w) {
+			out = append(out, w)
+		}
+	}
+	return out
 }

@@ -20,6 +20,7 @@ import (
 
 // Address plan: node n is 10.99.0.n:7946, its VTEP 10.99.1.n.
 
+// latency of the links, one way.
 const latency = 250 * time.Microsecond
 
 // fabric is an in-memory network with one-way latency. What goes to a dead or
@@ -152,10 +153,14 @@ func testVTEP(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 99, 1, byte
 
 func testKey() []byte { return []byte("0123456789abcdef0123456789abcdef") }
 
+func testKeys() weft.GossipRing { return weft.GossipRing{Sends: weft.GossipKey{Key: testKey()}} }
+
 // cluster is a number of running nodes; the first is everybody's seed.
 type cluster struct {
 	t     *testing.T
 	f     *fabric
+	ca    *authority
+	log   *slog.Logger
 	nodes map[int]*running
 }
 
@@ -166,7 +171,11 @@ type running struct {
 }
 
 func newCluster(t *testing.T, n int) *cluster {
-	c := &cluster{t: t, f: newFabric(), nodes: map[int]*running{}}
+	return newLoggedCluster(t, n, slog.New(slog.DiscardHandler))
+}
+
+func newLoggedCluster(t *testing.T, n int, log *slog.Logger) *cluster {
+	c := &cluster{t: t, f: newFabric(), ca: newAuthority(t), log: log, nodes: map[int]*running{}}
 	for i := 1; i <= n; i++ {
 		c.start(i)
 	}
@@ -176,8 +185,8 @@ func newCluster(t *testing.T, n int) *cluster {
 
 func (c *cluster) start(n int) *running {
 	g, err := New(Config{
-		Node: nodeID(n), Advertise: testAddr(n), VTEP: testVTEP(n), Key: testKey(),
-		Log: slog.New(slog.DiscardHandler), Transport: c.f.port(testAddr(n)),
+		Node: nodeID(n), Advertise: testAddr(n), VTEP: testVTEP(n), Keys: testKeys(),
+		Log: c.log, Transport: c.f.port(testAddr(n)), Identity: c.ca.of(nodeID(n)),
 		Seeds: func() []netip.AddrPort { return []netip.AddrPort{testAddr(1), testAddr(2)} },
 	})
 	if err != nil {
@@ -187,6 +196,7 @@ func (c *cluster) start(n int) *running {
 	r := &running{Gossip: g, stop: stop, done: make(chan error, 1)}
 	go func() { r.done <- g.Run(ctx) }()
 	c.nodes[n] = r
+	g.Attach(testNets())
 	return r
 }
 
@@ -260,6 +270,9 @@ func count(g *Gossip, owner int) (n int) {
 	}
 	return n
 }
+
+// testNets are those of endpoints.
+func testNets() []weft.ID { return []weft.ID{netID(0), netID(1), netID(2)} }
 
 func endpoints(n int) (out []weft.Endpoint) {
 	for i := range n {
@@ -391,8 +404,8 @@ func TestForeignKey(t *testing.T) {
 		c := newCluster(t, 2)
 		defer c.close()
 		g, err := New(Config{
-			Node: nodeID(9), Advertise: testAddr(9), VTEP: testVTEP(9), Key: make([]byte, KeyBytes),
-			Log: slog.New(slog.DiscardHandler), Transport: c.f.port(testAddr(9)),
+			Node: nodeID(9), Advertise: testAddr(9), VTEP: testVTEP(9), Keys: ringOf(9),
+			Log: slog.New(slog.DiscardHandler), Transport: c.f.port(testAddr(9)), Identity: c.ca.of(nodeID(9)),
 			Seeds: func() []netip.AddrPort { return []netip.AddrPort{testAddr(1)} },
 		})
 		if err != nil {

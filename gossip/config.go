@@ -52,17 +52,15 @@ const (
 	// UDP headers it fits the smallest MTU of IPv6, so it is never cut up.
 	// What is bigger goes by stream.
 	datagramBytes = 1232
-	// announceAfter a write, when its table has long arrived, its stamp is
-	// announced: members that lost the table ask for it.
-	announceAfter = 50 * time.Millisecond
 	// tickInterval paces digests, knocks and the search for seeds.
 	tickInterval = time.Second
-	// streamTimeout bounds dialling and each read or write of a stream.
+	// streamTimeout bounds dialling, a handshake and each write of a stream.
 	streamTimeout = 2 * time.Second
-	// maxStreamFrame bounds a frame on a stream: maxEntries entries of
-	// about 45 bytes.
+	// maxStreamFrame bounds a message of a session: maxEntries entries of 45
+	// bytes are below it.
 	maxStreamFrame = 8 << 20
-	// maxStreams bounds streams under way, in and out each.
+	// maxStreams bounds inbound streams of which it is not yet known what
+	// they are.
 	maxStreams = 32
 )
 
@@ -88,15 +86,17 @@ type Config struct {
 	// Seeds returns gossip addresses of other nodes, tried until they are
 	// members. It is called once a second from Run and must not block.
 	Seeds func() []netip.AddrPort
-	// Key is the cluster's: KeyBytes secret bytes. It protects membership
-	// and table alike. It cannot be changed while running.
-	Key []byte
+	// Keys are the cluster's. They protect membership and table alike. SetKeys
+	// changes them.
+	Keys weft.GossipRing
 	// Epoch should be greater in every life of the node than in the one
 	// before, and below 1<<48. 0 takes the clock (milliseconds since 1970).
 	// One that did not grow is found out when a member shows a newer stamp
 	// from the former life, and raised; it only costs a round trip.
 	Epoch uint64
-	Log   *slog.Logger
+	// Identity proves what this node says of itself, and who others are.
+	Identity Identity
+	Log      *slog.Logger
 	// Guest shares the UDP port; the zero value is none.
 	Guest Guest
 	// Transport replaces the sockets; Run shuts it down. nil means sockets
@@ -122,8 +122,8 @@ func (c Config) Validate() error {
 	switch {
 	case !c.Node.Valid():
 		return fmt.Errorf("gossip config: node id %q is not a node id: %w", c.Node, weft.ErrInvalid)
-	case len(c.Key) != KeyBytes:
-		return fmt.Errorf("gossip config: key has %d bytes, want %d: %w", len(c.Key), KeyBytes, weft.ErrInvalid)
+	case c.Keys.Validate() != nil:
+		return fmt.Errorf("gossip config: %w", c.Keys.Validate())
 	case !c.Bind.IsValid() && c.Transport == nil:
 		return fmt.Errorf("gossip config: no address to listen on: %w", weft.ErrInvalid)
 	case !c.Advertise.Addr().IsValid() || c.Advertise.Addr().IsUnspecified():
@@ -134,6 +134,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("gossip config: epoch %d is not below 1<<48: %w", c.Epoch, weft.ErrInvalid)
 	case c.Guest.Receive != nil && (c.Guest.Magic < firstGuest || c.Guest.Magic == frameMagic || c.Guest.Magic == memberlistHasLabel):
 		return fmt.Errorf("gossip config: guest's first byte %#x is one of gossip's: %w", c.Guest.Magic, weft.ErrInvalid)
+	case c.Identity == nil:
+		return fmt.Errorf("gossip config: Identity is nil: %w", weft.ErrInvalid)
 	case c.Log == nil:
 		return fmt.Errorf("gossip config: Log is nil: %w", weft.ErrInvalid)
 	}

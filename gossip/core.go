@@ -1,9 +1,8 @@
 package gossip
 
 import (
-	"cmp"
-	"encoding/binary"
-	"hash/fnv"
+	"bytes"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -11,315 +10,461 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// forgetAfter is how long the table of an owner that is not alive is kept, out
-// of sight, so that a false alarm or a healed partition costs no transfer.
-const forgetAfter = 10 * time.Minute
-
 // core is the protocol of the endpoint table as a state machine without I/O,
-// goroutine, clock or randomness: events go in, messages come out.
+// goroutine or clock; randomness comes from a given source. Events go in by its
+// methods, messages come out by take, and deadline says when advance has
+// something to do.
 //
-// Of every owner there is at most one table, the newest seen, and only the
-// owner sends it. What an event may change:
+// There is one table for each network and owner, and only its owner makes new
+// states of it. The table of network "" tells what the owner is attached to; it
+// goes to all members, the others to those attached to their network. A state's
+// way:
 //
-//	write (self)        counter+1, table to all live members
-//	member joins        its table comes to sight; own table and a want to it
-//	member fails        its table goes out of sight at once; kept forgetAfter
-//	table from X        replaces X's if its stamp is newer
-//	older table from X  want to X, so that it learns what is known of it
-//	have, digest of X   want to X if its stamp is newer, or older
-//	digest differs      vector to the sender; both sides want what they lack,
-//	                    each from its owner
-//	own stamp exceeded  (our clock went back) epoch above it, table to all
+//	write ── 1 ms ──► down two trees (tree.go), in parts of a datagram each
+//	a node that missed it hears of it after 40 and 120 ms from two others (hot
+//	   digest), and wants it: from them, from the owner, at last by a repair
+//	a repair compares all stamps of networks that differ, with one member, by
+//	   stream, and brings both up to date; at most two at once (repair.go)
+//	once a second all is compared with a random member by a hash (cold digest)
 //
-// A core is not safe for concurrent use.
+// An owner that is not alive is out of sight at once, with all its tables; they
+// are kept for forgetAfter. A core is not safe for concurrent use.
 type core struct {
 	self  weft.ID
-	own   table
-	dirty bool // own changed and was not sent yet
-	peers map[weft.ID]*peer
-	live  []weft.ID // of peers, sorted; without self
+	rand  *rand.Rand
+	prove Prover
+	names *dictionary
+	last  stamp // given to an own table
+	own   own
+	peers map[weft.ID]*peer // self, too
+	live  []weft.ID         // of peers, sorted, self included
+	nets  map[weft.ID]*network
+
+	flights  flights
+	missing  map[key]*miss
+	waiting  map[key][]*update // deltas whose base has not come, in one part
+	suspects map[weft.ID]*suspect
+	repairs  map[weft.ID]*repair
+	gap      time.Duration // how late a packet may be before it counts as lost
+
+	flushAt time.Time
+	wantAt  time.Time // not after the first of missing is due; zero: none is
+	out     []envelope
 	// changed is set when what is in sight changed; the user clears it.
 	changed bool
-	stale   uint64 // tables that were not newer
+	counts  coreCounts
 }
 
-// peer is another owner.
+// own is what this node tells of itself.
+type own struct {
+	// said: something was published in this life. Before that nothing is
+	// claimed, and others keep what they know of the former life.
+	said   bool
+	attach []weft.ID // asked for, besides the networks of entries
+	nets   map[weft.ID]*ownNet
+}
+
+// ownNet are the own entries on one network.
+type ownNet struct {
+	entries []weft.Endpoint // in order
+	dirty   bool
+	view    *table       // entries as readers see them; has no stamp
+	steps   []loggedStep // that led to the present table, oldest first
+}
+
+// loggedStep is a step as it is sent, so that who knows an older state can be
+// told the difference.
+type loggedStep struct {
+	base, to stamp
+	b        []byte
+}
+
+// key names a table.
+type key struct{ network, owner weft.ID }
+
+// peer is an owner.
 type peer struct {
-	live   bool
-	hidden time.Time // since when it is not alive
-	table  *table    // nil: none seen
+	id   weft.ID
+	live bool
+	// shown: all its tables have come once, and what is known of it is shown.
+	// A daemon that restarts must not see others' tables one by one.
+	shown bool
+	since time.Time // it is alive or not
+	att   attachment
+	check Checker // of its proofs; nil: no certificate is known
 }
 
-func (p *peer) stamp() stamp {
-	if p == nil || p.table == nil {
-		return stamp{}
-	}
-	return p.table.stamp
+// table is a state of one owner's entries on a network. It never changes.
+type table struct {
+	stamp stamp
+	proof [proofBytes]byte
+	count int32
+	blob  string // of network "": an attachment; else entries, services by dictionary
+}
+
+// network is one whose tables this node carries.
+type network struct {
+	id      weft.ID
+	tables  map[weft.ID]*table
+	hash    uint64     // over the stamps of live owners
+	past    [16]uint64 // former hashes: who still has one is behind
+	pasts   int
+	members []weft.ID // live and attached, sorted; nil: to be found again
+	hot     [2]round  // hot digests to come
+}
+
+// round is a hot digest that is due.
+type round struct {
+	at    time.Time // zero: none
+	items []ownerStamp
 }
 
 // envelope is a message and its receivers.
 type envelope struct {
-	to []weft.ID
-	m  message
+	to     []weft.ID
+	m      message
+	stream bool // not as a datagram
 }
 
-func newCore(self weft.ID, epoch uint64) *core {
-	return &core{self: self, own: table{stamp: stamp{epoch: epoch}}, peers: map[weft.ID]*peer{}}
-}
+// coreCounts are counted since the start.
+type coreCounts struct{ stale, malformed, refused, wants, repairs uint64 }
 
-// compareEndpoints is the order of entries in a table.
-func compareEndpoints(a, b weft.Endpoint) int {
-	return cmp.Or(cmp.Compare(a.Network, b.Network), cmp.Compare(a.Task, b.Task), a.Addr.Compare(b.Addr),
-		cmp.Compare(a.Service, b.Service), cmp.Compare(a.Slot, b.Slot), cmp.Compare(a.State, b.State))
-}
+// Times of the table, our own choices.
+const (
+	// coalesceFor is how long writes are gathered.
+	coalesceFor = time.Millisecond
+	// hotAfter a change two members are told of it, and two others hotAgain
+	// later.
+	hotAfter = 40 * time.Millisecond
+	hotAgain = 80 * time.Millisecond
+	// hotItems bounds what a hot digest tells one by one: it is to fit a
+	// datagram. The hash is over all.
+	hotItems = 40
+	// graceFor is how long a difference is let be: news may be on the way.
+	graceFor = 50 * time.Millisecond
+	// minGap and maxGap bound the time after which a packet counts as lost. It
+	// is doubled when what was asked for came by itself, as on a busy machine.
+	minGap = 25 * time.Millisecond
+	maxGap = 400 * time.Millisecond
+	// showAfter an owner is shown that owes us a table.
+	showAfter = 2 * time.Second
+	// forgetAfter is how long the tables of an owner that is not alive are
+	// kept, out of sight, so that a false alarm or a healed partition costs no
+	// transfer.
+	forgetAfter = 10 * time.Minute
+)
 
-// write replaces the own entries; flush sends them. Several writes between two
-// flushes are sent as one.
-func (c *core) write(entries []weft.Endpoint) {
-	entries = slices.Clone(entries)
-	slices.SortFunc(entries, compareEndpoints)
-	entries = slices.Compact(entries)
-	if c.own.stamp.counter > 0 && slices.Equal(entries, c.own.entries) {
-		return
+func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
+	c := &core{
+		self: self, rand: r, prove: p, names: newDictionary(), last: stamp{epoch: epoch},
+		own: own{nets: map[weft.ID]*ownNet{}}, peers: map[weft.ID]*peer{}, nets: map[weft.ID]*network{},
+		flights: newFlights(), missing: map[key]*miss{}, waiting: map[key][]*update{},
+		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, gap: minGap,
 	}
-	c.own.entries = entries
-	c.bump()
+	c.peers[self] = &peer{id: self, live: true, shown: true}
+	c.live = []weft.ID{self}
+	c.nets[""] = newNetwork("")
+	return c
 }
 
-func (c *core) bump() {
-	c.own.stamp.counter++
-	c.dirty, c.changed = true, true
+func newNetwork(id weft.ID) *network { return &network{id: id, tables: map[weft.ID]*table{}} }
+
+// take returns the messages to send and forgets them.
+func (c *core) take() []envelope {
+	out := c.out
+	c.out = nil
+	return out
 }
 
-// flush returns what is to be sent because of writes.
-func (c *core) flush() []envelope {
-	if !c.dirty {
-		return nil
+func (c *core) send(m message, stream bool, ids ...weft.ID) {
+	if len(ids) > 0 {
+		c.out = append(c.out, envelope{slices.Clone(ids), m, stream})
 	}
-	c.dirty = false
-	return to(c.ownTable(), c.live...)
 }
 
-func (c *core) ownTable() *table { t := c.own; return &t }
-
-func to(m message, ids ...weft.ID) []envelope {
-	if len(ids) == 0 {
-		return nil
-	}
-	return []envelope{{to: slices.Clone(ids), m: m}}
-}
-
-func (c *core) peer(now time.Time, id weft.ID) *peer {
-	p := c.peers[id]
-	if p == nil {
-		p = &peer{hidden: now}
-		c.peers[id] = p
-	}
-	return p
-}
-
-// setLive takes the members alive now, self or not.
-func (c *core) setLive(now time.Time, ids []weft.ID) []envelope {
-	alive := map[weft.ID]bool{}
-	var out []envelope
-	for _, id := range ids {
-		if id == c.self || alive[id] {
+// write replaces the own entries. Those that no message can carry are left out
+// and returned.
+func (c *core) write(now time.Time, entries []weft.Endpoint) (unfit []weft.Endpoint) {
+	next := map[weft.ID][]weft.Endpoint{}
+	for _, e := range entries {
+		if !fits(&e) {
+			unfit = append(unfit, e)
 			continue
 		}
-		alive[id] = true
-		if p := c.peer(now, id); !p.live {
-			p.live, c.changed = true, true
-			out = append(out, to(want{p.stamp()}, id)...)
-			if c.own.stamp.counter > 0 {
-				out = append(out, to(c.ownTable(), id)...)
+		next[e.Network] = append(next[e.Network], e)
+	}
+	news := !c.own.said
+	c.own.said = true
+	for id := range c.own.nets {
+		if _, ok := next[id]; !ok {
+			next[id] = nil
+		}
+	}
+	for id, entries := range next {
+		slices.SortFunc(entries, compareEntries)
+		entries = slices.Compact(entries)
+		o := c.own.nets[id]
+		if o == nil {
+			o = &ownNet{}
+			c.own.nets[id] = o
+		}
+		if !slices.Equal(entries, o.entries) {
+			o.entries, o.dirty, news = entries, true, true
+			o.pack(c.names)
+		}
+	}
+	if news {
+		c.changed = true
+		c.flushSoon(now)
+	}
+	return unfit
+}
+
+func (o *ownNet) pack(n *dictionary) {
+	o.view = &table{count: int32(len(o.entries)), blob: string(appendEntries(nil, o.entries, n))}
+}
+
+// attach says which networks this node takes part in besides those that it has
+// entries on.
+func (c *core) attach(now time.Time, networks []weft.ID) {
+	networks = slices.DeleteFunc(slices.Clone(networks), func(id weft.ID) bool { return id == "" || len(id) > maxIDBytes })
+	slices.Sort(networks)
+	networks = slices.Compact(networks)
+	if slices.Equal(networks, c.own.attach) {
+		return
+	}
+	c.own.attach = networks
+	c.carryAll(now)
+	c.flushSoon(now)
+}
+
+func (c *core) flushSoon(now time.Time) {
+	if c.flushAt.IsZero() {
+		c.flushAt = now.Add(coalesceFor)
+	}
+}
+
+// attached are the networks this node takes part in, in order.
+func (c *core) attached() []weft.ID {
+	ids := slices.Clone(c.own.attach)
+	for id, o := range c.own.nets {
+		if len(o.entries) > 0 {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
+// carryAll takes up and drops networks so that they are those attached to.
+func (c *core) carryAll(now time.Time) []weft.ID {
+	ids := c.attached()
+	for id := range c.nets {
+		if _, ok := slices.BinarySearch(ids, id); !ok && id != "" {
+			c.drop(id)
+		}
+	}
+	for _, id := range ids {
+		if c.nets[id] == nil {
+			c.nets[id] = newNetwork(id)
+			// One member brings the tables of all.
+			if others := c.others(id); len(others) > 0 {
+				c.suspect(now, id, others[c.rand.IntN(len(others))], 0, now)
 			}
 		}
 	}
-	c.live = c.live[:0]
-	for id, p := range c.peers {
-		if p.live && !alive[id] {
-			p.live, p.hidden, c.changed = false, now, true
-		}
-		if p.live {
-			c.live = append(c.live, id)
-		}
-	}
-	slices.Sort(c.live)
-	return out
+	return ids
 }
 
-// receive takes a message of from.
-func (c *core) receive(now time.Time, from weft.ID, m message) []envelope {
-	if from == c.self {
-		return nil // an echo, or another node with our name: serf reports that
+func (c *core) drop(id weft.ID) {
+	delete(c.nets, id)
+	delete(c.suspects, id)
+	if o := c.own.nets[id]; o != nil && len(o.entries) == 0 {
+		delete(c.own.nets, id)
 	}
-	switch m := m.(type) {
-	case *table:
-		p := c.peer(now, from)
-		if !m.stamp.newer(p.stamp()) {
-			c.stale++
-			return c.hear(from, m.stamp)
-		}
-		p.table = m
-		c.changed = c.changed || p.live
-	case have:
-		return c.hear(from, m.stamp)
-	case want:
-		c.outdo(m.stamp)
-		if c.own.stamp.counter > 0 && c.own.stamp != m.stamp {
-			return to(c.ownTable(), from)
-		}
-	case digest:
-		out := c.hear(from, m.stamp)
-		if m.tables != c.hashTables(from) {
-			out = append(out, to(c.vector(from, true), from)...)
-		}
-		return out
-	case *vector:
-		return c.compare(from, m)
-	}
-	return nil
+	maps.DeleteFunc(c.missing, func(k key, _ *miss) bool { return k.network == id })
+	maps.DeleteFunc(c.waiting, func(k key, _ []*update) bool { return k.network == id })
+	c.changed = true
 }
 
-// hear takes the stamp that an owner says its table has. It asks for a table
-// we have not seen; and an owner that is behind what we know of it learns by
-// the stamp in the want that it must outdo a former life.
-func (c *core) hear(owner weft.ID, s stamp) []envelope {
-	known := c.peers[owner].stamp()
-	if (s.counter > 0 && s.newer(known)) || known.newer(s) {
-		return to(want{known}, owner)
-	}
-	return nil
-}
-
-// wantIfNewer takes a stamp that another node knows of owner, and asks owner
-// for its table if that is news. Only live owners are asked: others cannot
-// answer, and nobody looks at their tables.
-func (c *core) wantIfNewer(owner weft.ID, s stamp) []envelope {
-	if p := c.peers[owner]; p != nil && p.live && s.newer(p.stamp()) {
-		return to(want{p.stamp()}, owner)
-	}
-	return nil
-}
-
-// lifeBits are the lower bits of an epoch, drawn at random at each start: two
-// lives of an owner with the same clock or boot count do not make equal stamps
-// of different tables.
-const lifeBits = 16
-
-func makeEpoch(clock, life uint64) uint64 { return clock<<lifeBits | life&(1<<lifeBits-1) }
-
-// outdo makes the own stamp newer than s, a stamp of ours that others hold from
-// an earlier life, with a clock that has gone back since. Before the first
-// write only the epoch is raised: nothing is claimed yet.
-func (c *core) outdo(s stamp) {
-	if s.epoch < c.own.stamp.epoch || !s.newer(c.own.stamp) {
+// flush makes and pushes new states of own tables.
+func (c *core) flush(now time.Time) {
+	c.flushAt = time.Time{}
+	ids := c.carryAll(now)
+	if !c.own.said {
 		return
 	}
-	c.own.stamp.epoch = makeEpoch(s.epoch>>lifeBits+1, c.own.stamp.epoch)
-	if c.own.stamp.counter > 0 {
-		c.bump()
+	me := c.peers[c.self]
+	cert := c.prove.Certificate()
+	first := c.nets[""].tables[c.self] == nil
+	turned := first || !bytes.Equal(cert, me.att.cert) || me.epochOf(c) != c.last.epoch
+	if turned || !slices.Equal(ids, me.att.nets) {
+		att := attachment{nets: ids, cert: cert}
+		content := att.encode()
+		t, o := c.make("", content)
+		t.blob = string(content)
+		me.att = att
+		c.forgetMembers()
+		c.put(now, c.nets[""], me, t)
+		o.kind = bodyAttached
+		c.push(now, "", t.stamp, o.encode())
 	}
-}
-
-func (c *core) vector(receiver weft.ID, reply bool) *vector {
-	v := &vector{reply: reply}
-	if c.own.stamp.counter > 0 {
-		v.items = append(v.items, vectorItem{c.self, c.own.stamp})
-	}
-	for id, p := range c.peers {
-		if (p.live || id == receiver) && p.table != nil {
-			v.items = append(v.items, vectorItem{id, p.stamp()})
+	for _, id := range ids {
+		o := c.own.nets[id]
+		if o == nil {
+			o = &ownNet{}
+			o.pack(c.names)
+			c.own.nets[id] = o
+		}
+		if turned {
+			o.steps = nil
+		}
+		if n := c.nets[id]; o.dirty || turned || n.tables[c.self] == nil {
+			o.dirty = false
+			c.flushNet(now, n, o)
 		}
 	}
-	slices.SortFunc(v.items, func(a, b vectorItem) int { return cmp.Compare(a.owner, b.owner) })
-	return v
 }
 
-// compare wants what the sender of v has newer, gives it the own table if that
-// is newer, and answers with an own vector if it lacks something else.
-func (c *core) compare(from weft.ID, v *vector) []envelope {
-	var out []envelope
-	theirs := make(map[weft.ID]stamp, len(v.items))
-	for _, it := range v.items {
-		theirs[it.owner] = it.stamp
-		if it.owner == c.self {
-			c.outdo(it.stamp)
-		} else {
-			out = append(out, c.wantIfNewer(it.owner, it.stamp)...)
+// epochOf is that of the own attachment.
+func (p *peer) epochOf(c *core) uint64 { return c.stampOf("", p.id).epoch }
+
+func (c *core) flushNet(now time.Time, n *network, o *ownNet) {
+	old := n.tables[c.self]
+	t, b := c.make(n.id, appendEntries(nil, o.entries, onWire{}))
+	t.blob, t.count = o.view.blob, o.view.count
+	b.kind = bodyWhole
+	if s, ok := c.logStep(n, o, old, t); ok {
+		b = s.body(b.proof)
+	} else if old == nil || old.stamp.epoch != t.stamp.epoch {
+		o.steps = nil
+	}
+	c.put(now, n, c.peers[c.self], t)
+	c.push(now, n.id, t.stamp, b.encode())
+}
+
+// make begins a new state with content on the wire.
+func (c *core) make(network weft.ID, content []byte) (*table, body) {
+	c.last.counter++
+	t := &table{stamp: c.last}
+	proof := c.prove.Sign(digestOf(c.self, network, t.stamp, content))
+	copy(t.proof[:], proof)
+	return t, body{proof: proof, content: content}
+}
+
+// A log of steps is kept for tables that do not fit a datagram, as long as it
+// is smaller than the table.
+const (
+	logFrom  = 900 // bytes in memory
+	logSteps = 64
+)
+
+// logStep adds the step from old to t to the log and reports whether it should
+// be sent in place of the whole.
+func (c *core) logStep(n *network, o *ownNet, old, t *table) (loggedStep, bool) {
+	if old == nil || old.stamp.epoch != t.stamp.epoch || len(t.blob) < logFrom {
+		o.steps = nil
+		return loggedStep{}, false
+	}
+	s := loggedStep{base: old.stamp, to: t.stamp, b: difference(c.entriesOf(n.id, old), o.entries).append(nil)}
+	if len(s.b) > len(t.blob)/2 {
+		o.steps = nil
+		return s, false
+	}
+	o.steps = append(o.steps, s)
+	size := 0
+	for i := len(o.steps) - 1; i >= 0; i-- {
+		if size += len(o.steps[i].b); size > len(t.blob)/2 || len(o.steps)-i > logSteps {
+			o.steps = slices.Clone(o.steps[i+1:])
+			break
 		}
 	}
-	if c.own.stamp.counter > 0 && c.own.stamp.newer(theirs[c.self]) {
-		out = append(out, to(c.ownTable(), from)...)
+	return s, true
+}
+
+func (s loggedStep) body(proof []byte) body {
+	return body{proof: proof, kind: bodyDelta, base: s.base, content: s.b}
+}
+
+// entriesOf unpacks a table.
+func (c *core) entriesOf(network weft.ID, t *table) []weft.Endpoint {
+	d := &decoder{b: []byte(t.blob)}
+	return d.entries(network, c.names)
+}
+
+// put stores a state that is newer than the known one and tells of it later.
+func (c *core) put(now time.Time, n *network, p *peer, t *table) {
+	if p.live {
+		if old := n.tables[p.id]; old != nil {
+			n.hash ^= hashStamp(p.id, old.stamp)
+		}
+		n.hash ^= hashStamp(p.id, t.stamp)
+		n.note()
+		n.news(now, ownerStamp{p.id, t.stamp})
+		c.changed = true
 	}
-	if !v.reply {
-		return out
+	n.tables[p.id] = t
+	if m := c.missing[key{n.id, p.id}]; m != nil && !m.stamp.newer(t.stamp) {
+		delete(c.missing, key{n.id, p.id})
 	}
-	for _, id := range c.live {
-		if c.peers[id].stamp().newer(theirs[id]) {
-			return append(out, to(c.vector(from, false), from)...)
+	c.show(now, p)
+}
+
+// show brings an owner to sight when all of its tables have come.
+func (c *core) show(now time.Time, p *peer) {
+	if p.shown || c.stampOf("", p.id) == (stamp{}) {
+		return
+	}
+	for _, id := range p.att.nets {
+		if n := c.nets[id]; n != nil && n.tables[p.id] == nil && now.Sub(p.since) < showAfter {
+			return
 		}
 	}
-	return out
+	p.shown = true
+	c.changed = c.changed || p.live
 }
 
-// announce tells all live members the own stamp: the cheap second chance for
-// members that missed the table itself.
-func (c *core) announce() []envelope {
-	if c.own.stamp.counter == 0 {
-		return nil
-	}
-	return to(have{c.own.stamp}, c.live...)
-}
-
-// tick is called about once a second: a digest to one random live member.
-func (c *core) tick(now time.Time, r *rand.Rand) []envelope {
-	for id, p := range c.peers {
-		if !p.live && now.Sub(p.hidden) >= forgetAfter {
-			delete(c.peers, id)
+// remove takes one owner's table out of a network.
+func (c *core) remove(n *network, p *peer) {
+	if t := n.tables[p.id]; t != nil {
+		if p.live {
+			n.hash ^= hashStamp(p.id, t.stamp)
+			n.note()
+			c.changed = true
 		}
+		delete(n.tables, p.id)
 	}
-	if len(c.live) == 0 {
-		return nil
-	}
-	id := c.live[r.IntN(len(c.live))]
-	return to(digest{stamp: c.own.stamp, tables: c.hashTables(id), live: c.hashLive()}, id)
 }
 
-// hashTables is a hash over the stamps of all owners in sight, the same on two
-// nodes that know the same. with is the node to compare with: it counts itself,
-// so it counts here even while it is not thought alive.
-func (c *core) hashTables(with weft.ID) uint64 {
-	var sum uint64
-	if c.own.stamp.counter > 0 {
-		sum ^= hashStamp(c.self, c.own.stamp)
+// note remembers the present hash.
+func (n *network) note() {
+	n.past[n.pasts%len(n.past)] = n.hash
+	n.pasts++
+}
+
+// sum is the present hash; 0 would mean "none" in messages.
+func (n *network) sum() uint64 { return max(n.hash, 1) }
+
+func (n *network) had(sum uint64) bool {
+	return sum == n.sum() || slices.Contains(n.past[:min(n.pasts, len(n.past))], sum)
+}
+
+func (n *network) news(now time.Time, s ownerStamp) {
+	r := &n.hot[0]
+	if r.at.IsZero() {
+		r.at = now.Add(hotAfter)
 	}
-	for id, p := range c.peers {
-		if (p.live || id == with) && p.table != nil {
-			sum ^= hashStamp(id, p.stamp())
+	r.items = addItems(r.items, s)
+}
+
+// addItems keeps the last word of each owner, and the newest hotItems.
+func addItems(to []ownerStamp, items ...ownerStamp) []ownerStamp {
+	for _, s := range items {
+		to = slices.DeleteFunc(to, func(o ownerStamp) bool { return o.owner == s.owner })
+		if len(to) >= hotItems {
+			to = to[1:]
 		}
+		to = append(to, s)
 	}
-	return sum
-}
-
-// hashLive is a hash over the live members, self included.
-func (c *core) hashLive() uint64 {
-	sum := hashStamp(c.self, stamp{})
-	for _, id := range c.live {
-		sum ^= hashStamp(id, stamp{})
-	}
-	return sum
-}
-
-func hashStamp(id weft.ID, s stamp) uint64 {
-	h := fnv.New64a()
-	h.Write([]byte(id))
-	var b [17]byte // the zero after the id ends it
-	binary.BigEndian.PutUint64(b[1:], s.epoch)
-	binary.BigEndian.PutUint64(b[9:], s.counter)
-	h.Write(b[:])
-	x := h.Sum64() // FNV's upper bits are weak; finish as splitmix64 does
-	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
-	x = (x ^ x>>27) * 0x94d049bb133111eb
-	return x ^ x>>31
+	return to
 }

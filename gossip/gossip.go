@@ -1,8 +1,8 @@
 // Package gossip tells every node which nodes are alive and which endpoints
 // they run.
 //
-// It owns membership (serf) and the endpoint table: of each owner an epoch, a
-// version and its entries, written by the owner only. It does not own desired
+// It owns membership (serf) and the endpoint table: of each network and owner an
+// epoch, a version and entries, written by the owner only. It does not own desired
 // state (orchestrator) and decides nothing from what it carries. A Gossip is
 // run by the agent; its methods may be called from any goroutine.
 package gossip
@@ -21,8 +21,13 @@ type Table interface {
 	// the last is not sent. Does not block on the network. Until the first
 	// Publish of a new life, others keep what this node last published.
 	Publish(endpoints []weft.Endpoint)
-	// Snapshot returns all endpoints of live owners, this node's included,
-	// ordered by owner, and a channel that is closed at the next change.
+	// Attach says which networks this node takes part in, besides those that
+	// it publishes endpoints of. Of other networks it learns nothing. Does
+	// not block on the network.
+	Attach(networks []weft.ID)
+	// Snapshot returns all endpoints of live owners on the networks this node
+	// takes part in, its own included, ordered by owner and network, and a
+	// channel that is closed at the next change.
 	Snapshot() (endpoints []weft.OwnedEndpoint, changed <-chan struct{})
 	// Members returns the live members, this node included, ordered by id,
 	// and a channel closed at the next change.

@@ -20,7 +20,7 @@ func TestGuestSharesThePort(t *testing.T) {
 	const magic = 0xF8
 	seen := make(chan netip.AddrPort, 1)
 	g, err := New(Config{
-		Node: nodeID(1), Bind: addr, Advertise: addr, VTEP: testVTEP(1), Key: testKey(), Log: slog.New(slog.DiscardHandler),
+		Node: nodeID(1), Bind: addr, Advertise: addr, VTEP: testVTEP(1), Keys: testKeys(), Identity: newAuthority(t).of(nodeID(1)), Log: slog.New(slog.DiscardHandler),
 		Guest: Guest{Magic: magic, Receive: func(from netip.AddrPort, b []byte) []byte {
 			if len(b) != 9000 || b[0] != magic {
 				return nil
@@ -59,12 +59,12 @@ func TestGuestSharesThePort(t *testing.T) {
 		t.Errorf("the guest was told that it came from %v, want %v", from, c.LocalAddr())
 	}
 	before := g.Stats().Foreign
-	beStrange(t, addr)
+	beStrange(t, addr, "")
 	for g.Stats().Foreign == before {
 		if t.Context().Err() != nil {
 			t.Fatal("a stranger's frame was not taken for gossip's")
 		}
-		beStrange(t, addr)
+		beStrange(t, addr, "")
 	}
 	stop()
 	if err := <-done; err != nil {
@@ -73,11 +73,12 @@ func TestGuestSharesThePort(t *testing.T) {
 }
 
 func TestGuestMayNotTakeGossipsBytes(t *testing.T) {
+	identity := newAuthority(t).of(nodeID(1))
 	receive := func(netip.AddrPort, []byte) []byte { return nil }
 	for magic, good := range map[byte]bool{0: false, 1: false, 13: false, 0x16: false, memberlistHasLabel: false, frameMagic: false, 0xF8: true} {
 		_, err := New(Config{
 			Node: nodeID(1), Bind: netip.MustParseAddrPort("127.0.0.1:1"), Advertise: netip.MustParseAddrPort("127.0.0.1:1"),
-			VTEP: testVTEP(1), Key: testKey(), Log: slog.New(slog.DiscardHandler), Guest: Guest{magic, receive},
+			VTEP: testVTEP(1), Keys: testKeys(), Identity: identity, Log: slog.New(slog.DiscardHandler), Guest: Guest{magic, receive},
 		})
 		if good != (err == nil) || !good && !errors.Is(err, weft.ErrInvalid) {
 			t.Errorf("guest with %#x: %v", magic, err)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -23,10 +24,9 @@ type loop struct {
 	g    *Gossip
 	serf *serf.Serf
 	mux  *mux
+	ring weft.GossipRing // that seal and open follow
 	seal *sealer
 	open *opener
-	out  *streamer
-	rand *rand.Rand
 	// members has room for one: look at serf's members again.
 	members chan struct{}
 	addrs   map[weft.ID]memberlist.Address // of all members, dead ones too
@@ -35,6 +35,7 @@ type loop struct {
 	wg         sync.WaitGroup // drain and joins
 	joining    atomic.Bool    // one join at a time
 	differs    int            // digests in a row with other live members
+	answered   time.Time      // the last of them, with our own digest
 	seedWait   time.Duration
 	nextSeed   time.Time
 	wasMissing int
@@ -60,8 +61,8 @@ func (l *loop) run(ctx context.Context) error {
 	defer tick.Stop()
 	seeds := time.NewTicker(seedMin)
 	defer seeds.Stop()
-	announce := time.NewTimer(announceAfter)
-	defer announce.Stop()
+	due := time.NewTimer(0)
+	defer due.Stop()
 	l.lookAtMembers()
 	l.trySeeds(time.Now())
 	for {
@@ -71,20 +72,44 @@ func (l *loop) run(ctx context.Context) error {
 		case <-l.serf.ShutdownCh():
 			return errors.New("membership has stopped by itself")
 		case <-l.g.kick:
-			l.send(l.g.withCore((*core).flush))
-			announce.Reset(announceAfter)
-		case <-announce.C:
-			l.send(l.g.withCore((*core).announce))
+			l.takeKeys()
+		case <-due.C:
+			l.withCore((*core).advance)
 		case f := <-l.mux.frames:
 			l.receive(f)
 		case <-l.members:
 			l.lookAtMembers()
 		case <-seeds.C:
 			l.trySeeds(time.Now())
-		case now := <-tick.C:
-			l.send(l.g.withCore(func(c *core) []envelope { return c.tick(now, l.rand) }))
+		case <-tick.C:
+			l.withCore((*core).tick)
 			l.knock()
 		}
+		l.sendAll(due)
+	}
+}
+
+// withCore runs fn on the core.
+func (l *loop) withCore(fn func(*core, time.Time)) {
+	l.g.withCore(func(c *core) []weft.Endpoint {
+		fn(c, time.Now())
+		return nil
+	})
+}
+
+// sendAll sends what the core has to say and sets the timer for when it has
+// something to do next.
+func (l *loop) sendAll(due *time.Timer) {
+	l.g.mu.Lock()
+	out, next := l.g.core.take(), l.g.core.deadline()
+	l.g.mu.Unlock()
+	for _, e := range out {
+		l.send(e)
+	}
+	if next.IsZero() {
+		due.Stop()
+	} else {
+		due.Reset(time.Until(next))
 	}
 }
 
@@ -117,9 +142,12 @@ func (l *loop) lookAtMembers() {
 			live = append(live, Member{ID: id, Addr: addr.Addr(), VTEP: vtep})
 		}
 	}
+	if err := l.open.know(slices.Collect(maps.Keys(l.addrs))); err != nil {
+		l.g.cfg.Log.Error("frames of members cannot be read", weft.KeyErr, err)
+	}
 	slices.SortFunc(live, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
 	l.tell(live)
-	l.send(l.g.setMembers(time.Now(), live))
+	l.g.setMembers(time.Now(), live)
 }
 
 // tell logs who came and who went.
@@ -147,8 +175,24 @@ func (l *loop) tell(live []Member) {
 // receive takes a frame from the network.
 func (l *loop) receive(f inFrame) {
 	st := &l.g.stats
-	from, m, err := l.open.open(f.b)
+	from, m, err := f.peer, message(nil), error(nil)
 	switch {
+	case f.peer != "":
+		m, err = decode(f.b)
+	case len(f.b) > datagramBytes:
+		st.oversized.Add(1)
+		return
+	default:
+		l.takeKeys()
+		from, m, err = l.open.open(f.b)
+	}
+	switch {
+	case errors.Is(err, errUnknown):
+		st.unknown.Add(1)
+		return
+	case errors.Is(err, errReplayed):
+		st.replayed.Add(1)
+		return
 	case errors.Is(err, errShort), errors.Is(err, errForeign):
 		st.foreign.Add(1)
 		return
@@ -164,31 +208,34 @@ func (l *loop) receive(f inFrame) {
 	switch m := m.(type) {
 	case knock:
 		if f.from != "" {
-			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.seal.seal(knocked{}))
+			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.frame(knocked{}))
 		}
 		l.meet(from, f.from)
 		return
 	case knocked:
 		l.meet(from, f.from)
 		return
-	case digest:
+	case cold:
+		l.meet(from, f.from) // it thinks us alive
 		l.compareLive(from, m)
 	}
-	l.send(l.g.withCore(func(c *core) []envelope {
-		out := c.receive(time.Now(), from, m)
-		return append(out, c.flush()...)
-	}))
+	l.withCore(func(c *core, now time.Time) { c.receive(now, from, m, f.peer != "") })
 }
 
 // compareLive joins a member that twice in a row thought others alive than we
 // do: a full exchange tells both, long before memberlist's own turn.
-func (l *loop) compareLive(from weft.ID, d digest) {
+func (l *loop) compareLive(from weft.ID, d cold) {
 	l.g.mu.Lock()
-	same := d.live == l.g.core.hashLive()
+	mine := l.g.core.digest(from)
 	l.g.mu.Unlock()
-	if same {
+	if d.live == mine.live {
 		l.differs = 0
 		return
+	}
+	// The other may be the one that misses somebody, whose digests it drops.
+	if now := time.Now(); now.Sub(l.answered) >= tickInterval/2 {
+		l.answered = now
+		l.send(envelope{to: []weft.ID{from}, m: mine})
 	}
 	if l.differs++; l.differs >= 2 {
 		if a, ok := l.addrs[from]; ok && l.join([]string{a.Addr}) {
@@ -203,7 +250,8 @@ func (l *loop) meet(id weft.ID, from string) {
 	if slices.ContainsFunc(members, func(m Member) bool { return m.ID == id }) {
 		return
 	}
-	if a, ok := l.addrs[id]; ok {
+	// Where it speaks from goes before where it was: its address may be new.
+	if a, ok := l.addrs[id]; ok && from == "" {
 		from = a.Addr
 	}
 	if from != "" {
@@ -214,8 +262,8 @@ func (l *loop) meet(id weft.ID, from string) {
 // knock asks one dead member for a sign of life.
 func (l *loop) knock() {
 	if len(l.dead) > 0 {
-		id := l.dead[l.rand.IntN(len(l.dead))]
-		l.sendFrame(l.addrs[id], l.seal.seal(knock{}))
+		id := l.dead[rand.IntN(len(l.dead))]
+		l.sendFrame(l.addrs[id], l.frame(knock{}))
 	}
 }
 
@@ -243,7 +291,7 @@ func (l *loop) trySeeds(now time.Time) {
 	if len(missing) == 0 {
 		return
 	}
-	l.rand.Shuffle(len(missing), func(i, j int) { missing[i], missing[j] = missing[j], missing[i] })
+	rand.Shuffle(len(missing), func(i, j int) { missing[i], missing[j] = missing[j], missing[i] })
 	if !l.join(missing[:min(len(missing), 3)]) {
 		return
 	}
@@ -271,25 +319,37 @@ func (l *loop) join(addrs []string) bool {
 	return true
 }
 
-// send seals each message once and sends it to its receivers.
-func (l *loop) send(out []envelope) {
-	for _, e := range out {
-		frame := l.seal.seal(e.m)
-		for _, id := range e.to {
-			if a, ok := l.addrs[id]; ok {
-				l.sendFrame(a, frame)
-			}
+// send encodes a message once and sends it to its receivers: sealed, or by their
+// sessions.
+func (l *loop) send(e envelope) {
+	plain := encode(nil, e.m)
+	var frame []byte
+	if !e.stream && len(plain)+frameOverhead <= datagramBytes {
+		l.takeKeys()
+		frame = l.seal.sealBytes(plain)
+	}
+	for _, id := range e.to {
+		a, ok := l.addrs[id]
+		switch {
+		case !ok:
+		case frame != nil:
+			l.sendFrame(a, frame)
+		default:
+			l.g.stats.sent.Add(1)
+			l.g.stats.streamed.Add(1)
+			l.mux.sessions.send(a, id, plain)
 		}
 	}
 }
 
+// frame is a message sealed.
+func (l *loop) frame(m message) []byte {
+	l.takeKeys()
+	return l.seal.seal(m)
+}
+
 func (l *loop) sendFrame(to memberlist.Address, frame []byte) {
 	l.g.stats.sent.Add(1)
-	if len(frame) > datagramBytes {
-		l.g.stats.streamed.Add(1)
-		l.out.send(to, frame)
-		return
-	}
 	if _, err := l.mux.WriteToAddress(frame, to); err != nil {
 		// As good as lost on the way; a digest makes it good.
 		l.g.cfg.Log.Debug("cannot send a frame", weft.KeyPeer, to.Name, weft.KeyErr, fmt.Errorf("write to %s: %w", to.Addr, err))

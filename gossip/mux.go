@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,15 +13,14 @@ import (
 	"time"
 
 	"github.com/hashicorp/memberlist"
+
+	"github.com/weftnet/weft"
 )
 
 // mux is a Transport for memberlist on top of another one, which it shares with
-// the endpoint table: packets and streams that begin with frameMagic are
-// frames and go to frames, the guest's packets go to it, all others to
-// memberlist.
-//
-// On a stream every frame has frameMagic (again) and its length in 4 bytes, big
-// endian, before it; the sender closes after the last.
+// the endpoint table: packets that begin with frameMagic are frames and go to
+// frames, the guest's packets go to it, streams that begin as TLS does are
+// sessions, all others are memberlist's.
 type mux struct {
 	Transport // the inner one: all that sends is its own
 	guest     Guest
@@ -37,23 +35,29 @@ type mux struct {
 	err       error // of the shutdown
 	wg        sync.WaitGroup
 	dropped   atomic.Uint64 // frames and streams for lack of room
+	foreign   atomic.Uint64 // streams that are none of ours
+	sessions  *sessions
 }
 
-// inFrame is a received frame; from is empty on streams, whose source port
-// means nothing.
+// inFrame is a received frame, or a message of a session, whose peer is known by
+// its certificate and whose source port means nothing.
 type inFrame struct {
 	from string
+	peer weft.ID // of a session
 	b    []byte
 }
+
+// handshakeByte begins a TLS handshake (RFC 8446 section 5.1).
+const handshakeByte = 0x16
 
 var _ Transport = (*mux)(nil)
 
 // newMux starts two goroutines, which Shutdown waits for. ctx is the life of
 // the node; its end does not stop the mux, as leaving needs it.
-func newMux(ctx context.Context, inner Transport, guest Guest) *mux {
+func newMux(ctx context.Context, inner Transport, cfg Config) *mux {
 	x := &mux{
 		Transport: inner,
-		guest:     guest,
+		guest:     cfg.Guest,
 		packets:   make(chan *memberlist.Packet),
 		streams:   make(chan net.Conn),
 		frames:    make(chan inFrame, 1024),
@@ -61,6 +65,7 @@ func newMux(ctx context.Context, inner Transport, guest Guest) *mux {
 		done:      make(chan struct{}),
 	}
 	x.ctx, x.closing = context.WithCancel(context.WithoutCancel(ctx))
+	x.sessions = newSessions(x.ctx, inner, cfg.Identity, x.frames, cfg.Log)
 	x.wg.Go(x.splitPackets)
 	x.wg.Go(x.splitStreams)
 	return x
@@ -80,6 +85,7 @@ func (x *mux) Shutdown() error {
 		x.err = x.Transport.Shutdown()
 		close(x.done)
 		x.wg.Wait()
+		x.sessions.wait()
 	})
 	return x.err
 }
@@ -94,7 +100,7 @@ func (x *mux) splitPackets() {
 			}
 			if len(p.Buf) > 0 && p.Buf[0] == frameMagic {
 				select {
-				case x.frames <- inFrame{p.From.String(), p.Buf}:
+				case x.frames <- inFrame{from: p.From.String(), b: p.Buf}:
 				default:
 					x.dropped.Add(1)
 				}
@@ -133,8 +139,9 @@ func (x *mux) splitStreams() {
 			select {
 			case x.slots <- struct{}{}:
 				x.wg.Go(func() {
-					defer func() { <-x.slots }()
-					x.classify(conn)
+					release := sync.OnceFunc(func() { <-x.slots })
+					defer release()
+					x.classify(conn, release)
 				})
 			default:
 				x.dropped.Add(1)
@@ -146,9 +153,9 @@ func (x *mux) splitStreams() {
 	}
 }
 
-// classify reads the first byte of a stream and hands it over, or reads its
-// frames.
-func (x *mux) classify(conn net.Conn) {
+// classify reads the first byte of a stream and hands it over, or serves it as a
+// session; release is called when others may be classified in its place.
+func (x *mux) classify(conn net.Conn, release func()) {
 	unhook := context.AfterFunc(x.ctx, func() { conn.Close() })
 	defer unhook()
 	var first [1]byte
@@ -157,47 +164,37 @@ func (x *mux) classify(conn net.Conn) {
 		conn.Close()
 		return
 	}
-	if first[0] != frameMagic {
-		conn.SetReadDeadline(time.Time{})
+	conn.SetReadDeadline(time.Time{})
+	begun := &begunConn{Conn: conn, first: first[:]}
+	switch first[0] {
+	case handshakeByte:
+		x.sessions.accept(begun, release)
+	case frameMagic: // a build that sent frames on streams
+		x.foreign.Add(1)
+		conn.Close()
+	default:
 		select {
-		case x.streams <- &begunConn{Conn: conn, first: first[:]}:
+		case x.streams <- begun:
 		case <-x.ctx.Done():
 			conn.Close()
-		}
-		return
-	}
-	defer conn.Close()
-	for first[0] == frameMagic {
-		b, err := readStreamFrame(conn)
-		if err != nil {
-			return
-		}
-		select {
-		case x.frames <- inFrame{"", b}:
-		case <-x.ctx.Done():
-			return
-		}
-		conn.SetReadDeadline(time.Now().Add(streamTimeout))
-		if _, err := io.ReadFull(conn, first[:]); err != nil {
-			return
 		}
 	}
 }
 
-// readStreamFrame reads length and frame. Memory grows with what was really
-// sent, as the length is not authenticated.
-func readStreamFrame(r io.Reader) ([]byte, error) {
+// readStreamMessage reads length and message. Memory grows with what was really
+// sent.
+func readStreamMessage(r io.Reader) ([]byte, error) {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return nil, err
 	}
 	n := binary.BigEndian.Uint32(head[:])
 	if n > maxStreamFrame {
-		return nil, fmt.Errorf("frame of %d bytes, limit %d", n, maxStreamFrame)
+		return nil, fmt.Errorf("message of %d bytes, limit %d", n, maxStreamFrame)
 	}
 	var b bytes.Buffer
 	if _, err := io.CopyN(&b, r, int64(n)); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read message of %d bytes: %w", n, err)
 	}
 	return b.Bytes(), nil
 }
@@ -216,77 +213,4 @@ func (c *begunConn) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	return c.Conn.Read(b)
-}
-
-// maxQueued frames wait for a stream to one member; more push out the oldest,
-// which a digest makes good.
-const maxQueued = 8
-
-// streamer sends frames by stream: one at a time to a member, in order.
-type streamer struct {
-	transport Transport
-	slots     chan struct{}
-	wg        sync.WaitGroup
-	failed    atomic.Uint64
-
-	// mu guards queues. A goroutine serves each address in it.
-	mu     sync.Mutex
-	queues map[string][][]byte
-}
-
-func newStreamer(t Transport) *streamer {
-	return &streamer{transport: t, slots: make(chan struct{}, maxStreams), queues: map[string][][]byte{}}
-}
-
-// send queues frame and returns at once. Not to be called after wait.
-func (s *streamer) send(to memberlist.Address, frame []byte) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	q, running := s.queues[to.Addr]
-	if len(q) >= maxQueued {
-		q = q[1:]
-		s.failed.Add(1)
-	}
-	s.queues[to.Addr] = append(q, frame)
-	if !running {
-		s.wg.Go(func() { s.serve(to) })
-	}
-}
-
-// wait returns when all that was queued was sent or has failed.
-func (s *streamer) wait() { s.wg.Wait() }
-
-func (s *streamer) serve(to memberlist.Address) {
-	for {
-		s.mu.Lock()
-		q := s.queues[to.Addr]
-		if len(q) == 0 {
-			delete(s.queues, to.Addr)
-			s.mu.Unlock()
-			return
-		}
-		s.queues[to.Addr] = nil
-		s.mu.Unlock()
-		s.slots <- struct{}{}
-		if err := s.deliver(to, q); err != nil {
-			s.failed.Add(uint64(len(q)))
-		}
-		<-s.slots
-	}
-}
-
-func (s *streamer) deliver(to memberlist.Address, frames [][]byte) (err error) {
-	conn, err := s.transport.DialAddressTimeout(to, streamTimeout)
-	if err != nil {
-		return fmt.Errorf("dial %s: %w", to.Addr, err)
-	}
-	defer func() { err = errors.Join(err, conn.Close()) }()
-	for _, f := range frames {
-		head := binary.BigEndian.AppendUint32([]byte{frameMagic}, uint32(len(f)))
-		conn.SetWriteDeadline(time.Now().Add(streamTimeout))
-		if _, err := conn.Write(append(head, f...)); err != nil {
-			return fmt.Errorf("write to %s: %w", to.Addr, err)
-		}
-	}
-	return nil
 }

@@ -2,8 +2,6 @@ package gossip
 
 import (
 	"context"
-	crand "crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -23,37 +21,25 @@ import (
 // Runner.
 type Gossip struct {
 	cfg   Config
+	keys  *keys
 	kick  chan struct{} // room for one: the core has something to send
 	stats counters
 	// leaves: the end of Run is told to the others.
 	leaves atomic.Bool
 
-	// mu guards core, members, endpoints and nodes.
+	// mu guards core, mux, members, endpoints and nodes.
 	mu        sync.Mutex
+	mux       *mux // nil before Run
 	core      *core
 	members   []Member // never written once set
 	endpoints *view
 	nodes     *view
 }
 
-// view is what readers of one kind see. The list is made by its first reader.
-type view struct {
-	changed chan struct{} // closed by the successor, under Gossip.mu
-	once    sync.Once
-	parts   []part
-	flat    []weft.OwnedEndpoint
-}
-
-// part is one owner's share of a view.
-type part struct {
-	owner   Member
-	entries []weft.Endpoint
-}
-
 var _ Runner = (*Gossip)(nil)
 
 type counters struct {
-	sent, received, foreign, unauthentic, malformed, streamed, joins atomic.Uint64
+	sent, received, foreign, unknown, unauthentic, replayed, oversized, malformed, streamed, joins atomic.Uint64
 }
 
 // Stats are counts since New.
@@ -62,9 +48,18 @@ type Stats struct {
 	FramesStreamed uint64 // of these, too big for a datagram
 	FramesReceived uint64 // authentic ones
 	Foreign        uint64 // dropped: too short, no frame, unknown version
+	Unknown        uint64 // dropped: of a node that is no member here, perhaps not yet
 	Unauthentic    uint64 // dropped: another key, changed, or another sender's
+	Replayed       uint64 // dropped: came before
+	Oversized      uint64 // dropped: longer than any datagram or stream frame
 	Malformed      uint64 // dropped: authentic, but not to be understood
-	Stale          uint64 // tables that were not newer than the known
+	Refused        uint64 // updates that their owner has not signed, or too many at once
+	Stale          uint64 // updates that were not newer than the known: most came down the other tree
+	Wants          uint64 // tables asked for, as they had not come
+	Repairs        uint64 // comparisons of whole networks
+	Sessions       uint64 // TLS sessions dialled
+	SessionsFailed uint64 // messages that no session could take
+	SessionsBad    uint64 // sessions refused: no certificate of this cluster, or too many
 	Joins          uint64 // attempts to join, by seeds, knocks and digests
 }
 
@@ -81,7 +76,12 @@ func New(cfg Config) (*Gossip, error) {
 		cfg.Epoch = uint64(time.Now().UnixMilli())
 	}
 	epoch := makeEpoch(cfg.Epoch, rand.Uint64())
-	g := &Gossip{cfg: cfg, kick: make(chan struct{}, 1), core: newCore(cfg.Node, epoch)}
+	r := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
+	g := &Gossip{cfg: cfg, kick: make(chan struct{}, 1), core: newCore(cfg.Node, epoch, proven{cfg.Identity, cfg.Log}, r)}
+	var err error
+	if g.keys, err = newKeys(cfg.Keys); err != nil {
+		return nil, fmt.Errorf("gossip of node %s: %w", cfg.Node, err)
+	}
 	g.members = []Member{{ID: cfg.Node, Addr: cfg.Advertise.Addr(), VTEP: cfg.VTEP}}
 	g.nodes, g.endpoints = &view{changed: make(chan struct{})}, &view{changed: make(chan struct{})}
 	return g, nil
@@ -91,21 +91,41 @@ func New(cfg Config) (*Gossip, error) {
 func (g *Gossip) Stats() Stats {
 	c := &g.stats
 	g.mu.Lock()
-	stale := g.core.stale
+	n, x := g.core.counts, g.mux
 	g.mu.Unlock()
-	return Stats{
+	st := Stats{
 		FramesSent: c.sent.Load(), FramesStreamed: c.streamed.Load(), FramesReceived: c.received.Load(),
-		Foreign: c.foreign.Load(), Unauthentic: c.unauthentic.Load(), Malformed: c.malformed.Load(),
-		Stale: stale, Joins: c.joins.Load(),
+		Foreign: c.foreign.Load(), Unknown: c.unknown.Load(), Unauthentic: c.unauthentic.Load(), Replayed: c.replayed.Load(), Oversized: c.oversized.Load(),
+		Malformed: c.malformed.Load() + n.malformed, Refused: n.refused, Stale: n.stale, Wants: n.wants, Repairs: n.repairs,
+		Joins: c.joins.Load(),
 	}
+	if x != nil {
+		st.Foreign += x.foreign.Load()
+		st.Sessions, st.SessionsFailed, st.SessionsBad = x.sessions.dialled.Load(), x.sessions.failed.Load(), x.sessions.refused.Load()
+	}
+	return st
 }
 
 // Publish implements Table.
 func (g *Gossip) Publish(endpoints []weft.Endpoint) {
-	g.mu.Lock()
-	g.core.write(endpoints)
-	g.refreshLocked()
-	g.mu.Unlock()
+	unfit := g.withCore(func(c *core) []weft.Endpoint { return c.write(time.Now(), endpoints) })
+	for _, e := range unfit {
+		g.cfg.Log.Error("endpoint is not told to others: its network must be an id, its address one of IPv4 or IPv6, its second address of IPv6",
+			weft.KeyTask, e.Task, weft.KeyNetwork, e.Network, "addr", e.Addr, "addr6", e.Addr6)
+	}
+	g.wake()
+}
+
+// Attach implements Table.
+func (g *Gossip) Attach(networks []weft.ID) {
+	g.withCore(func(c *core) []weft.Endpoint {
+		c.attach(time.Now(), networks)
+		return nil
+	})
+	g.wake()
+}
+
+func (g *Gossip) wake() {
 	select {
 	case g.kick <- struct{}{}:
 	default:
@@ -117,14 +137,7 @@ func (g *Gossip) Snapshot() ([]weft.OwnedEndpoint, <-chan struct{}) {
 	g.mu.Lock()
 	v := g.endpoints
 	g.mu.Unlock()
-	v.once.Do(func() {
-		for _, p := range v.parts {
-			for _, e := range p.entries {
-				v.flat = append(v.flat, weft.OwnedEndpoint{Endpoint: e, Owner: p.owner.ID, VTEP: p.owner.VTEP})
-			}
-		}
-	})
-	return v.flat, v.changed
+	return v.list(), v.changed
 }
 
 // Leave implements Runner.
@@ -143,25 +156,13 @@ func (g *Gossip) refreshLocked() {
 		return
 	}
 	g.core.changed = false
-	next := &view{changed: make(chan struct{})}
-	for _, m := range g.members {
-		var entries []weft.Endpoint
-		if m.ID == g.cfg.Node {
-			entries = g.core.own.entries
-		} else if p := g.core.peers[m.ID]; p != nil && p.live && p.table != nil {
-			entries = p.table.entries
-		}
-		if len(entries) > 0 {
-			next.parts = append(next.parts, part{m, entries})
-		}
-	}
 	old := g.endpoints
-	g.endpoints = next
+	g.endpoints = old.next(g.core.sight(g.members), g.core.names.ids)
 	close(old.changed)
 }
 
 // setMembers takes the live members, self included, in order.
-func (g *Gossip) setMembers(now time.Time, members []Member) []envelope {
+func (g *Gossip) setMembers(now time.Time, members []Member) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !slices.Equal(members, g.members) {
@@ -175,13 +176,12 @@ func (g *Gossip) setMembers(now time.Time, members []Member) []envelope {
 	for i, m := range members {
 		ids[i] = m.ID
 	}
-	out := g.core.setLive(now, ids)
+	g.core.setLive(now, ids)
 	g.refreshLocked()
-	return out
 }
 
 // withCore runs fn on the core and makes a new view if that changed something.
-func (g *Gossip) withCore(fn func(*core) []envelope) []envelope {
+func (g *Gossip) withCore(fn func(*core) []weft.Endpoint) []weft.Endpoint {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	out := fn(g.core)
@@ -198,25 +198,24 @@ func (g *Gossip) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	x := newMux(ctx, inner, g.cfg.Guest)
-	seal, err := newSealer(g.cfg.Key, g.cfg.Node)
+	x := newMux(ctx, inner, g.cfg)
+	g.mu.Lock()
+	g.mux = x
+	g.mu.Unlock()
+	ring := g.keys.now()
+	seal, err := newSealer(ring.Sends.Key, g.cfg.Node)
 	if err != nil {
 		return errors.Join(err, x.Shutdown())
 	}
 	events := make(chan serf.Event, 64)
-	s, err := serf.Create(serfConfig(g.cfg, x, events))
+	s, err := serf.Create(g.serfConfig(x, events))
 	if err != nil {
 		return errors.Join(fmt.Errorf("start membership of node %s: %w", g.cfg.Node, err), x.Shutdown())
 	}
-	var seed [32]byte
-	binary.BigEndian.PutUint64(seed[:], uint64(time.Now().UnixNano()))
-	if _, err := crand.Read(seed[:]); err != nil {
-		return errors.Join(fmt.Errorf("draw random seed: %w", err), s.Shutdown())
-	}
 	l := &loop{
-		g: g, serf: s, mux: x, seal: seal, open: newOpener(g.cfg.Key), out: newStreamer(x),
-		rand: rand.New(rand.NewChaCha8(seed)), members: make(chan struct{}, 1),
-		addrs: map[weft.ID]memberlist.Address{}, seedWait: seedMin,
+		g: g, serf: s, mux: x, ring: ring, seal: seal, open: newOpener(secrets(ring)...),
+		members: make(chan struct{}, 1),
+		addrs:   map[weft.ID]memberlist.Address{}, seedWait: seedMin,
 	}
 	// serf holds a lock while it writes an event, and the loop asks serf
 	// for members: so nobody but this goroutine may read events.
@@ -229,7 +228,6 @@ func (g *Gossip) Run(ctx context.Context) error {
 	}
 	err = errors.Join(err, s.Shutdown())
 	l.wg.Wait()
-	l.out.wait()
 	g.setMembers(time.Now(), []Member{l.self()})
 	return err
 }
@@ -265,7 +263,8 @@ const (
 	tagVTEP    = "vtep"
 )
 
-func serfConfig(cfg Config, t Transport, events chan<- serf.Event) *serf.Config {
+func (g *Gossip) serfConfig(t Transport, events chan<- serf.Event) *serf.Config {
+	cfg := g.cfg
 	c := serf.DefaultConfig()
 	c.NodeName = string(cfg.Node)
 	c.Tags = map[string]string{tagVersion: fmt.Sprint(frameVersion), tagVTEP: cfg.VTEP.String()}
@@ -280,7 +279,7 @@ func serfConfig(cfg Config, t Transport, events chan<- serf.Event) *serf.Config 
 	m := memberlist.DefaultLANConfig()
 	m.Transport = t
 	m.AdvertiseAddr, m.AdvertisePort = cfg.Advertise.Addr().String(), int(cfg.Advertise.Port())
-	m.SecretKey = cfg.Key
+	m.Keyring = g.keys.library
 	m.Logger, m.LogOutput = c.Logger, nil
 	m.ProbeInterval, m.ProbeTimeout = probeInterval, probeTimeout
 	m.SuspicionMult, m.SuspicionMaxTimeoutMult = suspicionMult, maxSuspicion

@@ -42,7 +42,10 @@ type Network struct {
 	IPv6 bool
 	// Ports are the local tasks' ports on the bridge, where an engine may
 	// meet a task's packets before the bridge does.
-	Ports    []string
+	Ports []string
+	// Tasks are the paths of the local tasks' namespaces, where an engine may
+	// meet their sockets.
+	Tasks    []string
 	Services []Service
 }
 
@@ -68,12 +71,28 @@ type Backend struct {
 	Draining bool
 }
 
-// Published is one published port.
+// Published is one published port, or one range of them.
 type Published struct {
 	Service  weft.ID
 	Protocol weft.Protocol
-	Port     uint16 // on every address of the host
+	Port     uint16 // on the host
 	Target   uint16 // on the backend
+	// Count is the number of ports of a range: Port+i leads to Target+i for
+	// all i below it. 0 and 1 are one port.
+	Count uint16
+	// IPs bind the port to these addresses of this host; none = to all of
+	// them. A loopback address is reached by this host's own clients only.
+	IPs []netip.Addr
+	// Allow are the clients that may connect, by address; none = all. Others
+	// are answered as if nothing listened.
+	Allow []netip.Prefix
+	// HideClient sends requests on from Entry.Addr; otherwise a task sees
+	// its client's address, through whichever node the client came.
+	HideClient bool
+	// Host is set on a port in mode host: its backends are tasks of this
+	// node, by their address behind the gateway bridge, not on the ingress
+	// network.
+	Host bool
 	// Backends by their address on the ingress network. Empty: answered
 	// with a reset or ICMP port unreachable, never with silence.
 	Backends []Backend
@@ -82,16 +101,24 @@ type Published struct {
 // Entry is the host's own leg on the ingress network.
 type Entry struct {
 	Link string       // weft.IngressLeg; "" = no ingress network on this node yet
-	Addr netip.Prefix // requests are sent on from this address (client address rewritten)
+	Addr netip.Prefix // requests whose client is hidden are sent on from this address
 	// Addr6 is the same for IPv6; invalid = published ports are answered on
 	// IPv4 only.
 	Addr6 netip.Prefix
+	// Nodes are all nodes with a leg, this one among them, and Tasks this
+	// node's tasks on the ingress network.
+	Nodes []EntryNode
+	Tasks []EntryTask
+	// MTU is that of the narrowest way from here to any of the nodes, in bytes,
+	// for answers to clients kept; 0 = none is narrower than the tasks' ports.
+	MTU int
 }
 
 // Underlay names the members of the cluster by the addresses of their tunnels.
 // A VXLAN packet from any other address is dropped, whatever network it claims.
 type Underlay struct {
-	Port    uint16 // UDP port of VXLAN; 0 = not known yet, nothing is dropped
+	Port    uint16     // UDP port of VXLAN; 0 = not known yet, nothing is dropped
+	Self    netip.Addr // this node's tunnel address; what it sends and gets there is in no table of connections
 	Members []netip.Addr
 }
 

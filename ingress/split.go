@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Split is an engine of two: one has the service addresses, the other the
@@ -15,6 +16,17 @@ type Split struct {
 }
 
 var _ Engine = Split{}
+
+// Note is what both engines say of this host.
+func (s Split) Note() string {
+	var notes []string
+	for _, e := range []Engine{s.Services, s.Published} {
+		if n, ok := e.(interface{ Note() string }); ok && n.Note() != "" {
+			notes = append(notes, n.Note())
+		}
+	}
+	return strings.Join(notes, "; ")
+}
 
 // Name implements Engine.
 func (s Split) Name() string { return s.Services.Name() }

@@ -316,50 +316,6 @@ func TestPickVNI(t *testing.T) {
 	}
 }
 
-func TestPorts(t *testing.T) {
-	p := NewPorts()
-	if err := p.Take(weft.TCP, 8080, "service web"); err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Take(weft.TCP, 8080, "service web"); err != nil {
-		t.Errorf("same holder: %v", err)
-	}
-	err := p.Take(weft.TCP, 8080, "service api")
-	if !errors.Is(err, weft.ErrConflict) || !strings.Contains(err.Error(), "8080/tcp is already in use by service web") {
-		t.Errorf("other holder: %v", err)
-	}
-	if err := p.Take(weft.UDP, 8080, "service api"); err != nil {
-		t.Errorf("other protocol: %v", err)
-	}
-	p.Free(weft.TCP, 8080)
-	if err := p.Take(weft.TCP, 8080, "service api"); err != nil {
-		t.Errorf("freed: %v", err)
-	}
-	for _, err := range []error{p.Take("sctp", 1, "x"), p.Take(weft.TCP, 0, "x")} {
-		if !errors.Is(err, weft.ErrInvalid) {
-			t.Errorf("got %v", err)
-		}
-	}
-	if _, err := p.Pick("sctp", "x"); !errors.Is(err, weft.ErrInvalid) {
-		t.Errorf("got %v", err)
-	}
-	if err := p.Take(weft.TCP, 30001, "service api"); err != nil {
-		t.Fatal(err)
-	}
-	for want := range uint16(weft.LastPublishedPort - weft.FirstPublishedPort + 1) {
-		want += weft.FirstPublishedPort
-		if want == 30001 {
-			continue
-		}
-		if got, err := p.Pick(weft.TCP, "service many"); err != nil || got != want {
-			t.Fatalf("got %d, %v; want %d", got, err, want)
-		}
-	}
-	if _, err := p.Pick(weft.TCP, "service more"); !errors.Is(err, weft.ErrUnavailable) {
-		t.Errorf("full: %v", err)
-	}
-}
-
 func BenchmarkSpaceNextFullButOne(b *testing.B) {
 	s := NewSpace(weft.Subnet{Prefix: pfx("10.0.0.0/16")})
 	for {

@@ -79,11 +79,12 @@ func (l *Lab) daemonArgs(h Host, r record) []string {
 		// loses nothing by it, as the machine under it goes on.
 		"--group-shims", "--no-sync", "--resolv-conf", l.plan.resolvConf(), "--log-level", l.cfg.LogLevel,
 	}
-	if r.OverlayEngine != "" {
-		args = append(args, "--overlay-engine", r.OverlayEngine)
+	overlay, service := r.engines(h.Name)
+	if overlay != "" {
+		args = append(args, "--overlay-engine", overlay)
 	}
-	if r.ServiceEngine != "" {
-		args = append(args, "--service-engine", r.ServiceEngine)
+	if service != "" {
+		args = append(args, "--service-engine", service)
 	}
 	if r.CryptEngine != "" {
 		args = append(args, "--encryption-engine", r.CryptEngine)
@@ -353,8 +354,9 @@ func isContainerd(args []string) bool {
 }
 
 // Start brings a killed host back with the state it had, or starts a daemon
-// that ended by itself. It returns when the host is a member again.
-func (l *Lab) Start(ctx context.Context, name string) error {
+// that ended by itself. e is remembered for the host's next starts, too. It
+// returns when the host is a member again.
+func (l *Lab) Start(ctx context.Context, name string, e HostEngines) error {
 	h, err := l.Host(name)
 	if err != nil {
 		return err
@@ -366,6 +368,10 @@ func (l *Lab) Start(ctx context.Context, name string) error {
 		}
 		if err := os.Remove(h.Paths.Down); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("note that %s is up: %w", name, err)
+		}
+		r = r.withEngines(name, e)
+		if err := l.save(r); err != nil {
+			return err
 		}
 		if err := l.makeFabric(r); err != nil {
 			return err

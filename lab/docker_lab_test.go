@@ -110,9 +110,7 @@ func (w *words) sh(host, service, script string) string {
 const forever = `trap "echo bye; exit 0" TERM; while :; do sleep 0.2; done`
 
 func TestLabWords(t *testing.T) {
-	t.Setenv("DOCKER_CONFIG", t.TempDir())
-	t.Setenv("DOCKER_CLI_HINTS", "false")
-	w := &words{rig: newRig(t, "e2e-words")}
+	w := &words{rig: besideRig(t, "e2e-words")}
 	var err error
 	if w.plan, err = newPlan(w.name, DefaultConfig().RunDir, DefaultConfig().DataDir); err != nil {
 		t.Fatal(err)
@@ -167,7 +165,7 @@ func (w *words) busyboxTar() string {
 func wordsSystem(w *words) {
 	w.says("h1", `API version: +1\.51 \(minimum version 1\.24\)`, "version")
 	info := w.d("h2", "info")
-	for _, want := range []string{"Swarm: active", "Is Manager: false", "overlay engine bridge: chosen", "service engine nft: chosen", "Logging Driver: json-file"} {
+	for _, want := range []string{"Swarm: active", "Is Manager: false", "overlay engine ebpf: chosen", "service engine ebpf: chosen", "Logging Driver: json-file"} {
 		if !strings.Contains(info, want) {
 			w.t.Errorf("info lacks %q:\n%s", want, info)
 		}

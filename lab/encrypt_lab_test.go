@@ -121,6 +121,7 @@ func TestSoakEncryptedNetwork(t *testing.T) {
 }
 
 func encrypted(t *testing.T, lab string, rounds, least int) {
+	result := newSoakResult(t)
 	r := newRig(t, lab)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "front")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "weft/whoami")...)
@@ -193,11 +194,12 @@ func encrypted(t *testing.T, lab string, rounds, least int) {
 		t.Fatal(err)
 	}
 	for _, f := range []*flow{direct, byVIP} {
-		t.Log(f)
+		result.printf("%v", f)
 		f.mustNotHaveFailed(t, began, always)
 	}
+	result.printf("%d changes of keys, 3 kills of a daemon in two of them", rounds)
 	for h, p := range taps {
-		t.Logf("%s: %d frames, %d with the marker", h, p.frames.Load(), p.plain.Load())
+		result.printf("%s: %d frames, %d with the marker", h, p.frames.Load(), p.plain.Load())
 		if p.plain.Load() > 0 {
 			t.Errorf("%s: the underlay carried plain text, first %s", h, p.first.Load())
 		}
@@ -353,7 +355,7 @@ func (r *rig) tapWorks() {
 // TestLabEncryptedWithoutEngine: no engine, no traffic: a task on an encrypted
 // network is refused with the reason, and one on another network runs.
 func TestLabEncryptedWithoutEngine(t *testing.T) {
-	r := newRig(t, "enc-none", "--hosts", "1", "--encryption-engine", "none")
+	r := besideRig(t, "enc-none", "--hosts", "1", "--encryption-engine", "none")
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--opt", "encrypted", "front")...)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "back")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--network", "front", "weft/whoami")...)

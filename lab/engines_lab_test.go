@@ -24,7 +24,7 @@ var poor = []string{"setpriv", "--bounding-set=-sys_admin"}
 // TestLabEngines forces engines: what a flag asks for serves and is said to, and
 // what the host cannot have refuses the daemon's start by the flag's name.
 func TestLabEngines(t *testing.T) {
-	r := newRig(t, "t-eng", "--hosts", "1", "--overlay-engine", "bridge", "--service-engine", "nft")
+	r := besideRig(t, "t-eng", "--hosts", "1", "--overlay-engine", "bridge", "--service-engine", "nft")
 	out := r.must(r.on("h1", "info", "--format", "{{range .DriverStatus}}{{index . 0}}: {{index . 1}}\n{{end}}")...)
 	for _, want := range []string{
 		"overlay engine bridge: chosen: --overlay-engine asks for it, and its probe succeeded",
@@ -62,11 +62,95 @@ func TestLabEngines(t *testing.T) {
 	}
 }
 
+// TestLabEnginesStay: a node whose tasks run keeps the engines that they are on,
+// whatever its build would choose; a flag for others is refused, and nothing
+// stops serving by it. When its tasks have gone it changes, and leaves nothing of
+// the former engine.
+func TestLabEnginesStay(t *testing.T) {
+	const port = 8098
+	r := besideRig(t, "t-stay", "--hosts", "2", "--overlay-engine", "bridge", "--service-engine", "nft")
+	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
+	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", fmt.Sprintf("%d:80", port), "weft/whoami")...)
+	serves := func(when string) {
+		t.Helper()
+		for _, h := range []string{"h1", "h2"} {
+			r.eventually("both tasks answer at "+h+" "+when, func() error {
+				seen := map[string]bool{}
+				for range 20 {
+					out, err := r.get(t.Context(), h, port)
+					if err != nil {
+						return err
+					}
+					seen[regexp.MustCompile(`"host": ?"[^"]+"`).FindString(out)] = true
+				}
+				if len(seen) != 2 {
+					return fmt.Errorf("answers of %v", seen)
+				}
+				return nil
+			})
+		}
+	}
+	restart := func(flags ...string) (string, error) {
+		r.killDaemon("h2")
+		return r.run(t.Context(), slices.Concat([]string{r.weft, "lab", "start", "--name", r.name, "h2"}, flags)...)
+	}
+	chosen := func(want ...string) {
+		t.Helper()
+		out := r.must(r.on("h2", "info", "--format", "{{range .DriverStatus}}{{index . 0}}: {{index . 1}}\n{{end}}")...)
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("info says %q, want %q in it", out, w)
+			}
+		}
+	}
+	serves("at first")
+	before := r.containers("h2", "web")
+
+	_, err := restart("--overlay-engine", "ebpf", "--service-engine", "any")
+	if want := "--overlay-engine ebpf: tasks that run on this node are on overlay engine bridge: leave the flag out, or drain the node"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("another engine while tasks run: %v, want %q", err, want)
+	}
+	if _, err := r.get(t.Context(), "h2", port); err != nil {
+		t.Errorf("after the start was refused: %v", err)
+	}
+	if out, err := r.run(t.Context(), r.weft, "lab", "start", "--name", r.name, "h2", "--overlay-engine", "any"); err != nil {
+		t.Fatalf("start without flags: %v\n%s", err, out)
+	}
+	chosen("overlay engine ebpf: refused: it works, but tasks that run on this node are on bridge: to change, drain the node",
+		"overlay engine bridge: chosen: its probe succeeded, and tasks that run on this node are on it")
+	if now := r.containers("h2", "web"); !slices.Equal(now, before) {
+		t.Errorf("containers were %v, are %v", before, now)
+	}
+	serves("on the engine it had")
+
+	drain := func(to string) {
+		r.must(r.on("h1", "node", "update", "--availability", to, "h2")...)
+	}
+	drain("drain")
+	namespaces := filepath.Join(r.host("h2").Paths.ExecRoot, "netns", "weft-*-")
+	r.eventually("h2 is empty", func() error {
+		left, err := filepath.Glob(namespaces + "t*")
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("it has %v", left)
+		}
+		return err
+	})
+	if out, err := restart(); err != nil {
+		t.Fatalf("start of the drained node: %v\n%s", err, out)
+	}
+	chosen("overlay engine ebpf: chosen: its probe succeeded, and it is the best that does")
+	drain("active")
+	serves("with an engine of each kind")
+	if left, err := filepath.Glob(namespaces + "n*"); err != nil || len(left) > 0 {
+		t.Errorf("the former engine left %v, %v", left, err)
+	}
+}
+
 // TestLabForeign: another program holds the VNI, or the UDP port, that a network
 // needs on a host. The task says which and what to do, and comes to life when the
 // other is gone.
 func TestLabForeign(t *testing.T) {
-	r := newRig(t, "t-foreign", "--hosts", "1")
+	r := besideRig(t, "t-foreign", "--hosts", "1")
 	ns := r.host("h1").Paths.NetNS
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
 	vni, err := strconv.Atoi(r.must(r.on("h1", "network", "inspect", "-f", `{{index .Options "com.docker.network.driver.overlay.vxlanid_list"}}`, "front")...))

@@ -338,7 +338,7 @@ func TestKillIsAPowerCut(t *testing.T) {
 	if ss := status(t, l); !ss[1].Down || ss[1].PID != 0 || ss[0].PID != before[0].PID {
 		t.Errorf("after up: %+v", ss)
 	}
-	if err := l.Start(t.Context(), "h2"); err != nil {
+	if err := l.Start(t.Context(), "h2", HostEngines{}); err != nil {
 		t.Fatal(err)
 	}
 	if ss := status(t, l); ss[1].Info != before[1].Info || ss[1].Down {
@@ -460,7 +460,7 @@ func TestSetMTU(t *testing.T) {
 	if err := l.Kill(t.Context(), "h2"); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.Start(t.Context(), "h2"); err != nil {
+	if err := l.Start(t.Context(), "h2", HostEngines{}); err != nil {
 		t.Fatal(err)
 	}
 	if ss := status(t, l); ss[1].MTU != 1400 {

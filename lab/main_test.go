@@ -45,9 +45,15 @@ func TestMain(m *testing.M) {
 }
 
 func runInner() (int, error) {
+	// The docker command must not depend on whose machine this is.
+	docker, err := os.MkdirTemp("", "weft-lab-docker-")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(docker)
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), innerEnv+"=1")
+	cmd.Env = append(os.Environ(), innerEnv+"=1", "DOCKER_CONFIG="+docker, "DOCKER_CLI_HINTS=false")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
 	if os.Geteuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
@@ -57,7 +63,7 @@ func runInner() (int, error) {
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
-	err := cmd.Wait()
+	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return exit.ExitCode(), nil

@@ -35,8 +35,8 @@ const postBytes = 1 << 20
 
 // TestFaultsMTU: five hosts with links of 9000, 9000, 1500, 1420 and 1280 bytes,
 // and one path, in one direction, that loses what exceeds 1300 without a word.
-// 20 pairs of tasks, on a plain network and on an encrypted one, and five
-// published ports carry 1 MiB each way, while nothing changes and while a link
+// 20 pairs of tasks, on a plain network and on an encrypted one, and a port that
+// five hosts publish, ten times each, carry 1 MiB each way, while nothing changes and while a link
 // becomes narrower and wider again.
 func TestFaultsMTU(t *testing.T) { mixedMTU(t, "flt-mtu", 1) }
 
@@ -48,6 +48,7 @@ func TestSoakMTU(t *testing.T) {
 
 func mixedMTU(t *testing.T, name string, rounds int) {
 	const port = 8097
+	result := newSoakResult(t)
 	r := newRig(t, name, "--hosts", "5", "--mtu", "9000")
 	for host, mtu := range map[string]int{"h3": 1500, "h4": 1420, "h5": 1280} {
 		r.must(r.weft, "lab", "mtu", "--name", r.name, host, strconv.Itoa(mtu))
@@ -114,7 +115,7 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 	}
 	known()
 	before := r.fragments()
-	r.posts("while nothing changes", web, port)
+	r.posts(result, "while nothing changes", web, port)
 	if after := r.fragments(); after != before {
 		t.Errorf("the switch cut or refused %d packets although every size was known", after-before)
 	}
@@ -126,7 +127,7 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 				_, err := r.run(t.Context(), r.weft, "lab", "mtu", "--name", r.name, "h1", strconv.Itoa(mtu))
 				return err
 			})
-			r.posts(fmt.Sprintf("round %d, while h1 goes to %d", i+1, mtu), web, port)
+			r.posts(result, fmt.Sprintf("round %d, while h1 goes to %d", i+1, mtu), web, port)
 			if err := g.Wait(); err != nil {
 				t.Fatal(err)
 			}
@@ -137,7 +138,7 @@ func mixedMTU(t *testing.T, name string, rounds int) {
 
 // posts sends from every task to every other, and from outside to every host,
 // all at once.
-func (r *rig) posts(when string, web []replica, port int) {
+func (r *rig) posts(result *soakResult, when string, web []replica, port int) {
 	r.t.Helper()
 	type post struct{ from, ns, to, addr string }
 	var all []post
@@ -150,7 +151,10 @@ func (r *rig) posts(when string, web []replica, port int) {
 				}
 			}
 		}
-		all = append(all, post{"outside", r.clientNS(), from.host, fmt.Sprintf("%s:%d", r.host(from.host).Addr, port)})
+		// Each host leads to a task of its choice: enough to meet most pairs.
+		for range 2 * len(web) {
+			all = append(all, post{"outside", r.clientNS(), from.host, fmt.Sprintf("%s:%d", r.host(from.host).Addr, port)})
+		}
 	}
 	var mu sync.Mutex // guards: slowest, who
 	var slowest time.Duration
@@ -174,7 +178,7 @@ func (r *rig) posts(when string, web []replica, port int) {
 		})
 	}
 	wg.Wait()
-	r.t.Logf("%s: %d posts of 1 MiB and back, slowest %v (%s)", when, len(all), slowest.Round(time.Millisecond), who)
+	result.printf("%s: %d posts of 1 MiB and back, slowest %v (%s)", when, len(all), slowest.Round(time.Millisecond), who)
 }
 
 // echoed sends postBytes to an echo server and wants them back.

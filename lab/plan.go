@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/fnv"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -212,6 +213,46 @@ type record struct {
 	Underlay      string             `json:"underlay,omitempty"` // "" = UnderlayIPv4
 	Nodes         map[string]weft.ID `json:"nodes,omitempty"`    // host name to node id, once it is a member
 	HostMTU       map[string]int     `json:"hostMTU,omitempty"`
+	// HostEngines are what Start was told for one host, in place of the lab's.
+	HostEngines map[string]HostEngines `json:"hostEngines,omitempty"`
+}
+
+// HostEngines are a host's own engines, as words of the daemon's flags. "" leaves
+// what the host had, AnyEngine leaves the choice to its daemon.
+type HostEngines struct {
+	Overlay string `json:"overlay,omitempty"`
+	Service string `json:"service,omitempty"`
+}
+
+// AnyEngine forces none.
+const AnyEngine = "any"
+
+// engines are the engines of a host, as words of the daemon's flags; "" = none
+// is forced.
+func (r record) engines(host string) (overlay, service string) {
+	e := r.HostEngines[host]
+	overlay, service = or(e.Overlay, r.OverlayEngine), or(e.Service, r.ServiceEngine)
+	if overlay == AnyEngine {
+		overlay = ""
+	}
+	if service == AnyEngine {
+		service = ""
+	}
+	return overlay, service
+}
+
+// withEngines notes what a host was told; "" changes nothing.
+func (r record) withEngines(host string, e HostEngines) record {
+	if e == (HostEngines{}) {
+		return r
+	}
+	old := r.HostEngines[host]
+	r.HostEngines = maps.Clone(r.HostEngines)
+	if r.HostEngines == nil {
+		r.HostEngines = map[string]HostEngines{}
+	}
+	r.HostEngines[host] = HostEngines{Overlay: or(e.Overlay, old.Overlay), Service: or(e.Service, old.Service)}
+	return r
 }
 
 func (r record) encode() ([]byte, error) {

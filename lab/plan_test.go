@@ -137,6 +137,34 @@ func TestMerge(t *testing.T) {
 	}
 }
 
+// TestHostEngines: a host's own engines stand before the lab's, and stay.
+func TestHostEngines(t *testing.T) {
+	r := record{OverlayEngine: "bridge", ServiceEngine: "nft"}
+	for _, c := range []struct {
+		told             HostEngines
+		overlay, service string
+	}{
+		{HostEngines{}, "bridge", "nft"},
+		{HostEngines{Overlay: "ebpf", Service: AnyEngine}, "ebpf", ""},
+		{HostEngines{}, "ebpf", ""},
+		{HostEngines{Service: "ipvs"}, "ebpf", "ipvs"},
+		{HostEngines{Overlay: AnyEngine}, "", "ipvs"},
+	} {
+		before, _ := r.encode()
+		next := r.withEngines("h2", c.told)
+		if after, _ := r.encode(); string(after) != string(before) {
+			t.Fatal("the old record was changed")
+		}
+		r = next
+		if o, s := r.engines("h2"); o != c.overlay || s != c.service {
+			t.Errorf("told %+v: %q, %q; want %q, %q", c.told, o, s, c.overlay, c.service)
+		}
+		if o, s := r.engines("h1"); o != "bridge" || s != "nft" {
+			t.Errorf("another host: %q, %q", o, s)
+		}
+	}
+}
+
 // TestRecordGolden holds version 1 of lab.json. The file is never edited: a new
 // version gets a new file.
 func TestRecordGolden(t *testing.T) {

@@ -24,7 +24,7 @@ const (
 // with what the commands print, and does what needs a way from the leader to the
 // others.
 func TestLabPortElsewhere(t *testing.T) {
-	r := newRig(t, "t-port")
+	r := besideRig(t, "t-port")
 	for _, h := range []string{"h3", "h2", "h1"} {
 		r.must(r.on(h, "swarm", "leave", "--force")...)
 	}

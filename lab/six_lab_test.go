@@ -20,7 +20,7 @@ const (
 // and published ports answer on IPv6 as they do on IPv4, between hosts and from
 // outside; on a network of IPv6 alone, too.
 func TestLabTwoFamilies(t *testing.T) {
-	r := newRig(t, "t-dual", "--hosts", "2")
+	r := besideRig(t, "t-dual", "--hosts", "2")
 	r.must(r.on("h1", "network", "create", "-d", "overlay", "--ipv6", "both")...)
 	r.must(r.weftOn("h1", "network", "create", "--ipv6", "--ipv4=false", "--subnet", "fd00:77::/64", "six")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--replicas", "4", "--network", "both", "--network", "six",
@@ -53,7 +53,7 @@ func TestLabTwoFamilies(t *testing.T) {
 
 // TestLabIPv6Underlay tells the same story where hosts have no IPv4 address at all.
 func TestLabIPv6Underlay(t *testing.T) {
-	r := newRig(t, "t-six", "--hosts", "2", "--underlay", UnderlayIPv6)
+	r := besideRig(t, "t-six", "--hosts", "2", "--underlay", UnderlayIPv6)
 	for _, h := range []string{"h1", "h2"} {
 		if out := r.must(r.on(h, "info", "--format", "{{.Swarm.NodeAddr}}")...); out != r.host(h).Addr6.String() {
 			t.Errorf("%s is at %s, want %s", h, out, r.host(h).Addr6)

@@ -62,10 +62,11 @@ func (r *soakResult) write() {
 		}
 		f.Close()
 	}
-	name, engine := r.t.Name(), "bridge"
-	if e := os.Getenv(overlayEnv); e != "" && e != engine {
-		name, engine = name+"-"+e, e
+	engine := os.Getenv(overlayEnv)
+	if engine == "" {
+		engine = "chosen"
 	}
+	name := r.t.Name() + "-" + engine
 	text := fmt.Sprintf("%s %s after %s\ncommit %s\noverlay engine %s\nkernel %s, %d cores, load at the end %s\n%s\n\n", r.t.Name(), verdict,
 		time.Since(r.began).Round(time.Second), commit, engine, unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), load, r.began.UTC().Format(time.DateOnly))
 	for _, l := range r.lines {

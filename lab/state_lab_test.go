@@ -299,7 +299,7 @@ func TestFaultsNoMajority(t *testing.T) {
 // TestFaultsLeave: a host that leaves keeps nothing of the cluster, and joins
 // again.
 func TestFaultsLeave(t *testing.T) {
-	r := newRig(t, "flt-leave", "--managers", "3", "--hosts", "4")
+	r := besideRig(t, "flt-leave", "--managers", "3", "--hosts", "4")
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", "8093:80", "weft/whoami")...)
 	four := append(slices.Clone(three), "h4")

@@ -44,8 +44,41 @@ type rig struct {
 }
 
 // newRig builds weft and makes a lab that the test's end removes, checking that
-// nothing stays.
+// nothing stays. No other lab is there.
 func newRig(t *testing.T, name string, upArgs ...string) *rig {
+	t.Helper()
+	needKernel(t)
+	return makeRig(t, name, upArgs...)
+}
+
+// besideRig is newRig for a test that mostly waits, and holds no time against
+// anyone that another test could lengthen: it comes after the tests that want the
+// machine for themselves, and as many run at once as -parallel says.
+func besideRig(t *testing.T, name string, upArgs ...string) *rig {
+	t.Helper()
+	t.Parallel()
+	if os.Getenv(innerEnv) == "" {
+		needKernel(t) // says what is missing
+	}
+	if err := sharedRun(); err != nil {
+		t.Fatal(err)
+	}
+	return makeRig(t, name, upArgs...)
+}
+
+// sharedRun gives the tests that run at once one empty /run, for as long as the
+// process and its mount namespace live.
+var sharedRun = sync.OnceValue(func() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("keep mounts to this process: %w", err)
+	}
+	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"); err != nil {
+		return fmt.Errorf("mount an empty /run: %w", err)
+	}
+	return nil
+})
+
+func makeRig(t *testing.T, name string, upArgs ...string) *rig {
 	t.Helper()
 	r := &rig{t: t, name: name, weft: binary(t)}
 	var err error
@@ -55,7 +88,6 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 	if _, err := exec.LookPath("runc"); err != nil {
 		netnstest.Missing(t, "root", err)
 	}
-	needKernel(t)
 	if err := oneRun(); err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +99,9 @@ func newRig(t *testing.T, name string, upArgs ...string) *rig {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	upArgs = append(upArgs, engineArgs()...)
+	if !slices.Contains(upArgs, "--overlay-engine") {
+		upArgs = append(upArgs, engineArgs()...)
+	}
 	start := time.Now()
 	r.must(append([]string{r.weft, "lab", "up", "--name", name}, upArgs...)...)
 	t.Logf("lab up %v took %.2f s", upArgs, time.Since(start).Seconds())
@@ -102,16 +136,24 @@ func binary(t *testing.T) string {
 		netnstest.Missing(t, "root", errors.New("not root"))
 	}
 	path, err := filepath.Abs("../bin/weft")
+	if err == nil {
+		err = makeBuild()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "make", "-s", "build")
-	cmd.Dir = ".."
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("make build: %v\n%s", err, out)
-	}
 	return path
 }
+
+// makeBuild builds weft, once for all tests.
+var makeBuild = sync.OnceValue(func() error {
+	cmd := exec.Command("make", "-s", "build")
+	cmd.Dir = ".."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("make build: %w\n%s", err, out)
+	}
+	return nil
+})
 
 // dump shows the daemons' last words, what their tasks wait for, and what all
 // goroutines of the daemons and container supervisors were doing.
@@ -250,7 +292,7 @@ func TestLabDemo(t *testing.T) {
 // TestLabDocker tells the demo's story with the stock docker command and real
 // shells in containers.
 func TestLabDocker(t *testing.T) {
-	r := newRig(t, "t-docker")
+	r := besideRig(t, "t-docker")
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
 	archive := busyboxImage(t)
 	for _, h := range []string{"h1", "h2", "h3"} {
@@ -449,7 +491,7 @@ func TestLabManagersSurviveALoss(t *testing.T) {
 
 // TestLabStateSurvivesPowerCut pulls the plug of the only manager.
 func TestLabStateSurvivesPowerCut(t *testing.T) {
-	r := newRig(t, "t-power", "--hosts", "2")
+	r := besideRig(t, "t-power", "--hosts", "2")
 	nodes := r.must(r.on("h1", "node", "ls", "-q")...)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "kept")...)
 	r.must(r.weft, "lab", "kill", "--name", r.name, "h1")
@@ -476,7 +518,7 @@ func sameLines(a, b string) bool {
 // TestLabBadInput: a clear error that names the thing, exit code 1, and nothing
 // half-made.
 func TestLabBadInput(t *testing.T) {
-	r := newRig(t, "t-bad", "--hosts", "2")
+	r := besideRig(t, "t-bad", "--hosts", "2")
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "taken")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "first", "--publish", "8083:80", "weft/whoami")...)
 	services := r.must(r.on("h1", "service", "ls", "-q")...)

@@ -2,7 +2,6 @@ package orchestrator
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -265,96 +264,4 @@ func nodeName(n weft.Node) string {
 		return n.Description.Hostname
 	}
 	return string(n.ID)
-}
-
-// choosePorts fills in the published ports of a service. old is the stored
-// version on an update (its choices stay where they can), else nil.
-func choosePorts(v *state.Snapshot, c weft.Cluster, spec *weft.ServiceSpec, old *weft.Service) ([]weft.PortSpec, error) {
-	if len(spec.Ports) == 0 {
-		return nil, nil
-	}
-	ports, err := portsInUse(v, c, old)
-	if err != nil {
-		return nil, err
-	}
-	out := append([]weft.PortSpec(nil), spec.Ports...)
-	me := "service " + spec.Name
-	for i, p := range out { // asked ones first, so that no choice takes them
-		if p.Published == 0 && old != nil {
-			out[i].Published = keptPort(p, old)
-		}
-		if out[i].Published == 0 {
-			continue
-		}
-		if err := ports.Take(p.Protocol, out[i].Published, me); err != nil {
-			if p.Published == 0 {
-				out[i].Published = 0 // what was chosen is lost to a listener: choose anew
-				continue
-			}
-			return nil, fmt.Errorf("service %s: EndpointSpec.Ports[%d].PublishedPort: %w", spec.Name, i, err)
-		}
-	}
-	for i, p := range out {
-		if p.Published != 0 {
-			continue
-		}
-		if out[i].Published, err = ports.Pick(p.Protocol, me); err != nil {
-			return nil, fmt.Errorf("service %s: EndpointSpec.Ports[%d].PublishedPort: %w", spec.Name, i, err)
-		}
-	}
-	return out, nil
-}
-
-func keptPort(p weft.PortSpec, old *weft.Service) uint16 {
-	for i, o := range old.Spec.Ports {
-		if o == p && i < len(old.Ports) {
-			return old.Ports[i].Published
-		}
-	}
-	return 0
-}
-
-// portsInUse is every published port and listener of the cluster, but those of
-// the service being updated.
-func portsInUse(v *state.Snapshot, c weft.Cluster, but *weft.Service) (*ipam.Ports, error) {
-	ports := ipam.NewPorts()
-	own := []struct {
-		proto weft.Protocol
-		port  uint16
-	}{{weft.TCP, weft.ClusterPort}, {weft.TCP, weft.GossipPort}, {weft.UDP, weft.GossipPort}, {weft.UDP, c.DataPathPort}}
-	for _, o := range own {
-		if err := ports.Take(o.proto, o.port, "weft itself"); err != nil {
-			return nil, fmt.Errorf("reserve weft's own ports: %w", err)
-		}
-	}
-	for _, n := range v.Nodes() {
-		if !state.HasDeparted(&n) {
-			// Most have the one that is taken already; of others the first
-			// is named.
-			_ = ports.Take(weft.TCP, n.ClusterAddr().Port(), "the cluster port of node "+nodeName(n)) //nolint:errcheck // see above
-		}
-	}
-	for _, s := range v.Services() {
-		if but != nil && s.ID == but.ID {
-			continue
-		}
-		for _, p := range s.Ports {
-			// A port that was legal when it was stored stays with its
-			// service, whatever came to hold it besides.
-			_ = ports.Take(p.Protocol, p.Published, "service "+s.Spec.Name) //nolint:errcheck // see above
-		}
-	}
-	for _, n := range v.Nodes() {
-		if n.Status.State == weft.NodeDown {
-			continue // its list is old
-		}
-		for _, k := range n.Status.Keys {
-			_ = ports.Take(weft.UDP, k.Port, "the encryption of node "+nodeName(n)) //nolint:errcheck // see above
-		}
-		for _, l := range n.Status.Listeners {
-			// Several nodes may have the same listener; the first is named.
-			_ = ports.Take(l.Protocol, l.Port, "a process on node "+nodeName(n)) //nolint:errcheck // see above
-		}
-	}
-	return ports, nil
 }

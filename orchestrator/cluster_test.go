@@ -113,11 +113,12 @@ func (r *rig) start(m *member, boot *Bootstrap) {
 	}
 	m.Manager = mgr
 	ctx, cancel := context.WithCancel(r.ctx)
-	m.cancel, m.done = cancel, make(chan error, 1)
+	done := make(chan error, 1) // m may be started again before this run has closed it
+	m.cancel, m.done = cancel, done
 	m.up.Store(true)
 	go func() {
-		m.done <- mgr.Run(ctx)
-		close(m.done)
+		done <- mgr.Run(ctx)
+		close(done)
 	}()
 }
 
@@ -267,6 +268,8 @@ type agent struct {
 	addr netip.Addr
 	port uint16         // told when a session opens; changed only while it is stopped
 	used []netip.Prefix // on its host
+	// addrs of its host.
+	addrs []weft.HostAddr
 
 	// mu guards: fields below.
 	mu       sync.Mutex
@@ -276,6 +279,10 @@ type agent struct {
 	index    uint64                     // of the assignments that are carried out
 	newest   uint64                     // and of those that were heard
 	frozen   bool                       // the data plane stands still
+	listens  []weft.Listener            // besides TCP 22
+	ring     weft.GossipRing
+	keyless  bool // it is of a version that cannot change keys of gossip
+	stuck    bool // it takes no keys up
 	cancel   context.CancelFunc
 	done     chan struct{}
 }
@@ -287,7 +294,7 @@ func (r *rig) worker(i int, used ...netip.Prefix) *agent {
 	resp, err := r.leader().Admit(r.ctx, wire.AdmitRequest{Version: wire.ProtocolVersion, Token: "worker-token", CSR: []byte("csr"),
 		Hostname: fmt.Sprintf("w%d", i)}, addr)
 	r.must(err)
-	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, used: used, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
+	a := &agent{r: r, id: resp.Node, name: fmt.Sprintf("w%d", i), addr: addr, used: used, addrs: []weft.HostAddr{{Interface: "eth0", Addr: addr}}, tasks: map[weft.ID]weft.Task{}, states: map[weft.ID]weft.TaskState{}}
 	a.start()
 	return a
 }
@@ -322,7 +329,7 @@ func (a *agent) sessions(ctx context.Context) {
 	for ctx.Err() == nil {
 		a.anyLeader(func(m *member) error {
 			return m.Session(ctx, a.id, wire.SessionRequest{Version: wire.ProtocolVersion, Description: weft.NodeDescription{
-				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30, UsedPrefixes: a.used,
+				Hostname: a.name, NanoCPUs: 4e9, MemoryBytes: 8 << 30, UsedPrefixes: a.used, Addrs: a.addrs,
 			}, Addr: a.addr, Port: a.port}, a.take)
 		})
 		select {
@@ -344,9 +351,17 @@ func (a *agent) take(s wire.Assignments) error {
 	for _, id := range s.GoneNetworks {
 		delete(a.networks, id)
 	}
+	broken := map[weft.ID]uint64{} // the version of a service that does not run
+	for _, v := range s.Specs {
+		if v.Spec.Container.Image == brokenImage {
+			broken[v.Service] = v.Version
+		}
+	}
 	for _, t := range s.Tasks {
 		a.tasks[t.ID] = t
 		switch {
+		case t.Desired == weft.TaskRunning && broken[t.Service] == t.SpecVersion && t.SpecVersion > 0:
+			a.states[t.ID] = weft.TaskFailed
 		case t.Desired == weft.TaskRemove:
 			a.states[t.ID] = weft.TaskRemove
 		case t.Desired >= weft.TaskShutdown:
@@ -354,6 +369,9 @@ func (a *agent) take(s wire.Assignments) error {
 		case !t.Status.State.Ended() && a.states[t.ID] < weft.TaskRunning:
 			a.states[t.ID] = weft.TaskRunning
 		}
+	}
+	if s.Cluster != nil && !a.stuck {
+		a.ring = s.Cluster.GossipRing()
 	}
 	if a.newest = s.Index; !a.frozen {
 		a.index = s.Index
@@ -372,9 +390,13 @@ func (a *agent) reports(ctx context.Context) {
 			return
 		case <-time.After(250 * time.Millisecond):
 		}
-		rep := wire.Report{Listeners: []weft.Listener{{Protocol: weft.TCP, Port: 22}}}
 		a.mu.Lock()
+		rep := wire.Report{Listeners: append([]weft.Listener{{Protocol: weft.TCP, Port: 22}}, a.listens...)}
 		rep.Applied = a.index
+		if len(a.ring.Sends.Key) > 0 && !a.keyless {
+			e := a.ring.Epochs()
+			rep.Gossip = &e
+		}
 		for id, s := range a.states {
 			rep.Tasks = append(rep.Tasks, wire.TaskReport{Task: id, Status: weft.TaskStatus{State: s, At: time.Unix(1, 0), Message: "by the fake"}})
 		}
@@ -383,12 +405,22 @@ func (a *agent) reports(ctx context.Context) {
 	}
 }
 
+// listen replaces what its host listens on besides TCP 22.
+func (a *agent) listen(l ...weft.Listener) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.listens = l
+}
+
 // fail makes a running task end with an error.
 func (a *agent) fail(id weft.ID) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.states[id] = weft.TaskFailed
 }
+
+// brokenImage ends as soon as it starts, on all agents.
+const brokenImage = "weft/broken"
 
 func webSpec(name string, replicas uint64) weft.ServiceSpec {
 	return weft.ServiceSpec{Name: name, Replicas: replicas, Container: weft.ContainerSpec{Image: "weft/whoami"}}

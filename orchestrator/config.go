@@ -75,6 +75,10 @@ type Stores struct {
 	Log       raft.LogStore
 	Stable    raft.StableStore
 	Snapshots raft.SnapshotStore
+	// Failed is closed when Log takes no more writes, and Err says why: then the
+	// manager ends. Nil: that is never told.
+	Failed <-chan struct{}
+	Err    func() error
 }
 
 // Timing bounds how fast a lost leader is noticed. Shorter elects sooner and,

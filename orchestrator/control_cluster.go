@@ -54,6 +54,12 @@ func (t *term) updateCluster(ctx context.Context, index uint64, u weft.ClusterUp
 			return fmt.Errorf("rotate the keys of encrypted networks: %s: %w", why, weft.ErrConflict)
 		}
 		nextEpoch(&c, now)
+		// A change of gossip's keys that is under way is new enough.
+		if len(c.GossipReads) == 0 {
+			if err := t.gossipStep(t.store.View(), now).begin(&c); err != nil {
+				return fmt.Errorf("rotate the keys of gossip: %w", err)
+			}
+		}
 	}
 	for _, r := range []struct {
 		asked bool

@@ -26,6 +26,7 @@ func (m *Manager) Nodes(ctx context.Context) ([]weft.Node, error) {
 			t.decorate(&nodes[i], time.Now())
 			refuseNetworks(&nodes[i], networks)
 		}
+		warnPorts(v, nodes)
 		return nodes, nil
 	})
 }

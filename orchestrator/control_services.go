@@ -91,12 +91,9 @@ func (t *term) updateService(ctx context.Context, id weft.ID, index uint64, spec
 	}
 	defer release()
 	v := t.store.View()
-	old, ok := v.Service(id)
-	if !ok {
-		return none, fmt.Errorf("service %s %w", id, weft.ErrNotFound)
-	}
-	if old.Meta.Index != index {
-		return none, fmt.Errorf("update service %s: it was read at %d and has changed at %d: %w", old.Spec.Name, index, old.Meta.Index, weft.ErrOutOfSequence)
+	old, err := lockedService(v, id, index)
+	if err != nil {
+		return none, err
 	}
 	if spec, err = settleSpec(v, spec); err != nil {
 		return none, err
@@ -107,28 +104,48 @@ func (t *term) updateService(ctx context.Context, id weft.ID, index uint64, spec
 	case spec.Mode != old.Spec.Mode:
 		return none, fmt.Errorf("update service %s: Mode: the mode of a service cannot be changed; create a new one: %w", old.Spec.Name, weft.ErrInvalid)
 	}
-	c, _ := v.Cluster()
 	svc := old
 	svc.Spec, svc.Previous, svc.SpecVersion = spec, &old.Spec, old.SpecVersion+1
 	svc.Update = weft.UpdateStatus{}
 	if reconcile.NeedsRestart(&old.Spec, &spec) {
-		svc.Update = weft.UpdateStatus{State: weft.UpdateRunning, StartedAt: time.Now().UTC().Round(0), Message: "update in progress"}
+		svc.Update = weft.UpdateStatus{State: weft.UpdateRunning, StartedAt: time.Now().UTC().Round(0), Message: weft.MessageUpdateRunning}
 	}
-	if svc.Ports, err = choosePorts(v, c, &spec, &old); err != nil {
+	return t.replaceService(ctx, v, old, svc)
+}
+
+// replaceService stores a service with another specification, with the ports and
+// addresses that follow. The turn to edit is the caller's, v was taken in it.
+func (t *term) replaceService(ctx context.Context, v *state.Snapshot, old, svc weft.Service) (weft.Service, error) {
+	var none weft.Service
+	var err error
+	c, _ := v.Cluster()
+	if svc.Ports, err = choosePorts(v, c, &svc.Spec, &old); err != nil {
 		return none, err
 	}
-	if err := t.checkRoom(v, id, &spec, &old.Spec); err != nil {
+	if err := t.checkRoom(v, svc.ID, &svc.Spec, &old.Spec); err != nil {
 		return none, err
 	}
 	if svc.VIPs, err = t.chooseVIPs(v, &svc, old.VIPs); err != nil {
 		return none, err
 	}
 	if err := t.prop.one(ctx, []state.Change{{Service: &svc}}); err != nil {
-		t.alloc.release(t.store.View(), id, attachments(old.VIPs)...)
-		return none, fmt.Errorf("update service %s: %w", spec.Name, err)
+		t.alloc.release(t.store.View(), svc.ID, attachments(old.VIPs)...)
+		return none, fmt.Errorf("update service %s: %w", svc.Spec.Name, err)
 	}
-	t.alloc.release(t.store.View(), id, attachments(svc.VIPs)...)
-	return t.stored(id, spec.Name)
+	t.alloc.release(t.store.View(), svc.ID, attachments(svc.VIPs)...)
+	return t.stored(svc.ID, svc.Spec.Name)
+}
+
+// lockedService is a service that nobody has changed since index.
+func lockedService(v *state.Snapshot, id weft.ID, index uint64) (weft.Service, error) {
+	old, ok := v.Service(id)
+	if !ok {
+		return old, fmt.Errorf("service %s %w", id, weft.ErrNotFound)
+	}
+	if old.Meta.Index != index {
+		return old, fmt.Errorf("update service %s: it was read at %d and has changed at %d: %w", old.Spec.Name, index, old.Meta.Index, weft.ErrOutOfSequence)
+	}
+	return old, nil
 }
 
 func (t *term) removeService(ctx context.Context, id weft.ID) error {
@@ -154,9 +171,6 @@ func settleSpec(v *state.Snapshot, spec weft.ServiceSpec) (weft.ServiceSpec, err
 	if err := spec.Validate(); err != nil {
 		return spec, err
 	}
-	if spec.EndpointMode == weft.EndpointDNSRR && len(spec.Ports) > 0 {
-		return spec, fmt.Errorf("service %s: EndpointSpec.Mode: dnsrr has no address that the routing mesh could send published ports to; use vip: %w", spec.Name, weft.ErrInvalid)
-	}
 	spec.Networks = slices.Clone(spec.Networks)
 	seen := map[weft.ID]bool{}
 	for i, n := range spec.Networks {
@@ -173,7 +187,7 @@ func settleSpec(v *state.Snapshot, spec weft.ServiceSpec) (weft.ServiceSpec, err
 		seen[net.ID] = true
 		spec.Networks[i].Network = net.ID
 	}
-	return spec, nil
+	return spec, checkWayIn(v, &spec)
 }
 
 // chooseVIPs gives a service an address per network; old ones stay.

@@ -91,7 +91,7 @@ func TestServiceCalls(t *testing.T) {
 		scaled, err := m.UpdateService(ctx, web.ID, web.Meta.Index, up)
 		r.must(err)
 		if scaled.SpecVersion != 2 || scaled.Previous == nil || scaled.Previous.Replicas != 0 || !slices.Equal(scaled.VIPs, web.VIPs) ||
-			!slices.Equal(scaled.Ports, web.Ports) || scaled.Update.State != weft.UpdateNone {
+			!slices.EqualFunc(scaled.Ports, web.Ports, weft.PortSpec.Equal) || scaled.Update.State != weft.UpdateNone {
 			t.Errorf("scaled service is %+v", scaled)
 		}
 		before := r.waitRunning(web.ID, 2)
@@ -337,6 +337,12 @@ func TestTaskLogs(t *testing.T) {
 }
 
 type fakeLogs struct{ node weft.ID }
+
+func (f fakeLogs) Drain(context.Context, weft.ID, weft.ID) error { return weft.ErrUnsupported }
+
+func (f fakeLogs) Arrive(context.Context, weft.ID, weft.ID, []weft.ID) error {
+	return weft.ErrUnsupported
+}
 
 func (f fakeLogs) Logs(ctx context.Context, task weft.ID, o weft.LogOptions, to func(weft.LogRecord) error) error {
 	for i := range 3 {

@@ -2,9 +2,12 @@ package orchestrator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -69,6 +72,54 @@ func TestRestartFromDisk(t *testing.T) {
 		}
 		cancel()
 		boot = nil
+	}
+}
+
+// TestLogOfEarlierBuild: it is refused, and nothing is begun beside it.
+func TestLogOfEarlierBuild(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "raft", "log"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "raft", "log", "wal-meta.db"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := &Manager{cfg: Config{Dir: dir, Log: testLog()}}
+	_, _, err := m.openStores(t.Context())
+	wantErr(t, "log of raft-wal", err, weft.ErrUnsupported, "earlier build", "weft node rm --force")
+	if _, err := os.Stat(filepath.Join(dir, "raft", "entries")); !os.IsNotExist(err) {
+		t.Errorf("a log was begun beside it: %v", err)
+	}
+}
+
+// TestEndsWithItsLog: a manager whose log takes no more writes does not stay and
+// refuse; it ends with the disk's own word.
+func TestEndsWithItsLog(t *testing.T) {
+	failed, why := make(chan struct{}), errors.New("input/output error")
+	log := raft.NewInmemStore()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := weft.NewID()
+	m, err := New(Config{Dir: t.TempDir(), Node: id, Addr: managerAddr(1), Stream: tcpStream{l}, CA: fakeCA{}, Log: testLog(),
+		Bootstrap: &Bootstrap{Cluster: testCluster(), Node: weft.Node{ID: id}},
+		Logs:      func(context.Context, weft.Node) (wire.Agent, error) { return nil, weft.ErrUnavailable },
+		Stores:    &Stores{Log: log, Stable: log, Snapshots: raft.NewInmemSnapshotStore(), Failed: failed, Err: func() error { return why }},
+		Timing:    Timing{Heartbeat: 100 * time.Millisecond}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 60*time.Second)
+	defer stop()
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	if err := m.Await(ctx); err != nil {
+		t.Fatal(err)
+	}
+	close(failed)
+	if err := <-done; !errors.Is(err, why) || ctx.Err() != nil {
+		t.Errorf("the manager ended with %v (%v), want %v", err, ctx.Err(), why)
 	}
 }
 

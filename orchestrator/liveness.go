@@ -27,12 +27,23 @@ const looksPerLimit = 4
 // long as the join itself waits for it.
 const admitGrace = 30 * time.Second
 
+// wakeGrace is how long nodes may be silent after a manager that was started again
+// has first known a leader. All hosts may have lost their power at once: they boot,
+// probe their kernels and take up their containers at different speeds, and the
+// managers elect long before. Docker gives nodes as long after any election.
+const wakeGrace = 30 * time.Second
+
 // newLiveness gives every node of the state a grace: a new leader has heard
-// nobody yet, and agents need time to find it.
-func newLiveness(v *state.Snapshot, grace time.Duration, now time.Time) *liveness {
+// nobody yet, and agents need time to find it. woke is when a manager that was
+// started again first knew a leader; zero = it was not started again.
+func newLiveness(v *state.Snapshot, limit time.Duration, woke, now time.Time) *liveness {
 	l := &liveness{last: map[weft.ID]time.Time{}}
+	from := now.Add(limit)
+	if awake := woke.Add(wakeGrace - limit); !woke.IsZero() && awake.After(from) {
+		from = awake
+	}
 	for _, n := range v.Nodes() {
-		l.last[n.ID] = now.Add(grace)
+		l.last[n.ID] = from
 	}
 	return l
 }

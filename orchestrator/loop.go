@@ -55,7 +55,8 @@ func (t *term) runLoop(ctx context.Context) error {
 	}
 }
 
-// lookAgain wakes the loop: nodes may have dropped what rests.
+// lookAgain wakes the loop: nodes may have dropped what rests, or told of other
+// keys of gossip.
 func (t *term) lookAgain() {
 	select {
 	case t.confirmed <- struct{}{}:
@@ -100,10 +101,19 @@ func (t *term) round(ctx context.Context, sub *state.Subscription, k *tracker, r
 		return earlier(again, look), err
 	}
 	again = earlier(again, earlier(look, rotate))
+	if rotate, err = t.rotateGossip(ctx, v, now); err != nil {
+		return again, err
+	}
+	again = earlier(again, rotate)
 	p := &pass{term: t, view: v, k: k, now: now, changes: map[weft.ID][]state.Change{}, full: map[weft.ID]error{}}
 	k.due(now)
-	p.run()
-	err = p.commit(ctx)
+	err = p.run(ctx)
+	if err == nil {
+		err = p.commit(ctx)
+	}
+	if p.settled != nil {
+		p.settled()
+	}
 	return earlier(again, k.due(now)), err
 }
 

@@ -25,11 +25,15 @@ type Manager struct {
 	store *state.Store
 	fsm   *fsm
 
-	// mu guards: raft, peers, term, changed.
+	// mu guards: raft, peers, term, again, woke, changed.
 	mu    sync.Mutex
 	raft  *raft.Raft // nil before Run
 	peers *watched
 	term  *term // nil while not leading, or not ready to
+	// again says that Run found a log of an earlier run; woke is when it first
+	// knew a leader after that, itself or another.
+	again bool
+	woke  time.Time
 	// changed is closed and replaced when term or raft changes.
 	changed chan struct{}
 }
@@ -62,8 +66,14 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, closeTransport()) }()
 
 	rc := m.raftConfig(ctx)
-	if err := m.bootstrapRaft(rc, stores, tr); err != nil {
-		return err
+	again, err := raft.HasExistingState(stores.Log, stores.Stable, stores.Snapshots)
+	if err != nil {
+		return fmt.Errorf("look for state of raft: %w", err)
+	}
+	if !again {
+		if err := m.bootstrapRaft(rc, stores, tr); err != nil {
+			return err
+		}
 	}
 	r, err := raft.NewRaft(rc, m.fsm, stores.Log, stores.Stable, stores.Snapshots, tr)
 	if err != nil {
@@ -74,7 +84,7 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 			err = errors.Join(err, fmt.Errorf("stop raft: %w", serr))
 		}
 	}()
-	m.set(func() { m.raft, m.peers = r, tr })
+	m.set(func() { m.raft, m.peers, m.again = r, tr, again })
 	defer m.set(func() { m.raft = nil })
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -84,7 +94,15 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 			return nil
 		case err := <-m.fsm.fatal:
 			return err
+		case <-stores.Failed:
+			return stores.Err() // whoever runs the manager opens the log again
 		}
+	})
+	g.Go(func() error {
+		if m.Await(ctx) == nil {
+			m.wokeBy(time.Now())
+		}
+		return nil
 	})
 	g.Go(func() error {
 		m.followLeadership(ctx, r)
@@ -120,19 +138,13 @@ func (m *Manager) openTransport(ctx context.Context) (*watched, func() error) {
 	return watch(t), t.Close
 }
 
-// bootstrapRaft writes the first configuration of a new group.
+// bootstrapRaft writes the first configuration of a new group, if this manager
+// begins one.
 func (m *Manager) bootstrapRaft(rc *raft.Config, s *Stores, tr raft.Transport) error {
 	if m.cfg.Bootstrap == nil {
 		return nil
 	}
-	exists, err := raft.HasExistingState(s.Log, s.Stable, s.Snapshots)
-	if err != nil {
-		return fmt.Errorf("look for state of raft: %w", err)
-	}
-	if exists {
-		return nil
-	}
-	err = raft.BootstrapCluster(rc, s.Log, s.Stable, s.Snapshots, tr, raft.Configuration{Servers: []raft.Server{{
+	err := raft.BootstrapCluster(rc, s.Log, s.Stable, s.Snapshots, tr, raft.Configuration{Servers: []raft.Server{{
 		ID: rc.LocalID, Address: raft.ServerAddress(m.cfg.Addr.String()),
 	}}})
 	if err != nil {
@@ -246,6 +258,17 @@ func (m *Manager) Await(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// wokeBy notes that a leader is known now, and returns when one first was; zero
+// for a manager that was not started again.
+func (m *Manager) wokeBy(now time.Time) time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.again && m.woke.IsZero() {
+		m.woke = now
+	}
+	return m.woke
 }
 
 // votePoll is how often AwaitVote looks: Raft tells of its own changes of

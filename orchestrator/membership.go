@@ -131,9 +131,11 @@ func checkAddr(v *state.Snapshot, adv netip.AddrPort) error {
 		}
 		return fmt.Errorf("AdvertiseAddr: %s is the address of node %s (%s), %s; %s: %w", adv.Addr(), nodeName(*o), o.ID.Short(), what, advice, weft.ErrConflict)
 	}
+	own := weft.PortSpec{Protocol: weft.TCP, Published: adv.Port()}
 	for _, s := range v.Services() {
 		for _, p := range s.Ports {
-			if p.Protocol == weft.TCP && p.Published == adv.Port() {
+			// A port in mode host keeps off a node that needs it for itself.
+			if p.Mode == weft.PublishIngress && p.Clashes(&own) {
 				return fmt.Errorf("ListenAddr: every node answers for service %s on port %d: choose another with '--listen-addr': %w", s.Spec.Name, adv.Port(), weft.ErrConflict)
 			}
 		}

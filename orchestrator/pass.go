@@ -26,17 +26,23 @@ type pass struct {
 	changes map[weft.ID][]state.Change // by service
 	// full networks: what one task did not get, the next need not ask for.
 	full map[weft.ID]error
+	// settled gives the turn to edit back, which a pass takes that chooses
+	// ports; nil = none was taken.
+	settled func()
 }
 
-func (p *pass) run() {
+func (p *pass) run(ctx context.Context) error {
 	c, _ := p.view.Cluster()
 	nodes := p.view.Nodes()
 	for _, id := range sortedIDs(p.k.dirty) {
-		p.service(id, nodes, c.Spec.TaskHistory)
+		if err := p.service(ctx, id, nodes, c.Spec.TaskHistory); err != nil {
+			return err
+		}
 	}
 	if p.k.place || len(p.created) > 0 {
-		p.place()
+		return p.place(ctx)
 	}
+	return nil
 }
 
 func (p *pass) add(service weft.ID, c state.Change) {
@@ -44,13 +50,13 @@ func (p *pass) add(service weft.ID, c state.Change) {
 }
 
 // service reconciles one service and gives its new tasks ids and addresses.
-func (p *pass) service(id weft.ID, nodes []weft.Node, history int) {
+func (p *pass) service(ctx context.Context, id weft.ID, nodes []weft.Node, history int) error {
 	svc, ok := p.view.Service(id)
 	tasks := p.view.TasksOfService(id)
 	if !ok && len(tasks) == 0 {
 		delete(p.k.dirty, id)
 		delete(p.k.timers, id)
-		return
+		return nil
 	}
 	specs := map[uint64]*weft.ServiceSpec{}
 	for _, s := range p.view.Specs(id) {
@@ -62,6 +68,9 @@ func (p *pass) service(id weft.ID, nodes []weft.Node, history int) {
 	out := reconcile.Reconcile(reconcile.Input{
 		Service: svc, Removed: !ok, Tasks: tasks, Specs: specs, Nodes: nodes, Now: p.now, History: history,
 	})
+	if out.Rollback != "" {
+		return p.rollback(ctx, svc, out.Rollback)
+	}
 	for _, d := range out.Desired {
 		p.add(id, state.Change{TaskDesired: &state.TaskDesired{Task: d.Task, Desired: d.State}})
 	}
@@ -78,6 +87,7 @@ func (p *pass) service(id weft.ID, nodes []weft.Node, history int) {
 	if !out.Again.IsZero() {
 		p.k.timers[id] = out.Again
 	}
+	return nil
 }
 
 func (p *pass) create(svc weft.Service, t *weft.Task) {
@@ -114,8 +124,9 @@ func (p *pass) attach(task weft.ID, svc weft.Service) ([]weft.Attachment, error)
 	return at, err
 }
 
-// place looks for a node for every task that waits for one.
-func (p *pass) place() {
+// place looks for a node for every task that waits for one. It fails only when ctx
+// ends.
+func (p *pass) place(ctx context.Context) error {
 	p.k.placeAt = time.Time{}
 	byID := map[weft.ID]*weft.Task{}
 	fresh := map[weft.ID]bool{}
@@ -156,14 +167,31 @@ func (p *pass) place() {
 	for _, k := range order {
 		in.Groups = append(in.Groups, *groups[k])
 	}
-	for _, d := range schedule.Schedule(in) {
+	decisions := schedule.Schedule(in)
+	ports := newPortChooser(p, in.Nodes)
+	for _, d := range decisions {
 		if t := byID[d.Task]; t != nil {
-			p.decide(t, d, fresh[t.ID])
+			ports.want(t, d.Node)
 		}
+	}
+	if err := ports.choose(ctx); err != nil {
+		return err
+	}
+	for _, d := range decisions {
+		t := byID[d.Task]
+		if t == nil {
+			continue
+		}
+		d = ports.settle(d)
+		if d.Node == "" && ports.asks(t) {
+			p.k.placeAt = earlier(p.k.placeAt, p.now.Add(portRetry))
+		}
+		p.decide(t, d, fresh[t.ID], ports.of[t.ID])
 	}
 	for _, t := range p.created {
 		p.add(t.Service, state.Change{Task: t})
 	}
+	return nil
 }
 
 // attachLate tries again for a task that found a network full. It reports
@@ -190,14 +218,14 @@ func (p *pass) attachLate(t *weft.Task) bool {
 	return true
 }
 
-func (p *pass) decide(t *weft.Task, d schedule.Decision, fresh bool) {
+func (p *pass) decide(t *weft.Task, d schedule.Decision, fresh bool, ports []weft.PortSpec) {
 	now := p.now.UTC().Round(0)
 	switch {
 	case d.Node != "" && fresh:
-		t.Node = d.Node
+		t.Node, t.Ports = d.Node, ports
 		t.Status = weft.TaskStatus{State: weft.TaskAssigned, At: now, Message: "scheduler assigned task to node"}
 	case d.Node != "":
-		p.add(t.Service, state.Change{TaskAssign: &state.TaskAssign{Task: t.ID, Node: d.Node}})
+		p.add(t.Service, state.Change{TaskAssign: &state.TaskAssign{Task: t.ID, Node: d.Node, Ports: ports}})
 	case fresh:
 		t.Status.Err = d.Reason
 	case t.Status.Err != d.Reason:

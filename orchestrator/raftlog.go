@@ -10,7 +10,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// raftLogger hands the lines of hashicorp/raft and raft-wal to slog. Raft's
+// raftLogger hands the lines of hashicorp/raft to slog. Raft's
 // info is our debug: elections are logged by the manager itself, in its words.
 type raftLogger struct {
 	// ctx is the manager's: hclog has none to pass, slog reads only values.

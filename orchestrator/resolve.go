@@ -46,10 +46,10 @@ func only[T any](kind, ref string, byPrefix func(string) []T) (T, error) {
 }
 
 // serviceNetworks are the networks that the tasks of a service are on, in the
-// order of Service.VIPs: the ingress network first when ports are published.
+// order of Service.VIPs: the ingress network first when it answers on ports.
 func serviceNetworks(v *state.Snapshot, spec *weft.ServiceSpec) ([]weft.Network, error) {
 	var out []weft.Network
-	if len(spec.Ports) > 0 {
+	if spec.HasIngressPorts() {
 		n, ok := v.Ingress()
 		if !ok {
 			return nil, fmt.Errorf("the ingress network %w", weft.ErrNotFound)

@@ -272,6 +272,18 @@ func TestNumbersOfARemovedNetworkRest(t *testing.T) {
 		old, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "old"})
 		r.must(err)
 		a.freeze(true)
+		// A node that has carried out all that it was told of has nothing of a
+		// network that it was told nothing of. This one has not.
+		_, err = r.leader().CreateService(r.ctx, webSpec("busy", 1))
+		r.must(err)
+		r.eventually(5*time.Second, "the node is told of more than it carries out", func() error {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			if a.newest == a.index {
+				return errors.New("it is not")
+			}
+			return nil
+		})
 		r.must(r.leader().RemoveNetwork(r.ctx, old.ID))
 		r.stop(r.leader())
 		next, err := r.leader().CreateNetwork(r.ctx, weft.NetworkSpec{Name: "next"})

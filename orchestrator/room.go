@@ -48,7 +48,7 @@ func wanted(v *state.Snapshot, spec *weft.ServiceSpec, network weft.ID) int {
 		on = on || n.Network == network
 	}
 	if in, ok := v.Ingress(); ok && in.ID == network {
-		on = len(spec.Ports) > 0
+		on = spec.HasIngressPorts()
 	}
 	if !on {
 		return 0

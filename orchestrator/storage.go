@@ -5,20 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/hashicorp/raft"
-	wal "github.com/hashicorp/raft-wal"
-	"github.com/hashicorp/raft-wal/metadb"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/orchestrator/logstore"
 )
 
 const (
-	// segmentBytes of the log are allocated ahead on disk. raft-wal's 64 MiB
-	// would be most of a small manager's disk use; a segment this size
-	// still holds ten thousands of entries.
-	segmentBytes = 8 << 20
-	// logCache keeps the newest entries in memory for followers that are a
+	// logCacheEntries are the newest entries in memory for followers that are a
 	// little behind.
 	logCacheEntries = 512
 	// keptSnapshots: the newest and, should its file be damaged, the one before.
@@ -32,39 +30,34 @@ func (m *Manager) openStores(ctx context.Context) (*Stores, io.Closer, error) {
 		return m.cfg.Stores, io.NopCloser(nil), nil
 	}
 	dir := filepath.Join(m.cfg.Dir, "raft")
-	logs := filepath.Join(dir, "log")
-	if err := os.MkdirAll(logs, 0o700); err != nil {
-		return nil, nil, fmt.Errorf("create folder of the raft log: %w", err)
+	if err := refuseOldLog(dir); err != nil {
+		return nil, nil, err
 	}
-	meta := &metadb.BoltMetaDB{}
-	w, err := wal.Open(logs, wal.WithMetaStore(meta), wal.WithSegmentSize(segmentBytes), wal.WithLogger(newRaftLogger(ctx, m.cfg.Log, "raft-wal")))
+	s, err := logstore.Open(ctx, logstore.Config{Dir: filepath.Join(dir, "entries"), Log: m.cfg.Log})
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("open raft log in %s: %w", logs, err), meta.Close())
+		return nil, nil, fmt.Errorf("open raft log: %w", err)
 	}
-	closer := logCloser{w, meta}
-	cache, err := raft.NewLogCache(logCacheEntries, w)
+	cache, err := raft.NewLogCache(logCacheEntries, s)
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("make cache of the raft log: %w", err), closer.Close())
+		return nil, nil, errors.Join(fmt.Errorf("make cache of the raft log: %w", err), s.Close())
 	}
 	snaps, err := raft.NewFileSnapshotStoreWithLogger(dir, keptSnapshots, newRaftLogger(ctx, m.cfg.Log, "raft-snapshot"))
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("open raft snapshots in %s: %w", dir, err), closer.Close())
+		return nil, nil, errors.Join(fmt.Errorf("open raft snapshots in %s: %w", dir, err), s.Close())
 	}
-	return &Stores{Log: cache, Stable: w, Snapshots: snaps}, closer, nil
+	return &Stores{Log: cache, Stable: s, Snapshots: snaps, Failed: s.Failed(), Err: s.Err}, s, nil
 }
 
-// logCloser closes the log and then its meta database, which raft-wal 0.4.0
-// leaves open and locked: a manager that starts again in the same process, after
-// leaving and joining, would wait for that lock for ever.
-type logCloser struct {
-	log  *wal.WAL
-	meta *metadb.BoltMetaDB
-}
-
-// Close implements io.Closer.
-func (c logCloser) Close() error {
-	if err := errors.Join(c.log.Close(), c.meta.Close()); err != nil {
-		return fmt.Errorf("close raft log: %w", err)
+// refuseOldLog: builds before this one kept the log in another format. To begin
+// an empty one beside it would forget what this manager has promised.
+func refuseOldLog(dir string) error {
+	old := filepath.Join(dir, "log")
+	switch _, err := os.Stat(filepath.Join(old, "wal-meta.db")); {
+	case err == nil:
+		return fmt.Errorf("%w: the raft log in %s is of an earlier build, which this one does not read; nothing was changed: go back to that build, or take this manager "+
+			"out of the cluster ('weft swarm leave --force' here, then 'weft node rm --force' on another manager) and let it join again", weft.ErrUnsupported, old)
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("look for a raft log of an earlier build: %w", err)
 	}
 	return nil
 }

@@ -39,7 +39,11 @@ type term struct {
 	alloc    *allocator
 	live     *liveness
 	dispatch *dispatch.Dispatcher
-	// confirmed has a token when nodes may have dropped what rests.
+	// gossipSettled is when all nodes were first seen to send by the newest
+	// gossip key; zero while they do not. The loop's own.
+	gossipSettled time.Time
+	// confirmed has a token when nodes may have dropped what rests, or have
+	// told of other keys of gossip.
 	confirmed chan struct{}
 	// editing holds one token while nobody edits services or networks or is
 	// admitted: each is checked against all others, so they go one at a time.
@@ -81,7 +85,7 @@ func (t *term) prepare(ctx context.Context) error {
 	v := t.store.View()
 	c, _ := v.Cluster()
 	t.alloc = newAllocator(v)
-	t.live = newLiveness(v, c.Spec.NodeDownAfter, time.Now())
+	t.live = newLiveness(v, c.Spec.NodeDownAfter, t.m.wokeBy(time.Now()), time.Now())
 	t.dispatch = dispatch.New(dispatch.Config{
 		Store: t.store, Propose: t.prop.one, Seen: t.live.seen, Confirmed: t.lookAgain, Log: t.log,
 	})

@@ -32,12 +32,15 @@ type tracked struct {
 	service, node weft.ID
 	res           weft.Resources
 	counts        bool // wanted to run: counts for the spread
+	ports         []weft.PortSpec
 }
 
 type nodeUsage struct {
 	tasks     int
 	byService map[weft.ID]int
 	reserved  weft.Resources
+	// ports in mode host, by task.
+	ports map[weft.ID]tracked
 }
 
 func newTracker() *tracker {
@@ -93,6 +96,7 @@ func (k *tracker) update(c *state.Changed, v *state.Snapshot, gone func(weft.ID)
 func (k *tracker) task(v *state.Snapshot, id weft.ID, t *weft.Task, gone func(weft.ID)) {
 	if old, ok := k.tasks[id]; ok {
 		k.add(old, -1)
+		delete(k.usage[old.node].ports, id)
 		delete(k.tasks, id)
 	}
 	delete(k.pending, id)
@@ -108,18 +112,21 @@ func (k *tracker) task(v *state.Snapshot, id weft.ID, t *weft.Task, gone func(we
 	if t.Node == "" || t.Status.State < weft.TaskAssigned {
 		return
 	}
-	n := tracked{service: t.Service, node: t.Node, counts: t.Desired <= weft.TaskRunning}
+	n := tracked{service: t.Service, node: t.Node, counts: t.Desired <= weft.TaskRunning, ports: t.Ports}
 	if s, ok := v.Spec(t.Service, t.SpecVersion); ok {
 		n.res = s.Spec.Reservations
 	}
 	k.tasks[id] = n
 	k.add(n, 1)
+	if len(n.ports) > 0 {
+		k.usage[n.node].ports[id] = n
+	}
 }
 
 func (k *tracker) add(t tracked, n int) {
 	u := k.usage[t.node]
 	if u == nil {
-		u = &nodeUsage{byService: map[weft.ID]int{}}
+		u = &nodeUsage{byService: map[weft.ID]int{}, ports: map[weft.ID]tracked{}}
 		k.usage[t.node] = u
 	}
 	u.reserved.NanoCPUs += int64(n) * t.res.NanoCPUs
@@ -141,6 +148,23 @@ func (k *tracker) nodes(v *state.Snapshot) []schedule.NodeInfo {
 		out[i] = schedule.NodeInfo{Node: n, ByService: map[weft.ID]int{}}
 		if u := k.usage[n.ID]; u != nil {
 			out[i].Tasks, out[i].ByService, out[i].Reserved = u.tasks, maps.Clone(u.byService), u.reserved
+			out[i].Ports = u.held(v)
+		}
+	}
+	return out
+}
+
+// held are the ports in mode host of a node's tasks, in the order of tasks.
+func (u *nodeUsage) held(v *state.Snapshot) []weft.HeldPort {
+	var out []weft.HeldPort
+	for _, id := range sortedIDs(u.ports) {
+		t := u.ports[id]
+		by := "a task of a removed service"
+		if s, ok := v.Service(t.service); ok {
+			by = "service " + s.Spec.Name
+		}
+		for _, p := range t.ports {
+			out = append(out, weft.HeldPort{Port: p, By: by})
 		}
 	}
 	return out

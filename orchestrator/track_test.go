@@ -35,6 +35,8 @@ func TestTrackerEqualsRecount(t *testing.T) {
 			return rapid.SampledFrom([]weft.ID{weft.ID(kind + "1"), weft.ID(kind + "2"), weft.ID(kind + "3")})
 		}
 		states := rapid.SampledFrom([]weft.TaskState{weft.TaskPending, weft.TaskAssigned, weft.TaskRunning, weft.TaskFailed})
+		ports := rapid.SampledFrom([][]weft.PortSpec{nil, {{Protocol: weft.TCP, Target: 80, Published: 8080, Mode: weft.PublishHost}},
+			{{Protocol: weft.TCP, Target: 80, Published: 8081}, {Protocol: weft.UDP, Target: 80, Published: 8080}}})
 		k := newTracker()
 		for range 30 {
 			for range rapid.IntRange(1, 3).Draw(t, "changes") {
@@ -49,6 +51,7 @@ func TestTrackerEqualsRecount(t *testing.T) {
 					n := weft.Task{ID: ids("t").Draw(t, "task"), Service: ids("s").Draw(t, "service"), SpecVersion: 1, Desired: weft.TaskRunning}
 					if n.Status.State = states.Draw(t, "state"); n.Status.State > weft.TaskPending {
 						n.Node = ids("n").Draw(t, "node")
+						n.Ports = ports.Draw(t, "ports")
 					}
 					apply(state.Change{Task: &n})
 				case 3:
@@ -56,7 +59,7 @@ func TestTrackerEqualsRecount(t *testing.T) {
 				case 4:
 					apply(state.Change{TaskDesired: &state.TaskDesired{Task: ids("t").Draw(t, "task"), Desired: weft.TaskShutdown}})
 				case 5:
-					apply(state.Change{TaskAssign: &state.TaskAssign{Task: ids("t").Draw(t, "task"), Node: ids("n").Draw(t, "node")}})
+					apply(state.Change{TaskAssign: &state.TaskAssign{Task: ids("t").Draw(t, "task"), Node: ids("n").Draw(t, "node"), Ports: ports.Draw(t, "ports")}})
 				default:
 					kind := rapid.SampledFrom([]state.Kind{state.KindNode, state.KindTask, state.KindService}).Draw(t, "delete")
 					apply(state.Change{Delete: &state.Ref{Kind: kind, ID: ids(string(kind[:1])).Draw(t, "id")}})

@@ -40,9 +40,9 @@ type Audit struct {
 	// unsure are objects on which a change has failed: what they are now is
 	// our own doing.
 	unsure map[object]bool
-	// isWhole: the last Apply made all that was wanted. keepsWays: its Read had
-	// the MTU of ways.
-	isWhole, keepsWays bool
+	// isWhole: the last Apply made all that was wanted. noWays: the last Read of
+	// anything had no MTU of ways. Before one it may have.
+	isWhole, noWays bool
 }
 
 // Apply carries out one Apply of an engine: it plans what makes have into want,
@@ -83,9 +83,12 @@ func (a *Audit) Apply(ctx context.Context, have, want State, do func(Op) error) 
 	}
 	a.left, a.unsure = &sane, unsure
 	err = errors.Join(errs...)
-	a.isWhole, a.keepsWays = err == nil, false
-	for _, n := range have.Networks {
-		a.keepsWays = a.keepsWays || n.Ways
+	a.isWhole = err == nil
+	if len(have.Networks) > 0 {
+		a.noWays = true
+		for _, n := range have.Networks {
+			a.noWays = a.noWays && !n.Ways
+		}
 	}
 	return done, err
 }
@@ -99,7 +102,7 @@ func (a *Audit) Delta(want State) (ops []Op, was State, ok bool) {
 		return nil, State{}, false
 	}
 	left := *a.left
-	if a.keepsWays {
+	if !a.noWays {
 		left.Networks = maps.Clone(left.Networks)
 		for vni, n := range left.Networks {
 			n.Ways = true
@@ -346,7 +349,8 @@ func (v *view) findFDB(op Op) (fault, reason string) {
 	had, inHad := v.hadTables.FDB[mac]
 	left, inLeft := v.leftTables.FDB[mac]
 	hadMTU, leftMTU := v.hadTables.MTU[mac], v.leftTables.MTU[mac]
-	isNarrow := v.had.Ways && inHad && inLeft && hadMTU != leftMTU
+	// A way is narrow beside the network's MTU: where that was wrong it is on its account.
+	isNarrow := v.had.Ways && inHad && inLeft && hadMTU != leftMTU && v.had.MTU == v.left.MTU
 	isHalf := inHad && had == half
 	switch {
 	case inHad == inLeft && had == left && !isNarrow, inLeft && op.Kind == OpDelFDB:

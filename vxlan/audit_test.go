@@ -70,6 +70,7 @@ func expected(left, had, want vxlan.State) map[string]int {
 				out[name]++
 			}
 		case anew || !inLeft || !inWant:
+		case strings.HasPrefix(name, "fdb") && hn.MTU != ln.MTU && inL && inH && wayOf(lv) == wayOf(hv): // went with the network's MTU
 		case strings.HasPrefix(name, "fdb") && lost && !inH:
 		case strings.HasPrefix(name, "fdb") && lost && !inW: // strays went with it
 		case strings.HasPrefix(name, "settings"):
@@ -82,6 +83,9 @@ func expected(left, had, want vxlan.State) map[string]int {
 	}
 	return out
 }
+
+// wayOf is a forwarding entry of things without its MTU.
+func wayOf(entry string) string { return entry[:strings.LastIndex(entry, " ")] }
 
 func union(ms ...map[string]string) map[string]string {
 	out := map[string]string{}
@@ -98,8 +102,12 @@ func vniOf(name string) (vni uint32) {
 	return vni
 }
 
-// damage draws something that somebody else does to the kernel.
+// damage does something drawn to the kernel that somebody else might do.
 func damage(t *rapid.T, k *vxlantest.Kernel) {
+	_ = k.Behind(drawDamage(t, k)) // of what is not there: no damage
+}
+
+func drawDamage(t *rapid.T, k *vxlantest.Kernel) vxlan.Op {
 	vni := uint32(rapid.IntRange(4097, 4099).Draw(t, "damaged network"))
 	a := netip.AddrFrom4([4]byte{10, 0, 0, byte(rapid.IntRange(1, 7).Draw(t, "damaged address"))})
 	task := weft.ID(fmt.Sprintf("task%d", rapid.IntRange(0, 1).Draw(t, "damaged generation")*100+int(a.As4()[3])))
@@ -124,7 +132,7 @@ func damage(t *rapid.T, k *vxlantest.Kernel) {
 	case vxlan.OpAddNetwork:
 		op.Network = &vxlan.Network{ID: "stranger", VNI: vni, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
 	}
-	_ = k.Behind(op) // of what is not there: no damage
+	return op
 }
 
 func counted(rs []weft.Repair) map[string]int {
@@ -319,5 +327,34 @@ func TestSharedDeviceIsOneObject(t *testing.T) {
 		if err != nil || fmt.Sprint(got) != c.want {
 			t.Errorf("got %v, %v; want %s", got, err, c.want)
 		}
+	}
+}
+
+// TestLostMTUIsOneRepair: how narrow ways are cannot be read beside a wrong MTU of
+// their network, and does not count besides it.
+func TestLostMTUIsOneRepair(t *testing.T) {
+	ctx := context.Background()
+	var k vxlantest.Kernel
+	var got []string
+	k.Repaired = func(r weft.Repair) { got = append(got, r.Kind) }
+	n := vxlan.Network{ID: "n", VNI: 4097, MTU: 1450, VTEP: netip.MustParseAddr("10.99.0.1"), Port: 4789}
+	for i := range byte(3) {
+		a := netip.AddrFrom4([4]byte{10, 0, 0, 1 + i})
+		n.Peers = append(n.Peers, vxlan.Peer{Addr: a, MAC: weft.EndpointMAC("x", a), VTEP: netip.MustParseAddr("10.99.0.3"), MTU: 1300})
+	}
+	want := vxlan.State{Networks: map[uint32]vxlan.Network{4097: n}}
+	for range 2 {
+		if err := k.Apply(ctx, want); err != nil {
+			t.Fatal(err)
+		}
+		if err := k.Behind(vxlan.Op{Kind: vxlan.OpSetNetwork, VNI: 4097, Network: &vxlan.Network{}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := k.Apply(ctx, want); err != nil || !slices.Equal(got, []string{"network wrong", "network wrong"}) {
+		t.Errorf("counted %v (%v), want one for each damage", got, err)
+	}
+	if had, _ := k.Read(ctx); len(vxlan.Diff(had, want)) != 0 {
+		t.Errorf("still to do: %v", vxlan.Diff(had, want))
 	}
 }

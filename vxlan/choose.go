@@ -46,12 +46,15 @@ const (
 )
 
 // Choose returns the best legal pair of candidates that work and that the
-// forced names allow, and the reason for or against every candidate. A forced
-// name that this build lacks or whose probe failed, a pair that does not go
-// together, and a host on which nothing works are errors that name the flag or
-// the probe and say what to do; the reasons are given then, too.
-func Choose(overlay, service []Candidate, forced Pair) (Pair, []weft.EngineChoice, error) {
-	c := choice{overlay: overlay, service: service, forced: forced}
+// forced names allow, and the reason for or against every candidate. held is the
+// pair that running tasks of this node are on, zero without any: their ports
+// belong to that engine, so it stays until they have gone. A forced name that
+// this build lacks, whose probe failed or that is not what is held, a pair that
+// does not go together, a held one that does not work any more and a host on
+// which nothing works are errors that name the flag or the probe and say what to
+// do; the reasons are given then, too.
+func Choose(overlay, service []Candidate, forced, held Pair) (Pair, []weft.EngineChoice, error) {
+	c := choice{overlay: overlay, service: service, forced: forced, held: held}
 	err := c.checkForced()
 	if err == nil {
 		err = c.choose()
@@ -61,15 +64,18 @@ func Choose(overlay, service []Candidate, forced Pair) (Pair, []weft.EngineChoic
 
 // choice carries the arguments and the result through one Choose.
 type choice struct {
-	overlay, service []Candidate
-	forced, pair     Pair
+	overlay, service   []Candidate
+	forced, held, pair Pair
 }
 
 func (c *choice) checkForced() error {
 	for _, f := range []struct {
-		flag, name string
-		all        []Candidate
-	}{{"--overlay-engine", c.forced.Overlay, c.overlay}, {"--service-engine", c.forced.Service, c.service}} {
+		flag, name, kind, held string
+		all                    []Candidate
+	}{
+		{"--overlay-engine", c.forced.Overlay, kindOverlay, c.held.Overlay, c.overlay},
+		{"--service-engine", c.forced.Service, kindService, c.held.Service, c.service},
+	} {
 		if f.name == "" {
 			continue
 		}
@@ -77,6 +83,10 @@ func (c *choice) checkForced() error {
 		if !ok {
 			return fmt.Errorf("%s %s: this build has %s; name one of them, or leave the flag out to let the host decide: %w",
 				f.flag, f.name, strings.Join(names(f.all), ", "), weft.ErrUnsupported)
+		}
+		if f.held != "" && f.held != f.name {
+			return fmt.Errorf("%s %s: tasks that run on this node are on %s engine %s: leave the flag out, or %s: %w",
+				f.flag, f.name, f.kind, f.held, howToChange, weft.ErrConflict)
 		}
 		if e.Err != nil {
 			return fmt.Errorf("%s %s: its probe failed on this host: %w; give the host what it lacks, or leave the flag out to let the host decide", f.flag, f.name, e.Err)
@@ -89,7 +99,10 @@ func (c *choice) checkForced() error {
 	return nil
 }
 
-// choose takes the first pair that works.
+// howToChange is the way to other engines.
+const howToChange = "drain the node (docker node update --availability drain), and start its daemon again when its tasks have gone"
+
+// choose takes the first pair that works, or the one that is held.
 func (c *choice) choose() error {
 	for _, p := range pairs {
 		if c.allowed(p) && works(c.overlay, p.Overlay) && works(c.service, p.Service) {
@@ -110,6 +123,8 @@ func (c *choice) choose() error {
 	}
 	what := "no overlay engine works together with a service engine on this host"
 	switch {
+	case c.held != Pair{}:
+		what = fmt.Sprintf("tasks that run on this node are on overlay engine %s with service engine %s, which do not work together now: run a build and a kernel that can, or reboot the host", c.held.Overlay, c.held.Service)
 	case c.forced.Overlay != "":
 		what = fmt.Sprintf("--overlay-engine %s: no service engine that runs on it works on this host", c.forced.Overlay)
 	case c.forced.Service != "":
@@ -119,7 +134,7 @@ func (c *choice) choose() error {
 }
 
 func (c *choice) allowed(p Pair) bool {
-	return (c.forced.Overlay == "" || c.forced.Overlay == p.Overlay) && (c.forced.Service == "" || c.forced.Service == p.Service)
+	return (c.held == Pair{} || c.held == p) && (c.forced.Overlay == "" || c.forced.Overlay == p.Overlay) && (c.forced.Service == "" || c.forced.Service == p.Service)
 }
 
 // reasons are the verdicts, overlay engines first, in the candidates' order.
@@ -127,7 +142,7 @@ func (c *choice) reasons() []weft.EngineChoice {
 	var out []weft.EngineChoice
 	for _, e := range c.overlay {
 		r := weft.EngineChoice{Kind: kindOverlay, Engine: e.Name, Chosen: e.Name == c.pair.Overlay}
-		r.Reason = c.reason(e, c.pair.Overlay, c.forced.Overlay, "--overlay-engine")
+		r.Reason = c.reason(e, c.pair.Overlay, c.forced.Overlay, c.held.Overlay, "--overlay-engine")
 		if r.Reason == "" {
 			r.Reason = c.overlayReason(e)
 		}
@@ -135,7 +150,7 @@ func (c *choice) reasons() []weft.EngineChoice {
 	}
 	for _, e := range c.service {
 		r := weft.EngineChoice{Kind: kindService, Engine: e.Name, Chosen: e.Name == c.pair.Service}
-		r.Reason = c.reason(e, c.pair.Service, c.forced.Service, "--service-engine")
+		r.Reason = c.reason(e, c.pair.Service, c.forced.Service, c.held.Service, "--service-engine")
 		if r.Reason == "" {
 			r.Reason = "it does not run on the overlay engine " + c.pair.Overlay
 			if slices.Contains(pairs[:], Pair{c.pair.Overlay, e.Name}) {
@@ -148,7 +163,7 @@ func (c *choice) reasons() []weft.EngineChoice {
 }
 
 // reason is what both kinds have in common; "" = none of it.
-func (c *choice) reason(e Candidate, chosen, forced, flag string) string {
+func (c *choice) reason(e Candidate, chosen, forced, held, flag string) string {
 	note := ""
 	if e.Note != "" {
 		note = "; " + e.Note
@@ -158,10 +173,14 @@ func (c *choice) reason(e Candidate, chosen, forced, flag string) string {
 		return fmt.Sprintf("its probe failed: %v", e.Err)
 	case e.Name == chosen && forced != "":
 		return flag + " asks for it, and its probe succeeded" + note
+	case e.Name == chosen && held != "":
+		return "its probe succeeded, and tasks that run on this node are on it" + note
 	case e.Name == chosen:
 		return "its probe succeeded, and it is the best that does" + note
 	case forced != "":
 		return fmt.Sprintf("%s asks for %s", flag, forced)
+	case held != "" && held != e.Name:
+		return fmt.Sprintf("it works, but tasks that run on this node are on %s: to change, %s", held, howToChange)
 	case chosen == "":
 		return "it works, and nothing that goes with it does"
 	}

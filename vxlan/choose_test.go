@@ -41,44 +41,49 @@ func works(all []vxlan.Candidate, name string) bool {
 	return false
 }
 
-// Every build, host and pair of flags there can be: 16 x 64 x 20 cases.
+// Every build, host, pair of flags and pair that tasks are on: 16 x 64 x 20 x 4 cases.
 func TestChooseTakesTheBestThatWorks(t *testing.T) {
 	cases := 0
 	each([]string{"ebpf", "bridge"}, func(overlay []vxlan.Candidate) {
 		each([]string{"ebpf", "ipvs", "nft"}, func(service []vxlan.Candidate) {
 			for _, fo := range []string{"", "ebpf", "bridge", "carrier-pigeon"} {
 				for _, fs := range []string{"", "ebpf", "ipvs", "nft", "carrier-pigeon"} {
-					cases++
-					check(t, overlay, service, vxlan.Pair{Overlay: fo, Service: fs})
+					for _, held := range append([]vxlan.Pair{{}}, legalPairs...) {
+						cases++
+						check(t, overlay, service, vxlan.Pair{Overlay: fo, Service: fs}, held)
+					}
 				}
 			}
 		})
 	})
-	if cases < 10000 {
+	if cases < 80000 {
 		t.Errorf("only %d cases", cases)
 	}
 }
 
-func check(t *testing.T, overlay, service []vxlan.Candidate, forced vxlan.Pair) {
+func check(t *testing.T, overlay, service []vxlan.Candidate, forced, held vxlan.Pair) {
 	t.Helper()
 	var want vxlan.Pair
 	for _, p := range legalPairs {
-		if (forced.Overlay == "" || forced.Overlay == p.Overlay) && (forced.Service == "" || forced.Service == p.Service) &&
+		if (held == vxlan.Pair{} || held == p) && (forced.Overlay == "" || forced.Overlay == p.Overlay) && (forced.Service == "" || forced.Service == p.Service) &&
 			works(overlay, p.Overlay) && works(service, p.Service) {
 			want = p
 			break
 		}
 	}
-	what := fmt.Sprintf("overlay %v, service %v, forced %+v", overlay, service, forced)
-	got, reasons, err := vxlan.Choose(overlay, service, forced)
+	what := fmt.Sprintf("overlay %v, service %v, forced %+v, held %+v", overlay, service, forced, held)
+	got, reasons, err := vxlan.Choose(overlay, service, forced, held)
 	if got != want || (err == nil) != (want != vxlan.Pair{}) {
 		t.Fatalf("%s: got %+v, %v; want %+v", what, got, err, want)
 	}
-	if err != nil && !errors.Is(err, weft.ErrUnsupported) && !errors.Is(err, weft.ErrInvalid) {
+	if err != nil && !errors.Is(err, weft.ErrUnsupported) && !errors.Is(err, weft.ErrInvalid) && !errors.Is(err, weft.ErrConflict) {
 		t.Fatalf("%s: %v is of no kind", what, err)
 	}
-	if err != nil && forced != (vxlan.Pair{}) && !strings.Contains(err.Error(), "-engine ") {
+	if err != nil && forced != (vxlan.Pair{}) && held == (vxlan.Pair{}) && !strings.Contains(err.Error(), "-engine ") {
 		t.Fatalf("%s: %v names no flag", what, err)
+	}
+	if err != nil && forced == (vxlan.Pair{}) && held != (vxlan.Pair{}) && !strings.Contains(err.Error(), held.Overlay) {
+		t.Fatalf("%s: %v does not name what is held", what, err)
 	}
 	if len(reasons) != len(overlay)+len(service) {
 		t.Fatalf("%s: reasons %+v", what, reasons)
@@ -106,33 +111,44 @@ func TestChooseSaysWhy(t *testing.T) {
 	for _, c := range []struct {
 		name             string
 		overlay, service []vxlan.Candidate
-		forced           vxlan.Pair
+		forced, held     vxlan.Pair
 		want             string // error, or the reasons in one line
 	}{
-		{"all work", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{},
+		{"all work", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{}, vxlan.Pair{},
 			"overlay ebpf: its probe succeeded, and it is the best that does | overlay bridge: it works, and ebpf is better | " +
 				"service ebpf: its probe succeeded, and it is the best that does | service nft: it does not run on the overlay engine ebpf"},
-		{"no service engine for the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{{Name: "nft", Note: "a note"}}, vxlan.Pair{},
+		{"no service engine for the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{{Name: "nft", Note: "a note"}}, vxlan.Pair{}, vxlan.Pair{},
 			"overlay ebpf: it works, and no service engine that runs on it does | overlay bridge: its probe succeeded, and it is the best that does | " +
 				"service nft: its probe succeeded, and it is the best that does; a note"},
-		{"probe failed", []vxlan.Candidate{bad("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ipvs"), ok("nft")}, vxlan.Pair{Service: "nft"},
+		{"probe failed", []vxlan.Candidate{bad("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ipvs"), ok("nft")}, vxlan.Pair{Service: "nft"}, vxlan.Pair{},
 			"overlay ebpf: its probe failed: the kernel lacks it: unsupported | overlay bridge: its probe succeeded, and it is the best that does | " +
 				"service ipvs: --service-engine asks for nft | service nft: --service-engine asks for it, and its probe succeeded"},
-		{"service forced off the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{Service: "nft"},
+		{"service forced off the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{Service: "nft"}, vxlan.Pair{},
 			"overlay ebpf: --service-engine nft does not run on it | overlay bridge: its probe succeeded, and it is the best that does | " +
 				"service ebpf: --service-engine asks for nft | service nft: --service-engine asks for it, and its probe succeeded"},
-		{"not in this build", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "macvlan"},
+		{"not in this build", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "macvlan"}, vxlan.Pair{},
 			"--overlay-engine macvlan: this build has bridge; name one of them, or leave the flag out to let the host decide: unsupported"},
-		{"forced probe failed", []vxlan.Candidate{bad("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "bridge"},
+		{"forced probe failed", []vxlan.Candidate{bad("bridge")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "bridge"}, vxlan.Pair{},
 			"--overlay-engine bridge: its probe failed on this host: the kernel lacks it: unsupported; give the host what it lacks, or leave the flag out to let the host decide"},
-		{"illegal", []vxlan.Candidate{ok("ebpf")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "ebpf", Service: "nft"},
+		{"illegal", []vxlan.Candidate{ok("ebpf")}, []vxlan.Candidate{ok("nft")}, vxlan.Pair{Overlay: "ebpf", Service: "nft"}, vxlan.Pair{},
 			"--overlay-engine ebpf with --service-engine nft: they do not go together: on overlay engine ebpf runs service engine ebpf, " +
 				"on overlay engine bridge runs service engine ipvs or nft; leave one of the flags out: invalid argument"},
-		{"nothing works", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{bad("nft")}, vxlan.Pair{},
+		{"nothing works", []vxlan.Candidate{ok("bridge")}, []vxlan.Candidate{bad("nft")}, vxlan.Pair{}, vxlan.Pair{},
 			"no overlay engine works together with a service engine on this host (on overlay engine ebpf runs service engine ebpf, " +
 				"on overlay engine bridge runs service engine ipvs or nft): service engine nft: the kernel lacks it: unsupported; give the host what it lacks: unsupported"},
+		{"tasks are on another", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), bad("ipvs"), ok("nft")}, vxlan.Pair{}, legalPairs[2],
+			"overlay ebpf: it works, but tasks that run on this node are on bridge: to change, drain the node (docker node update --availability drain), and start its daemon again when its tasks have gone | " +
+				"overlay bridge: its probe succeeded, and tasks that run on this node are on it | " +
+				"service ebpf: it works, but tasks that run on this node are on nft: to change, drain the node (docker node update --availability drain), and start its daemon again when its tasks have gone | " +
+				"service ipvs: its probe failed: the kernel lacks it: unsupported | service nft: its probe succeeded, and tasks that run on this node are on it"},
+		{"a flag against what tasks are on", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{Overlay: "ebpf"}, legalPairs[2],
+			"--overlay-engine ebpf: tasks that run on this node are on overlay engine bridge: leave the flag out, or drain the node (docker node update --availability drain), " +
+				"and start its daemon again when its tasks have gone: conflict"},
+		{"what tasks are on fails", []vxlan.Candidate{bad("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{}, legalPairs[0],
+			"tasks that run on this node are on overlay engine ebpf with service engine ebpf, which do not work together now: run a build and a kernel that can, or reboot the host " +
+				"(on overlay engine ebpf runs service engine ebpf, on overlay engine bridge runs service engine ipvs or nft): overlay engine ebpf: the kernel lacks it: unsupported; give the host what it lacks: unsupported"},
 	} {
-		_, reasons, err := vxlan.Choose(c.overlay, c.service, c.forced)
+		_, reasons, err := vxlan.Choose(c.overlay, c.service, c.forced, c.held)
 		var lines []string
 		for _, r := range reasons {
 			lines = append(lines, fmt.Sprintf("%s %s: %s", r.Kind, r.Engine, r.Reason))

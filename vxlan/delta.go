@@ -1,7 +1,9 @@
 package vxlan
 
 import (
+	"bytes"
 	"cmp"
+	"net"
 	"net/netip"
 	"slices"
 )
@@ -59,26 +61,114 @@ func sameBody(a, b Network) bool {
 // changed reduces two networks to what only one of them has, and to all that
 // shares a hardware address with that. It says false if this is much.
 func changed(l, w Network) (dl, dw Network, ok bool) {
-	lp, wp := inOrder(l.Peers, comparePeers), inOrder(w.Peers, comparePeers)
-	lv, wv := inOrder(l.VIPs, compareVIPs), inOrder(w.VIPs, compareVIPs)
-	macs := map[MAC]bool{}
-	onlyPeers(lp, wp, macs)
-	onlyVIPs(lv, wv, macs)
-	if len(macs) > maxDelta {
+	var macs few[MAC]
+	only(l.Peers, w.Peers, samePeer, wholePeers, func(p *Peer) { macs.add(macKey(p.MAC)) })
+	only(l.VIPs, w.VIPs, sameVIP, wholeVIPs, func(v *VIP) { macs.add(macKey(v.MAC)) })
+	if len(macs.n) > maxDelta {
 		return dl, dw, false
 	}
 	dl, dw = *header(l), *header(w)
-	if len(macs) == 0 {
+	if len(macs.n) == 0 {
 		return dl, dw, true
 	}
-	peers := func(ps []Peer) []Peer {
-		return slices.DeleteFunc(slices.Clone(ps), func(p Peer) bool { return !macs[MACOf(p.MAC)] })
-	}
-	vips := func(vs []VIP) []VIP {
-		return slices.DeleteFunc(slices.Clone(vs), func(v VIP) bool { return !macs[MACOf(v.MAC)] })
-	}
-	dl.Peers, dl.VIPs, dw.Peers, dw.VIPs = peers(lp), vips(lv), peers(wp), vips(wv)
+	isPeer := func(p *Peer) bool { return macs.has(macKey(p.MAC)) }
+	isVIP := func(v *VIP) bool { return macs.has(macKey(v.MAC)) }
+	dl.Peers, dl.VIPs, dw.Peers, dw.VIPs = those(l.Peers, isPeer), those(l.VIPs, isVIP), those(w.Peers, isPeer), those(w.VIPs, isVIP)
 	return dl, dw, true
+}
+
+// few counts a few keys that are looked for among many: most of the many are told
+// by their last byte.
+type few[K comparable] struct {
+	n      map[K]int
+	byLast [256]bool
+}
+
+func (f *few[K]) add(k K, last byte) {
+	if f.n == nil {
+		f.n = map[K]int{}
+	}
+	f.n[k]++
+	f.byLast[last] = true
+}
+
+func (f *few[K]) has(k K, last byte) bool {
+	if !f.byLast[last] {
+		return false
+	}
+	_, ok := f.n[k]
+	return ok
+}
+
+// take is the opposite of add, for a key that was added.
+func (f *few[K]) take(k K, last byte) {
+	if f.has(k, last) {
+		f.n[k]--
+	}
+}
+
+// isEven reports whether every key was taken as often as it was added.
+func (f *few[K]) isEven() bool {
+	for _, n := range f.n {
+		if n != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func macKey(a net.HardwareAddr) (MAC, byte) {
+	m := MACOf(a)
+	return m, m[5]
+}
+
+func addrKey(a netip.Addr) (netip.Addr, byte) {
+	b := a.As16()
+	return a.Unmap(), b[15]
+}
+
+// those are the elements that f is true of, in a list of their own.
+func those[E any](s []E, f func(*E) bool) []E {
+	var out []E
+	for i := range s {
+		if f(&s[i]) {
+			out = append(out, s[i])
+		}
+	}
+	return out
+}
+
+// only calls f with what is in one of two lists alone. The lists are most often
+// alike but for a few elements: what both begin and end with is only looked at, and
+// not put in order.
+func only[E any](a, b []E, same func(a, b *E) bool, compare func(a, b E) int, f func(*E)) {
+	for len(a) > 0 && len(b) > 0 && same(&a[0], &b[0]) {
+		a, b = a[1:], b[1:]
+	}
+	for len(a) > 0 && len(b) > 0 && same(&a[len(a)-1], &b[len(b)-1]) {
+		a, b = a[:len(a)-1], b[:len(b)-1]
+	}
+	if len(a) > 0 && len(b) > 0 {
+		a, b = inOrder(a, compare), inOrder(b, compare)
+	}
+	for len(a) > 0 && len(b) > 0 {
+		switch c := compare(a[0], b[0]); {
+		case c == 0:
+			a, b = a[1:], b[1:]
+		case c < 0:
+			f(&a[0])
+			a = a[1:]
+		default:
+			f(&b[0])
+			b = b[1:]
+		}
+	}
+	for i := range a {
+		f(&a[i])
+	}
+	for i := range b {
+		f(&b[i])
+	}
 }
 
 // inOrder is s itself if it is sorted, else a sorted copy.
@@ -90,44 +180,17 @@ func inOrder[E any](s []E, compare func(a, b E) int) []E {
 	return s
 }
 
-// only calls f with what is in one of two ordered lists alone.
-func only[E any](a, b []E, compare func(a, b E) int, f func(E)) {
-	for len(a) > 0 && len(b) > 0 {
-		switch c := compare(a[0], b[0]); {
-		case c == 0:
-			a, b = a[1:], b[1:]
-		case c < 0:
-			f(a[0])
-			a = a[1:]
-		default:
-			f(b[0])
-			b = b[1:]
-		}
-	}
-	for _, e := range append(slices.Clip(a), b...) {
-		f(e)
-	}
+func samePeer(a, b *Peer) bool {
+	return a.Addr == b.Addr && bytes.Equal(a.MAC, b.MAC) && a.VTEP == b.VTEP && a.Native == b.Native && a.MTU == b.MTU
 }
 
-func onlyPeers(a, b []Peer, macs map[MAC]bool) {
-	wholly := func(p, q Peer) int {
-		if c := comparePeers(p, q); c != 0 {
-			return c
-		}
-		return cmp.Compare(p.MTU, q.MTU)
-	}
-	only(a, b, wholly, func(p Peer) { macs[MACOf(p.MAC)] = true })
+func sameVIP(a, b *VIP) bool {
+	return a.Addr == b.Addr && bytes.Equal(a.MAC, b.MAC) && a.MTU == b.MTU
 }
 
-func onlyVIPs(a, b []VIP, macs map[MAC]bool) {
-	wholly := func(v, w VIP) int {
-		if c := compareVIPs(v, w); c != 0 {
-			return c
-		}
-		return cmp.Compare(v.MTU, w.MTU)
-	}
-	only(a, b, wholly, func(v VIP) { macs[MACOf(v.MAC)] = true })
-}
+func wholePeers(p, q Peer) int { return cmp.Or(comparePeers(p, q), cmp.Compare(p.MTU, q.MTU)) }
+
+func wholeVIPs(v, w VIP) int { return cmp.Or(compareVIPs(v, w), cmp.Compare(v.MTU, w.MTU)) }
 
 // fits reports whether the part of a network is valid and shares no address
 // with the rest of it.
@@ -135,28 +198,25 @@ func fits(part, whole Network) bool {
 	if part.Validate() != nil {
 		return false
 	}
-	addrs, macs := map[netip.Addr]int{}, map[MAC]int{}
+	var addrs few[netip.Addr]
+	var macs few[MAC]
 	for _, p := range part.Peers {
-		addrs[p.Addr.Unmap()]++
-		macs[MACOf(p.MAC)]++
+		addrs.add(addrKey(p.Addr))
+		macs.add(macKey(p.MAC))
 	}
 	for _, v := range part.VIPs {
-		addrs[v.Addr.Unmap()]++
-		macs[MACOf(v.MAC)]++
+		addrs.add(addrKey(v.Addr))
+		macs.add(macKey(v.MAC))
 	}
-	seen := func(a netip.Addr, mac []byte) {
-		if _, ok := addrs[a.Unmap()]; ok {
-			addrs[a.Unmap()]--
-		}
-		if _, ok := macs[MACOf(mac)]; ok {
-			macs[MACOf(mac)]--
-		}
+	seen := func(a netip.Addr, mac net.HardwareAddr) {
+		addrs.take(addrKey(a))
+		macs.take(macKey(mac))
 	}
-	for _, p := range whole.Peers {
-		seen(p.Addr, p.MAC)
+	for i := range whole.Peers {
+		seen(whole.Peers[i].Addr, whole.Peers[i].MAC)
 	}
-	for _, v := range whole.VIPs {
-		seen(v.Addr, v.MAC)
+	for i := range whole.VIPs {
+		seen(whole.VIPs[i].Addr, whole.VIPs[i].MAC)
 	}
 	for _, p := range whole.Ports {
 		for _, a := range p.Addrs() {
@@ -168,15 +228,5 @@ func fits(part, whole Network) bool {
 			seen(a.Addr(), l.MAC)
 		}
 	}
-	for _, n := range addrs {
-		if n != 0 {
-			return false
-		}
-	}
-	for _, n := range macs {
-		if n != 0 {
-			return false
-		}
-	}
-	return true
+	return addrs.isEven() && macs.isEven()
 }

@@ -17,7 +17,7 @@ func (d *deriver) underlay() ingress.Underlay {
 	if len(d.in.Nodes) == 0 {
 		return ingress.Underlay{}
 	}
-	u := ingress.Underlay{Port: d.in.DataPathPort}
+	u := ingress.Underlay{Port: d.in.DataPathPort, Self: d.in.Self.VTEP}
 	for _, n := range append(slices.Clone(d.in.Nodes), d.in.Self) {
 		if n.VTEP.IsValid() {
 			u.Members = append(u.Members, n.VTEP.Unmap())

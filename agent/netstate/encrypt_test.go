@@ -61,7 +61,7 @@ func TestDeriveEncrypted(t *testing.T) {
 // kept out.
 func TestDeriveUnderlay(t *testing.T) {
 	in := base()
-	if u := Derive(in).Ingress.Underlay; u.Port != 4789 || !slices.Equal(u.Members, []netip.Addr{vtep1, vtep2}) {
+	if u := Derive(in).Ingress.Underlay; u.Port != 4789 || u.Self != vtep1 || !slices.Equal(u.Members, []netip.Addr{vtep1, vtep2}) {
 		t.Errorf("underlay %+v", u)
 	}
 	in.Nodes = nil

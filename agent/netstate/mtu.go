@@ -65,8 +65,8 @@ func (d *deriver) way(n weft.Network, vtep netip.Addr, port int) int {
 // the sender has made the packet, so it must fit all of them.
 func (d *deriver) narrowest(n weft.Network, service weft.ID, port int) int {
 	least := 0
-	for _, e := range d.endpoints[n.ID] {
-		if e.Service != service || e.local {
+	for _, e := range d.of(n.ID, service) {
+		if e.local {
 			continue
 		}
 		if way := d.way(n, e.vtep, port); way != 0 && (least == 0 || way < least) {

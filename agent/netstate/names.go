@@ -31,7 +31,7 @@ func (d *deriver) names() dns.Records {
 }
 
 func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.Service {
-	sn := dns.Service{Name: s.Name, Aliases: aliases}
+	sn := dns.Service{Name: s.Name, Aliases: aliases, Ports: portNames(s.Ports)}
 	if s.Mode == weft.EndpointVIP {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
@@ -39,14 +39,11 @@ func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.
 			}
 		}
 	}
-	for _, e := range d.endpoints[n.ID] {
-		if e.Service != s.ID {
-			continue
-		}
+	for _, e := range d.of(n.ID, s.ID) {
 		task := weft.Task{ID: e.Task, Slot: e.Slot, Node: e.owner}
 		id := weft.ContainerID(e.Task)
 		t := dns.Task{
-			Slot: e.Slot, Addrs: e.Addrs(), Ready: e.State == weft.EndpointReady,
+			Slot: e.Slot, Host: d.hosts[e.owner], Addrs: e.Addrs(), Ready: e.State == weft.EndpointReady,
 			Names: []string{task.Name(s.Name), id[:12], id},
 		}
 		if e.host != "" && e.host != id[:12] {
@@ -55,4 +52,16 @@ func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.
 		sn.Tasks = append(sn.Tasks, t)
 	}
 	return sn
+}
+
+// portNames are the ports that SRV questions may ask for by name: those that the
+// service's specification names. Their numbers are those inside the tasks.
+func portNames(ports []weft.PortSpec) []dns.Port {
+	var out []dns.Port
+	for _, p := range ports {
+		if p.Name != "" {
+			out = append(out, dns.Port{Name: p.Name, Protocol: p.Protocol, Port: p.Target})
+		}
+	}
+	return out
 }

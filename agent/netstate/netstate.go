@@ -51,6 +51,9 @@ type Input struct {
 	// by Self are ignored in favour of Local.
 	Endpoints []weft.OwnedEndpoint
 	Gateway   ingress.Gateway
+	// HostAddrs are the addresses of this host that ports can be bound to, but
+	// for the loopback's own; see weft.NodeDescription. Needed only if IsBound.
+	HostAddrs []weft.HostAddr
 }
 
 // Node is a member of the cluster.
@@ -73,6 +76,8 @@ type Service struct {
 	VIPs     []weft.VIP
 	Ports    []weft.PortSpec
 	Networks []weft.NetworkTarget
+	// HideClient: its tasks see the address of the node that took a request.
+	HideClient bool
 }
 
 // LocalTask is a task whose sandbox exists on this node.
@@ -80,7 +85,9 @@ type LocalTask struct {
 	Task     weft.Task
 	Hostname string // inside its container
 	NetNS    string
-	State    weft.EndpointState
+	// Gateway is its address behind the gateway bridge; invalid without a leg.
+	Gateway netip.Addr
+	State   weft.EndpointState
 }
 
 // Output is the desired state of the node's data plane.
@@ -101,7 +108,10 @@ func Derive(in Input) Output {
 	if in.NoIPv6 {
 		in = withoutIPv6(in)
 	}
-	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in)}
+	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in), byService: map[weft.ID]map[weft.ID][]endpoint{}, hosts: map[weft.ID]string{}}
+	for _, n := range in.Nodes {
+		d.hosts[n.ID] = n.Hostname
+	}
 	out := Output{
 		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
 		Publish: published,
@@ -116,12 +126,11 @@ func Derive(in Input) Output {
 		out.Overlay.Networks[n.VNI] = o
 		out.Ingress.Networks = append(out.Ingress.Networks, d.balanced(n))
 		if n.Spec.Ingress {
-			out.Ingress.Published = d.published(n)
-			if in.Self.IngressAddr.IsValid() {
-				out.Ingress.Ingress = ingress.Entry{Link: weft.IngressLeg, Addr: in.Self.IngressAddr, Addr6: in.Self.IngressAddr6}
-			}
+			out.Ingress.Published = d.inMesh(n)
+			out.Ingress.Ingress = d.entry(n)
 		}
 	}
+	out.Ingress.Published = d.published(out.Ingress.Published)
 	d.encrypt(&out)
 	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()
@@ -134,6 +143,10 @@ type deriver struct {
 	in        Input
 	endpoints map[weft.ID][]endpoint  // by network: everyone's, ours too
 	local     map[weft.ID][]LocalTask // by network
+	// byService are the endpoints by network and service; filled when a network
+	// is first asked for.
+	byService map[weft.ID]map[weft.ID][]endpoint
+	hosts     map[weft.ID]string // names of the nodes
 }
 
 // endpoint is an endpoint with where it is.
@@ -375,6 +388,9 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 	}
 	for _, t := range d.local[n.ID] {
 		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))
+		if t.NetNS != "" {
+			out.Tasks = append(out.Tasks, t.NetNS)
+		}
 	}
 	for _, s := range d.services() {
 		for _, v := range s.VIPs {
@@ -391,10 +407,21 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 	return out
 }
 
+// of are the endpoints of a service on a network, in their order.
+func (d *deriver) of(network, service weft.ID) []endpoint {
+	if d.byService[network] == nil {
+		d.byService[network] = map[weft.ID][]endpoint{}
+		for _, e := range d.endpoints[network] {
+			d.byService[network][e.Service] = append(d.byService[network][e.Service], e)
+		}
+	}
+	return d.byService[network][service]
+}
+
 func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 	var out []ingress.Backend
-	for _, e := range d.endpoints[network] {
-		if e.Service != service || e.State == weft.EndpointStarting {
+	for _, e := range d.of(network, service) {
+		if e.State == weft.EndpointStarting {
 			continue
 		}
 		out = append(out, ingress.Backend{
@@ -402,22 +429,6 @@ func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 			Draining: e.State == weft.EndpointDraining,
 		})
 	}
-	return out
-}
-
-func (d *deriver) published(n weft.Network) []ingress.Published {
-	var out []ingress.Published
-	for _, s := range d.services() {
-		for _, p := range s.Ports {
-			out = append(out, ingress.Published{
-				Service: s.ID, Protocol: p.Protocol, Port: p.Published, Target: p.Target,
-				Backends: d.backends(n.ID, s.ID),
-			})
-		}
-	}
-	slices.SortFunc(out, func(a, b ingress.Published) int {
-		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
-	})
 	return out
 }
 

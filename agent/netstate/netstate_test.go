@@ -169,6 +169,11 @@ func TestDeriveOwnEndpointsComeFromTheNodeItself(t *testing.T) {
 	if len(ports) != 1 || ports[0].IfName != "eth1" || ports[0].Addr.String() != "10.0.16.10/20" {
 		t.Errorf("ports = %+v, want the second attachment as eth1", ports)
 	}
+	for _, n := range out.Ingress.Networks {
+		if want := []string{"/ns/web1"}; !slices.Equal(n.Tasks, want) {
+			t.Errorf("tasks of network %d = %v, want %v", n.VNI, n.Tasks, want)
+		}
+	}
 }
 
 // TestDeriveLeavesOutWhatEnginesRefuse: one entry that makes no sense must not

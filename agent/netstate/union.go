@@ -77,3 +77,18 @@ func union[T any, K comparable](have, want []T, key func(T) K) []T {
 	}
 	return out
 }
+
+// Adds reports whether both, the Union of want and something else, has more than
+// want.
+func Adds(both, want vxlan.State) bool {
+	if both.Encryption.Epoch != want.Encryption.Epoch || len(both.Encryption.Peers) != len(want.Encryption.Peers) || len(both.Networks) != len(want.Networks) {
+		return true
+	}
+	for vni, w := range want.Networks {
+		b := both.Networks[vni]
+		if len(b.Ports) != len(w.Ports) || len(b.Peers) != len(w.Peers) || len(b.VIPs) != len(w.VIPs) || (b.HostLeg == nil) != (w.HostLeg == nil) {
+			return true
+		}
+	}
+	return false
+}

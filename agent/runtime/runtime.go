@@ -38,6 +38,10 @@ type Spec struct {
 	// Files by their path in the container ("/etc/hosts"), bound from the host.
 	Files  map[string]string
 	Cgroup string // weft.CgroupPath
+	// Health is the check, with nothing left open; without a Test there is
+	// none. Shell runs the line of weft.HealthShell. The runtime only keeps them.
+	Health weft.HealthCheck `json:",omitzero"`
+	Shell  []string         `json:",omitempty"`
 }
 
 // State of a container.

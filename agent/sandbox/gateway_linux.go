@@ -5,17 +5,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
-	"slices"
-	"strings"
+	"path/filepath"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
-	"github.com/weftnet/weft/vxlan/netns"
 )
 
 // Gateway implements Maker.
@@ -23,13 +22,11 @@ func (m *Linux) Gateway(ctx context.Context) (string, netip.Prefix, error) {
 	if err := ctx.Err(); err != nil {
 		return "", netip.Prefix{}, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	_, subnet, err := m.bridgeLocked()
+	g, err := m.keepGateway()
 	if err != nil {
-		return "", netip.Prefix{}, fmt.Errorf("gateway bridge %s: %w", weft.GatewayBridge, err)
+		return "", netip.Prefix{}, err
 	}
-	return weft.GatewayBridge, subnet.Masked(), nil
+	return weft.GatewayBridge, g.addr.Masked(), nil
 }
 
 // Close implements Maker.
@@ -40,17 +37,22 @@ func (m *Linux) Close(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	l, err := find(weft.GatewayBridge)
-	if err != nil || l == nil {
+	if err != nil {
 		return err
 	}
-	if !m.ownsBridge(l) {
-		return nil // not ours, nothing to remove
+	if l != nil && m.ownsBridge(l) { // a foreign one is left
+		if err := netlink.LinkDel(l); err != nil && !gone(err) {
+			return fmt.Errorf("delete gateway bridge %s: %w", weft.GatewayBridge, err)
+		}
 	}
-	if err := netlink.LinkDel(l); err != nil && !gone(err) {
-		return fmt.Errorf("delete gateway bridge %s: %w", weft.GatewayBridge, err)
+	m.host = memory{left: nil}
+	if err := os.Remove(m.hostRecord()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget the gateway bridge: %w", err)
 	}
 	return nil
 }
+
+func (m *Linux) hostRecord() string { return filepath.Join(m.cfg.FilesDir, hostRecordName) }
 
 // bridgeMAC is given in the message that creates the bridge, so that one left
 // by a crash before its alias is known as ours.
@@ -63,83 +65,165 @@ func (m *Linux) ownsBridge(l netlink.Link) bool {
 	return l.Type() == "bridge" && (a.Alias == weft.LinkAlias(m.cfg.Node) || a.Alias == "" && bytes.Equal(a.HardwareAddr, m.bridgeMAC()))
 }
 
-// bridgeLocked makes or completes the bridge and returns its address.
-func (m *Linux) bridgeLocked() (netlink.Link, netip.Prefix, error) {
-	l, err := find(weft.GatewayBridge)
+// gateway is the host's side of all legs.
+type gateway struct {
+	link netlink.Link
+	addr netip.Prefix
+}
+
+func (g gateway) isThere() bool { return g.link != nil && g.addr.IsValid() }
+
+// fits reports whether an address of a leg is of the bridge's subnet.
+func (g gateway) fits(p netip.Prefix) bool {
+	return p.IsValid() && g.addr.Contains(p.Addr()) && p.Bits() == g.addr.Bits()
+}
+
+func (m *Linux) keepGateway() (gateway, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	g, err := m.gatewayLocked()
 	if err != nil {
-		return nil, netip.Prefix{}, err
+		return g, fmt.Errorf("gateway bridge %s: %w", weft.GatewayBridge, err)
 	}
+	return g, nil
+}
+
+// gatewayLocked reads the bridge and makes it what it should be.
+func (m *Linux) gatewayLocked() (gateway, error) {
+	about := record{Boot: m.boot(), Node: m.cfg.Node}
+	if m.host.left == nil {
+		m.host = readRecord(m.hostRecord()).memory(about)
+	}
+	var g gateway
+	var err error
+	if g.link, err = find(weft.GatewayBridge); err != nil {
+		return g, err
+	}
+	have, addrs, err := m.readBridge(g.link)
+	if err != nil {
+		return g, err
+	}
+	if g.addr, err = m.gatewayAddrLocked(addrs); err != nil {
+		return g, err
+	}
+	want := wantedHost(g.addr)
+	if err := readSettings(have, want); err != nil {
+		return g, err
+	}
+	ops := Diff(have, want, m.host.left, false)
+	found := m.host.findings(have, ops, 0)
+	failed := map[Object]bool{}
+	var errs []error
+	for _, op := range ops {
+		if err := m.makeHost(&g, op); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", op, err))
+			failed[op.Object] = true
+		}
+	}
+	m.remember(&m.host, m.host.after(want, ops, found, failed, 0), about, m.hostRecord())
+	m.report(ops, found, failed, "")
+	return g, errors.Join(errs...)
+}
+
+// readBridge refuses a bridge that this node has not made.
+func (m *Linux) readBridge(l netlink.Link) (State, []netip.Prefix, error) {
+	have := State{}
 	if l == nil {
+		return have, nil, nil
+	}
+	if !m.ownsBridge(l) {
+		return nil, nil, fmt.Errorf("this host has a link of that name that this node did not make; rename or delete it: %w", weft.ErrConflict)
+	}
+	bridge := Object{Bridge, weft.GatewayBridge}
+	switch {
+	case l.Attrs().Alias == "":
+		have[bridge] = "its alias was lost"
+	case l.Attrs().Flags&net.FlagUp == 0:
+		have[bridge] = "it was down"
+	default:
+		have[bridge] = ""
+	}
+	addrs, err := complete(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, nil, fmt.Errorf("list addresses: %w", err)
+	}
+	var out []netip.Prefix
+	for _, a := range addrs {
+		if p := prefixOf(a.IPNet); p.IsValid() {
+			out = append(out, p)
+			have[Object{BridgeAddress, p.String()}] = ""
+		}
+	}
+	return have, out, nil
+}
+
+// gatewayAddrLocked chooses the bridge's address, a new one only on a host without
+// any leg.
+func (m *Linux) gatewayAddrLocked(have []netip.Prefix) (netip.Prefix, error) {
+	var legs []netip.Prefix
+	if m.host.left == nil {
+		links, err := complete(netlink.LinkList)
+		if err != nil {
+			return netip.Prefix{}, fmt.Errorf("list links: %w", err)
+		}
+		for _, l := range links {
+			if _, p, ok := m.parseLegAlias(l.Attrs().Alias); ok {
+				legs = append(legs, p)
+			}
+		}
+	}
+	if addr := gatewayOf(m.host.left, legs, have); addr.IsValid() {
+		return addr, nil
+	}
+	used, err := usedPrefixes()
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	subnet, err := pickSubnet(m.cfg.Pool, used)
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	return netip.PrefixFrom(subnet.Addr().Next(), subnet.Bits()), nil
+}
+
+// makeHost makes one change on the host.
+func (m *Linux) makeHost(g *gateway, op Op) error {
+	switch op.Class {
+	case HostSetting:
+		// Not switched off again: others may rely on it by then.
+		if err := writeSetting(op); err != nil {
+			return fmt.Errorf("tasks cannot reach the outside without it: %w", err)
+		}
+		m.cfg.Log.Info("ip_forward switched on for the gateway bridge", weft.KeyNode, m.cfg.Node)
+		return nil
+	case Bridge:
+		return m.makeBridge(g)
+	case BridgeAddress:
+		if g.link == nil {
+			return weft.ErrNotFound
+		}
+		return setAddr(weft.GatewayBridge, op)
+	}
+	panic(fmt.Sprintf("no way to make %s", op.Class))
+}
+
+func (m *Linux) makeBridge(g *gateway) error {
+	if g.link == nil {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name, attrs.HardwareAddr = weft.GatewayBridge, m.bridgeMAC()
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
-			return nil, netip.Prefix{}, fmt.Errorf("add bridge: %w", err)
+			return fmt.Errorf("add bridge: %w", err)
 		}
-		if l, err = netlink.LinkByName(weft.GatewayBridge); err != nil {
-			return nil, netip.Prefix{}, fmt.Errorf("look up bridge: %w", err)
-		}
-	}
-	if !m.ownsBridge(l) {
-		return nil, netip.Prefix{}, fmt.Errorf("this host has a link of that name that this node did not make; rename or delete it: %w", weft.ErrConflict)
-	}
-	if l.Attrs().Alias == "" {
-		if err := netlink.LinkSetAlias(l, weft.LinkAlias(m.cfg.Node)); err != nil {
-			return nil, netip.Prefix{}, fmt.Errorf("set alias: %w", err)
-		}
-	}
-	addr, err := bridgeAddr(l)
-	if err != nil {
-		return nil, addr, err
-	}
-	if !addr.IsValid() {
-		used, err := usedPrefixes()
+		l, err := netlink.LinkByName(weft.GatewayBridge)
 		if err != nil {
-			return nil, addr, err
+			return fmt.Errorf("look up bridge: %w", err)
 		}
-		subnet, err := pickSubnet(m.cfg.Pool, used)
-		if err != nil {
-			return nil, addr, err
-		}
-		addr = netip.PrefixFrom(subnet.Addr().Next(), subnet.Bits())
-		if err := netlink.AddrAdd(l, &netlink.Addr{IPNet: ipNet(addr)}); err != nil && !errors.Is(err, unix.EEXIST) {
-			return nil, addr, fmt.Errorf("add address %s: %w", addr, err)
-		}
+		g.link = l
 	}
-	if err := netlink.LinkSetUp(l); err != nil {
-		return nil, addr, fmt.Errorf("set up: %w", err)
+	if err := netlink.LinkSetAlias(g.link, weft.LinkAlias(m.cfg.Node)); err != nil {
+		return fmt.Errorf("set alias: %w", err)
 	}
-	return l, addr, m.forward()
-}
-
-// forward switches routing on in the host's namespace. It is not switched off
-// again: others may rely on it by then.
-func (m *Linux) forward() error {
-	const key = "/proc/sys/net/ipv4/ip_forward"
-	old, err := os.ReadFile(key)
-	if err != nil {
-		return fmt.Errorf("read ip_forward: %w", err)
-	}
-	if strings.TrimSpace(string(old)) == "1" {
-		return nil
-	}
-	if err := os.WriteFile(key, []byte("1"), 0o644); err != nil {
-		return fmt.Errorf("set ip_forward, without which tasks cannot reach the outside: %w", err)
-	}
-	m.cfg.Log.Info("ip_forward switched on for the gateway bridge", weft.KeyNode, m.cfg.Node)
-	return nil
-}
-
-func bridgeAddr(l netlink.Link) (netip.Prefix, error) {
-	addrs, err := complete(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("list addresses: %w", err)
-	}
-	for _, a := range addrs {
-		if p := prefixOf(a.IPNet); p.IsValid() {
-			return p, nil
-		}
-	}
-	return netip.Prefix{}, nil
+	return netlink.LinkSetUp(g.link)
 }
 
 // usedPrefixes are the host's addresses and routes but the default ones.
@@ -166,198 +250,6 @@ func usedPrefixes() ([]netip.Prefix, error) {
 		}
 	}
 	return out, nil
-}
-
-// legAddr reads the recorded address of a task's leg; invalid without a leg.
-func (m *Linux) legAddr(task weft.ID) (netip.Prefix, error) {
-	l, err := find(weft.HostVethName(task))
-	if err != nil || l == nil {
-		return netip.Prefix{}, err
-	}
-	if owner, p, ok := m.parseLegAlias(l.Attrs().Alias); ok && owner == task {
-		return p, nil
-	}
-	return netip.Prefix{}, nil
-}
-
-func (m *Linux) setLeg(task weft.ID, path string) (netip.Prefix, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	br, gw, err := m.bridgeLocked()
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("gateway bridge %s: %w", weft.GatewayBridge, err)
-	}
-	links, err := complete(netlink.LinkList)
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("list links: %w", err)
-	}
-	name := weft.HostVethName(task)
-	used := make(map[netip.Addr]bool)
-	var near netlink.Link
-	var addr netip.Prefix
-	for _, l := range links {
-		owner, p, ok := m.parseLegAlias(l.Attrs().Alias)
-		if l.Attrs().Name == name {
-			near = l
-			if ok && owner == task && gw.Contains(p.Addr()) && p.Bits() == gw.Bits() {
-				addr = p
-			}
-		} else if ok {
-			used[p.Addr()] = true
-		}
-	}
-	if near != nil {
-		paired, err := pairedWith(path, near)
-		if err != nil {
-			return addr, err
-		}
-		if !paired || !addr.IsValid() {
-			if err := m.removeLeg(near, paired); err != nil {
-				return addr, err
-			}
-			near = nil
-		}
-	}
-	if !addr.IsValid() {
-		if addr, err = pickAddr(gw.Masked(), used); err != nil {
-			return addr, err
-		}
-	}
-	if near == nil {
-		if near, err = addLeg(name, path, br); err != nil {
-			return addr, err
-		}
-	}
-	if err := netlink.LinkSetAlias(near, m.legAlias(task, addr)); err != nil {
-		return addr, fmt.Errorf("set alias of %s: %w", name, err)
-	}
-	if err := netlink.LinkSetMaster(near, br); err != nil {
-		return addr, fmt.Errorf("put %s on the bridge: %w", name, err)
-	}
-	if err := netlink.LinkSetIsolated(near, true); err != nil {
-		return addr, fmt.Errorf("isolate %s: %w", name, err)
-	}
-	if err := netlink.LinkSetUp(near); err != nil {
-		return addr, fmt.Errorf("set %s up: %w", name, err)
-	}
-	return addr, netns.Do(path, func() error { return setLegInside(addr, gw.Addr()) })
-}
-
-// addLeg creates both ends where they belong in one message.
-func addLeg(name, path string, br netlink.Link) (netlink.Link, error) {
-	ns, err := netns.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer ns.Close()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU = name, br.Attrs().MTU
-	err = netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: LegName, PeerMTU: uint32(br.Attrs().MTU), PeerNamespace: netlink.NsFd(ns.FD())})
-	if err != nil {
-		return nil, fmt.Errorf("add veth %s: %w", name, err)
-	}
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return nil, fmt.Errorf("look up veth %s: %w", name, err)
-	}
-	return l, nil
-}
-
-// pairedWith reports whether the other end of near is the leg in the task's
-// namespace: proof of ownership where the alias is missing.
-func pairedWith(path string, near netlink.Link) (paired bool, err error) {
-	err = netns.Do(path, func() error {
-		l, err := find(LegName)
-		if err != nil || l == nil {
-			return err
-		}
-		paired = l.Attrs().Index == near.Attrs().ParentIndex && l.Attrs().ParentIndex == near.Attrs().Index
-		return nil
-	})
-	if errors.Is(err, weft.ErrNotFound) {
-		return false, nil
-	}
-	return paired, err
-}
-
-func (m *Linux) delLeg(task weft.ID, path string) error {
-	l, err := find(weft.HostVethName(task))
-	if err != nil || l == nil {
-		return err
-	}
-	paired, err := pairedWith(path, l)
-	if err != nil {
-		return err
-	}
-	return m.removeLeg(l, paired)
-}
-
-func (m *Linux) removeLeg(l netlink.Link, paired bool) error {
-	if _, _, ok := m.parseLegAlias(l.Attrs().Alias); !ok && !paired {
-		return fmt.Errorf("link %s of this host was not made by this node; delete it: %w", l.Attrs().Name, weft.ErrConflict)
-	}
-	if err := netlink.LinkDel(l); err != nil && !gone(err) {
-		return fmt.Errorf("delete link %s: %w", l.Attrs().Name, err)
-	}
-	return nil
-}
-
-// setLegInside runs in the task's namespace.
-func setLegInside(addr netip.Prefix, gw netip.Addr) error {
-	l, err := netlink.LinkByName(LegName)
-	if err != nil {
-		return fmt.Errorf("look up %s: %w", LegName, err)
-	}
-	if err := setAddrs(l, []netip.Prefix{addr}, netlink.FAMILY_V4); err != nil {
-		return err
-	}
-	if err := netlink.LinkSetUp(l); err != nil {
-		return fmt.Errorf("set %s up: %w", LegName, err)
-	}
-	route := &netlink.Route{LinkIndex: l.Attrs().Index, Gw: gw.AsSlice(), Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}
-	if err := netlink.RouteReplace(route); err != nil {
-		return fmt.Errorf("set default route by %s: %w", gw, err)
-	}
-	return nil
-}
-
-// setAddrs makes the link's addresses of a family equal to want; link-local
-// and loopback ones are the kernel's.
-func setAddrs(l netlink.Link, want []netip.Prefix, family int) error {
-	have, err := complete(func() ([]netlink.Addr, error) { return netlink.AddrList(l, family) })
-	if err != nil {
-		return fmt.Errorf("list addresses of %s: %w", l.Attrs().Name, err)
-	}
-	var known []netip.Prefix
-	for _, a := range have {
-		known = append(known, prefixOf(a.IPNet))
-	}
-	for _, p := range want {
-		if slices.Contains(known, p) {
-			continue
-		}
-		a := &netlink.Addr{IPNet: ipNet(p)}
-		if p.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD
-		}
-		if p.Bits() == 128 {
-			// Without a route of its own in the main table, where setRules
-			// looks for the way out to a service address.
-			a.Flags |= unix.IFA_F_NOPREFIXROUTE
-		}
-		if err := netlink.AddrAdd(l, a); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add address %s to %s: %w", p, l.Attrs().Name, err)
-		}
-	}
-	for i, p := range known {
-		if slices.Contains(want, p) || p.Addr().IsLoopback() || p.Addr().IsLinkLocalUnicast() {
-			continue
-		}
-		if err := netlink.AddrDel(l, &have[i]); err != nil && !gone(err) {
-			return fmt.Errorf("delete address %s of %s: %w", p, l.Attrs().Name, err)
-		}
-	}
-	return nil
 }
 
 func find(name string) (netlink.Link, error) {

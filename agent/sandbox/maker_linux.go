@@ -29,16 +29,28 @@ type Config struct {
 	// Pool is the wanted subnet of the gateway bridge, IPv4, /8 to /29.
 	// Default 172.31.240.0/20; the next free one is taken if the host uses it.
 	Pool netip.Prefix
+	// Repaired, when set, gets every repair before the call returns that made
+	// it. It must not block.
+	Repaired func(weft.Repair)
 	// Log gets what was changed on the host itself. Required.
 	Log *slog.Logger
 }
 
-// Linux is the Maker for the kernel's namespaces. The kernel is its state.
+// Linux is the Maker for the kernel's namespaces. The kernel is its state; what it
+// remembers only tells repairs from changes.
 type Linux struct {
 	cfg Config
-	// guards: the gateway bridge and the choice of addresses on it, from
-	// reading what is used until the choice is recorded.
-	mu sync.Mutex
+	// guards: host, the gateway bridge and the choice of addresses on it, from
+	// reading what is used until the choice is recorded. A box is taken before it.
+	mu   sync.Mutex
+	host memory
+
+	// boot and groups are asked for once: neither changes while a process lives.
+	boot   func() string
+	groups func() (string, error)
+
+	boxesMu sync.Mutex // guards: boxes
+	boxes   map[weft.ID]*box
 }
 
 var _ Maker = (*Linux)(nil)
@@ -54,7 +66,7 @@ func New(cfg Config) (*Linux, error) {
 	if !cfg.Pool.Addr().Is4() || cfg.Pool.Masked() != cfg.Pool || cfg.Pool.Bits() < 8 || cfg.Pool.Bits() > 29 {
 		return nil, fmt.Errorf("configure sandboxes: gateway pool %s must be an IPv4 prefix from /8 to /29 without host bits: %w", cfg.Pool, weft.ErrInvalid)
 	}
-	return &Linux{cfg: cfg}, nil
+	return &Linux{cfg: cfg, boxes: map[weft.ID]*box{}, boot: sync.OnceValue(bootID), groups: sync.OnceValues(pingGroups)}, nil
 }
 
 // Make implements Maker.
@@ -65,6 +77,8 @@ func (m *Linux) Make(ctx context.Context, s Spec) (Sandbox, error) {
 	if err := ctx.Err(); err != nil {
 		return Sandbox{}, err
 	}
+	b, done := m.hold(s.Task)
+	defer done()
 	sb := m.describe(s.Task)
 	// The folder comes first: it bears the whole task id, by which List
 	// finds what a crash leaves.
@@ -74,20 +88,15 @@ func (m *Linux) Make(ctx context.Context, s Spec) (Sandbox, error) {
 	if _, err := netns.Create(m.cfg.NetNSDir, weft.TaskNetNS(m.cfg.Node, s.Task)); err != nil {
 		return Sandbox{}, err
 	}
-	if err := netns.Do(sb.NetNS, func() error { return setInside(s) }); err != nil {
-		return Sandbox{}, fmt.Errorf("set up sandbox of task %s: %w", s.Task.Short(), err)
-	}
-	if err := ctx.Err(); err != nil {
-		return Sandbox{}, err
-	}
+	var g gateway
 	var err error
 	if s.Gateway {
-		sb.GatewayAddr, err = m.setLeg(s.Task, sb.NetNS)
-	} else {
-		err = m.delLeg(s.Task, sb.NetNS)
+		if g, err = m.keepGateway(); err != nil {
+			return Sandbox{}, err
+		}
 	}
-	if err != nil {
-		return Sandbox{}, fmt.Errorf("gateway leg of task %s: %w", s.Task.Short(), err)
+	if sb.GatewayAddr, err = m.converge(ctx, b, s, g, true); err != nil {
+		return Sandbox{}, fmt.Errorf("set up sandbox of task %s: %w", s.Task.Short(), err)
 	}
 	return sb, nil
 }
@@ -101,6 +110,8 @@ func (m *Linux) Destroy(ctx context.Context, task weft.ID) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	b, done := m.hold(task)
+	defer done()
 	sb := m.describe(task)
 	err := errors.Join(m.delLeg(task, sb.NetNS), netns.Remove(sb.NetNS))
 	if err == nil {
@@ -109,6 +120,7 @@ func (m *Linux) Destroy(ctx context.Context, task weft.ID) error {
 	if err != nil {
 		return fmt.Errorf("destroy sandbox of task %s: %w", task.Short(), err)
 	}
+	b.forget()
 	return nil
 }
 

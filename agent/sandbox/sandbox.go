@@ -3,7 +3,8 @@
 // and sysctls, the gateway leg to the host's bridge, and the files hosts,
 // resolv.conf and hostname.
 //
-// It owns the per-host gateway bridge. It does not attach overlay ports
+// It owns the per-host gateway bridge. What it made it reads back and repairs
+// (Keep). It does not attach overlay ports
 // (vxlan) and does not open the resolver's sockets (agent does, inside the
 // namespace).
 package sandbox
@@ -49,6 +50,10 @@ type Sandbox struct {
 type Maker interface {
 	Make(ctx context.Context, s Spec) (Sandbox, error)
 	Destroy(ctx context.Context, task weft.ID) error
+	// Keep reads the host's gateway bridge and these sandboxes back and makes
+	// what differs from the wish. A sandbox that is not there is left out. It
+	// goes on past failures and returns them joined.
+	Keep(ctx context.Context, specs []Spec) error
 	// List returns every sandbox of this node, found by name and mark.
 	List(ctx context.Context) ([]Sandbox, error)
 	// Gateway returns the host's gateway bridge subnet, making the bridge

@@ -35,6 +35,9 @@ func maker(t *testing.T) *Linux {
 		if names, err := netns.List(m.cfg.NetNSDir, ""); err != nil || len(names) != 0 {
 			t.Errorf("namespaces left: %v %v", names, err)
 		}
+		if left, err := filepath.Glob(filepath.Join(m.cfg.FilesDir, "*")); err != nil || len(left) != 0 {
+			t.Errorf("files left: %q %v", left, err)
+		}
 		links, err := netlink.LinkList()
 		must(t, err)
 		for _, l := range links {
@@ -234,8 +237,8 @@ func TestOwnServiceAddressLeaves(t *testing.T) {
 			return err
 		}
 		err = errors.Join(
-			setAddrs(l, []netip.Prefix{netip.MustParsePrefix("10.100.0.11/24")}, netlink.FAMILY_V4),
-			setAddrs(l, []netip.Prefix{netip.MustParsePrefix("fd77::11/64")}, netlink.FAMILY_V6),
+			setAddr("eth0", Op{Object: Object{Address, "10.100.0.11/24"}}),
+			setAddr("eth0", Op{Object: Object{Address, "fd77::11/64"}}),
 			netlink.LinkSetUp(l))
 		if err != nil {
 			return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -16,6 +17,7 @@ import (
 // started. A method that returns early because ctx ended says so with ctx's
 // error.
 type Controller interface {
+	Readiness
 	// Prepare makes everything but the process: image, sandbox, network,
 	// container. With the container there it succeeds.
 	Prepare(ctx context.Context) error
@@ -24,7 +26,8 @@ type Controller interface {
 	// Start starts the prepared process.
 	Start(ctx context.Context) (pid int, err error)
 	// Wait blocks until the process has ended. A lost connection to the
-	// runtime is not an exit; a container that is gone is weft.ErrNotFound.
+	// runtime is not an exit; a container that is gone is weft.ErrNotFound, one
+	// whose check has failed for good is ErrUnhealthy: it runs on.
 	Wait(ctx context.Context) (Exit, error)
 	// Shutdown stops the process, with its grace period, if there is one.
 	Shutdown(ctx context.Context) (Exit, error)
@@ -34,6 +37,25 @@ type Controller interface {
 	// Remove takes away everything, whatever state it is in.
 	Remove(ctx context.Context) error
 }
+
+// Readiness says when a process that was started may be used.
+type Readiness interface {
+	// AwaitReady blocks until the started process can serve and is led to. One
+	// that ends before is ErrEnded; one that will not be able to is
+	// ErrUnhealthy, and runs on.
+	AwaitReady(ctx context.Context) error
+	// EndUnhealthy takes a task whose check has failed for good out of service
+	// and stops its process. That it has failed is recorded before.
+	EndUnhealthy(ctx context.Context) (Exit, error)
+}
+
+var (
+	// ErrEnded: the process has ended; Observe tells how.
+	ErrEnded = errors.New("the container has ended")
+	// ErrUnhealthy: the check of the process has failed for good, Docker's
+	// words. AwaitReady and Wait return it.
+	ErrUnhealthy = errors.New("unhealthy container")
+)
 
 // Phase of a container.
 type Phase uint8
@@ -72,6 +94,7 @@ const (
 	ActAnnounce               // announce starting
 	ActStart                  // start, or adopt what runs
 	ActWait                   // wait for the end
+	ActEnd                    // stop what is unhealthy
 	ActShutdown               // stop
 	ActRemove                 // take everything away
 	ActDone                   // the record may be forgotten
@@ -115,12 +138,22 @@ const (
 	Done              // the task is gone
 )
 
+// next is Decide with the verdict of the check: what is unhealthy is stopped, but
+// for what is to stop anyway.
+func next(t *weft.Task) Action {
+	act := Decide(t.Desired, t.Status.State)
+	if t.Status.Unhealthy && (act == ActStart || act == ActWait) {
+		return ActEnd
+	}
+	return act
+}
+
 // Step carries out one action and returns the status that follows. It blocks
 // as long as the action does; when ctx ends meanwhile, the status is unchanged
 // and the answer is Retry.
 func Step(ctx context.Context, t *weft.Task, c Controller) (weft.TaskStatus, Next) {
 	st := t.Status
-	switch Decide(t.Desired, st.State) {
+	switch next(t) {
 	case ActDone:
 		return st, Done
 	case ActNothing:
@@ -137,6 +170,8 @@ func Step(ctx context.Context, t *weft.Task, c Controller) (weft.TaskStatus, Nex
 		return start(ctx, st, c)
 	case ActWait:
 		return wait(ctx, st, c)
+	case ActEnd:
+		return end(ctx, st, c)
 	case ActShutdown:
 		exit, err := c.Shutdown(ctx)
 		if err != nil && !errors.Is(err, weft.ErrNotFound) {
@@ -192,6 +227,20 @@ func start(ctx context.Context, st weft.TaskStatus, c Controller) (weft.TaskStat
 			return failed(st, weft.Text(err)), Again
 		}
 	}
+	switch err := c.AwaitReady(ctx); {
+	case err == nil:
+	case errors.Is(err, ErrEnded):
+		if o, err = c.Observe(ctx); err == nil && o.Phase == Exited {
+			return exited(st, o.Exit), Again
+		}
+		return retry(ctx, st, "look how the container ended", errors.Join(err, weft.ErrUnavailable))
+	case ctx.Err() != nil || errors.Is(err, weft.ErrUnavailable):
+		return retry(ctx, st, "wait until it is ready", err)
+	case errors.Is(err, ErrUnhealthy):
+		return unhealthy(st, err), Again
+	default:
+		return failed(st, weft.Text(err)), Again
+	}
 	st = enter(st, weft.TaskRunning, "started")
 	st.PID = int32(pid)
 	return st, Again
@@ -204,8 +253,34 @@ func wait(ctx context.Context, st weft.TaskStatus, c Controller) (weft.TaskStatu
 		return exited(st, exit), Again
 	case ctx.Err() == nil && errors.Is(err, weft.ErrNotFound):
 		return failed(st, "the container is gone; something outside weft removed it"), Again
+	case errors.Is(err, ErrUnhealthy):
+		return unhealthy(st, err), Again
 	}
 	return retry(ctx, st, "wait", err)
+}
+
+// unhealthy is the verdict, recorded before anything follows from it.
+func unhealthy(st weft.TaskStatus, err error) weft.TaskStatus {
+	st.Unhealthy, st.Err = true, weft.Text(err)
+	return st
+}
+
+// notStopped stands in an unhealthy task's Err between the verdict and why the
+// process is still there.
+const notStopped = "; stop: "
+
+func end(ctx context.Context, st weft.TaskStatus, c Controller) (weft.TaskStatus, Next) {
+	why, _, _ := strings.Cut(st.Err, notStopped)
+	exit, err := c.EndUnhealthy(ctx)
+	if err != nil && !errors.Is(err, weft.ErrNotFound) {
+		if ctx.Err() == nil {
+			st.Err = why + notStopped + weft.Text(err) + " (is tried again)"
+		}
+		return st, Retry
+	}
+	st = ended(st, weft.TaskFailed, "failed", exit)
+	st.Err = why
+	return st, Again
 }
 
 // retry leaves the state and tells why nothing moves; the daemon's own end is
@@ -218,7 +293,10 @@ func retry(ctx context.Context, st weft.TaskStatus, verb string, err error) (wef
 }
 
 func enter(st weft.TaskStatus, s weft.TaskState, message string) weft.TaskStatus {
-	st.State, st.At, st.Message, st.Err, st.PID = s, time.Now(), message, "", 0
+	st.State, st.At, st.Message, st.Err, st.PID, st.Unhealthy = s, time.Now(), message, "", 0, false
+	if s == weft.TaskRunning {
+		st.Ran = st.At
+	}
 	return st
 }
 

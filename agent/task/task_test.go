@@ -26,10 +26,18 @@ type fake struct {
 	calls    []string
 	errs     map[string][]error // per method, consumed from the front
 	prepTook time.Duration
+	healthy  chan struct{} // nil = at once
 	log      bytes.Buffer
 }
 
 func newFake() *fake { return &fake{exit: make(chan Exit, 1), errs: map[string][]error{}} }
+
+// called is what was called so far, while the task may go on.
+func (f *fake) called() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.calls)
+}
 
 func (f *fake) did(name string) bool {
 	f.mu.Lock()
@@ -75,6 +83,17 @@ func (f *fake) Start(context.Context) (int, error) {
 	return 7, nil
 }
 
+func (f *fake) AwaitReady(ctx context.Context) error {
+	if f.healthy != nil {
+		select {
+		case <-f.healthy:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return f.call("await")
+}
+
 func (f *fake) Wait(ctx context.Context) (Exit, error) {
 	if err := f.call("wait"); err != nil {
 		return Exit{}, err
@@ -98,6 +117,14 @@ func (f *fake) Shutdown(context.Context) (Exit, error) {
 	if f.phase == Running {
 		f.phase, f.last = Exited, Exit{Code: 143, Known: true}
 	}
+	return f.last, nil
+}
+
+func (f *fake) EndUnhealthy(context.Context) (Exit, error) {
+	if err := f.call("end"); err != nil {
+		return Exit{}, err
+	}
+	f.phase, f.last = Exited, Exit{Code: 137, Known: true}
 	return f.last, nil
 }
 
@@ -403,5 +430,115 @@ func TestDecideNeverGoesBack(t *testing.T) {
 func TestConfigIsChecked(t *testing.T) {
 	if _, err := NewRunner(Config{}); !errors.Is(err, weft.ErrInvalid) {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestWaitsUntilReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.healthy = make(chan struct{})
+		r, reports, stop := run(t, f, assigned(weft.TaskRunning))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if st := r.Status().State; st != weft.TaskStarting {
+			t.Errorf("state %s before it is healthy", st)
+		}
+		close(f.healthy)
+		synctest.Wait()
+		if got := states(*reports); got != "accepted preparing ready starting running" {
+			t.Errorf("states %q", got)
+		}
+		stop()
+	})
+}
+
+func TestHowReadinessEnds(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		exit Exit
+		want weft.TaskState
+		text string
+	}{
+		{fmt.Errorf("%w: exit 1", ErrUnhealthy), Exit{}, weft.TaskFailed, "unhealthy container: exit 1"},
+		{ErrEnded, Exit{Known: true}, weft.TaskComplete, ""},
+		{ErrEnded, Exit{Known: true, Code: 3}, weft.TaskFailed, "task: non-zero exit (3)"},
+		{weft.ErrUnavailable, Exit{}, weft.TaskRunning, ""}, // once
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake()
+			f.errs["await"] = []error{c.err}
+			f.healthy = make(chan struct{})
+			r, _, stop := run(t, f, assigned(weft.TaskRunning))
+			if errors.Is(c.err, ErrEnded) {
+				f.phase, f.last = Exited, c.exit
+			}
+			close(f.healthy)
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if st := r.Status(); st.State != c.want || st.Err != c.text {
+				t.Errorf("%v: %+v", c.err, st)
+			}
+			stop()
+		})
+	}
+}
+
+func TestUnhealthyWhileRunning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.errs["wait"] = []error{fmt.Errorf("%w: exit 1", ErrUnhealthy)}
+		r, reports, stop := run(t, f, assigned(weft.TaskRunning))
+		if st := r.Status(); st.State != weft.TaskFailed || st.Err != "unhealthy container: exit 1" {
+			t.Errorf("%+v after %q", st, states(*reports))
+		}
+		stop()
+	})
+}
+
+// TestUnhealthyIsRecordedThenStopped, while it starts and while it runs, and again by
+// the next daemon.
+func TestUnhealthyIsRecordedThenStopped(t *testing.T) {
+	why := fmt.Errorf("%w: 3 checks in a row failed", ErrUnhealthy)
+	for _, method := range []string{"await", "wait"} {
+		t.Run(method, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake()
+				f.errs[method] = []error{why}
+				f.errs["end"] = []error{fmt.Errorf("runtime: %w", weft.ErrUnavailable), errors.New("busy")}
+				r, reports, stop := run(t, f, assigned(weft.TaskRunning))
+				st := r.Status()
+				want := weft.TaskStarting
+				if method == "wait" {
+					want = weft.TaskRunning
+				}
+				if !st.Unhealthy || st.State != want || !strings.HasPrefix(st.Err, "unhealthy container: 3 checks in a row failed; stop: ") {
+					t.Errorf("status %+v", st)
+				}
+				if calls := f.called(); !slices.Contains(calls, "end") || calls[slices.Index(calls, "end")-1] != "report" {
+					t.Errorf("the verdict must be recorded, then it is stopped: %v", calls)
+				}
+				time.Sleep(2 * time.Second)
+				synctest.Wait()
+				st = r.Status()
+				if st.State != weft.TaskFailed || st.Unhealthy || st.Err != "unhealthy container: 3 checks in a row failed" || st.ExitCode != 137 || !st.ExitKnown {
+					t.Errorf("status %+v of %+v", st, *reports)
+				}
+				if st.Ran.IsZero() != (method == "await") {
+					t.Errorf("it ran at %s", st.Ran)
+				}
+				stop()
+			})
+		})
+	}
+	for desired, call := range map[weft.TaskState]string{weft.TaskRunning: "end", weft.TaskShutdown: "shutdown"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake()
+			f.phase = Running
+			r, _, stop := run(t, f, weft.Task{Desired: desired, Status: weft.TaskStatus{State: weft.TaskRunning, Unhealthy: true, Err: "unhealthy container"}})
+			if !f.did(call) || f.did("wait") || !r.Status().State.Ended() {
+				t.Errorf("desired %s: %v, status %+v", desired, f.called(), r.Status())
+			}
+			stop()
+		})
 	}
 }

@@ -73,7 +73,7 @@ func New() *Cluster {
 
 // Config fills in the back ends of c.
 func (c *Cluster) Config() api.Config {
-	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Repairs: c, Ways: c, Version: "0.0-test"}
+	return api.Config{Swarm: c, Services: c, Tasks: c, Nodes: c, Networks: c, Containers: c, Images: c, Repairs: c, Drains: c, Ways: c, Version: "0.0-test"}
 }
 
 func (c *Cluster) enter(method string) error {
@@ -113,6 +113,15 @@ func (c *Cluster) Local() weft.LocalInfo {
 		l.Managers = []netip.AddrPort{c.node.Manager.Addr}
 	}
 	return l
+}
+
+// Drains returns what happens on a node whose neighbour was away once.
+func (c *Cluster) Drains() (time.Time, []weft.RepairCount) {
+	since, _ := c.Repairs()
+	return since, []weft.RepairCount{
+		{Kind: "confirmed", Count: 5, Last: since.Add(time.Minute), Object: "task 1", Reason: "by 2 other nodes"},
+		{Kind: "passed", Count: 1, Last: since, Object: "task 2, node 3", Reason: "it did not answer within 2s"},
+	}
 }
 
 // Repairs returns Counts, counted for an hour.

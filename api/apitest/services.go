@@ -94,9 +94,28 @@ func (c *Cluster) UpdateService(_ context.Context, id weft.ID, index uint64, spe
 	old := s.Spec
 	s.Previous = &old
 	now := c.Now()
+	s.Update = weft.UpdateStatus{}
 	if weft.NeedsRestart(&old, &spec) {
 		s.Update = weft.UpdateStatus{State: weft.UpdateDone, StartedAt: now, EndedAt: now, Message: "update completed"}
 	}
+	return *s, c.storeLocked(s, spec)
+}
+
+// RollbackService gives a service its previous version back.
+func (c *Cluster) RollbackService(_ context.Context, id weft.ID, index uint64) (weft.Service, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.services[id]
+	if s == nil || s.Previous == nil {
+		return weft.Service{}, fmt.Errorf("service %s does not have a previous spec: %w", id, weft.ErrInvalid)
+	}
+	if err := c.touchLocked(&s.Meta, index); err != nil {
+		return weft.Service{}, err
+	}
+	old, now := s.Spec, c.Now()
+	spec := *s.Previous
+	s.Previous = &old
+	s.Update = weft.UpdateStatus{State: weft.RollbackDone, StartedAt: now, EndedAt: now, Message: weft.MessageRollbackDone}
 	return *s, c.storeLocked(s, spec)
 }
 
@@ -105,15 +124,16 @@ func (c *Cluster) storeLocked(s *weft.Service, spec weft.ServiceSpec) error {
 	if err := c.resolveLocked(&spec); err != nil {
 		return err
 	}
+	spec.Defaults() // what labels say of ports
 	keeps := s.SpecVersion > 0 && !weft.NeedsRestart(&s.Spec, &spec)
 	s.Spec = spec
 	s.SpecVersion++
 	c.specs[s.ID] = append(c.specs[s.ID], weft.SpecVersion{Service: s.ID, Version: s.SpecVersion, Spec: spec})
 	s.Ports, s.VIPs = slices.Clone(spec.Ports), nil
 	for i := range s.Ports {
-		if s.Ports[i].Published == 0 {
+		if s.Ports[i].Published == 0 && s.Ports[i].Mode == weft.PublishIngress {
 			s.Ports[i].Published = c.nextPort
-			c.nextPort++
+			c.nextPort += uint16(s.Ports[i].Ports())
 		}
 	}
 	if spec.EndpointMode == weft.EndpointVIP {
@@ -149,6 +169,12 @@ func (c *Cluster) runLocked(s *weft.Service, slot uint64) {
 	}
 	if s.Spec.Mode == weft.ModeGlobal {
 		t.Slot = 0
+	}
+	t.Ports = s.Spec.HostPorts()
+	for i := range t.Ports {
+		if t.Ports[i].Published == 0 {
+			t.Ports[i].Published = weft.LastPublishedPort
+		}
 	}
 	for _, n := range s.Spec.Networks {
 		t.Attachments = append(t.Attachments, c.addressesLocked(n.Network, byte(10+len(c.tasks))))
@@ -276,7 +302,7 @@ func (c *Cluster) Containers(context.Context) ([]weft.Container, error) {
 		ct := weft.Container{
 			ID: weft.ContainerID(t.ID), Name: t.Name(spec.Name), Task: t.ID, Service: t.Service, Node: t.Node,
 			Image: spec.Container.Image, Command: slices.Clone(spec.Container.Args),
-			Created: t.Meta.CreatedAt, Spec: spec.Container, Limits: spec.Limits, Networks: map[string]weft.Attachment{},
+			Created: t.Meta.CreatedAt, Spec: spec.Container, Limits: spec.Limits, Networks: map[string]weft.Attachment{}, Ports: t.Ports,
 			Labels: map[string]string{"com.docker.swarm.service.name": spec.Name},
 			State:  weft.ContainerState{Status: "running", PID: int(t.Status.PID), StartedAt: t.Status.At},
 		}

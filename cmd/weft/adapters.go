@@ -51,8 +51,18 @@ func (authority) NewToken(c weft.Cluster) (string, error) {
 	return t.String(), nil
 }
 
-// agentLogs is the agent as managers call it.
+// agentLogs is the agent as other nodes call it.
 type agentLogs struct{ a *agent.Agent }
+
+// Drain implements wire.Agent.
+func (l agentLogs) Drain(ctx context.Context, owner, task weft.ID) error {
+	return l.a.Drain(ctx, owner, task)
+}
+
+// Arrive implements wire.Agent.
+func (l agentLogs) Arrive(ctx context.Context, owner, task weft.ID, networks []weft.ID) error {
+	return l.a.Arrive(ctx, owner, task, networks)
+}
 
 // Logs implements wire.Agent.
 func (l agentLogs) Logs(ctx context.Context, task weft.ID, o weft.LogOptions, f func(weft.LogRecord) error) error {

@@ -22,7 +22,7 @@ func apiConfig(ms *membership, d *containerd.Driver, log *slog.Logger) api.Confi
 	c := clusterCalls{ms}
 	return api.Config{
 		Swarm: ms, Services: c, Tasks: c, Nodes: c, Networks: c,
-		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Ways: nodeWays{ms}, Log: log,
+		Containers: nodeContainers{ms}, Images: nodeImages{d}, Repairs: ms.repairs, Drains: ms.drains, Ways: nodeWays{ms}, Log: log,
 	}
 }
 
@@ -75,6 +75,10 @@ func (c clusterCalls) CreateService(ctx context.Context, spec weft.ServiceSpec) 
 
 func (c clusterCalls) UpdateService(ctx context.Context, id weft.ID, index uint64, spec weft.ServiceSpec) (weft.Service, error) {
 	return ask(c, func(l wire.Control) (weft.Service, error) { return l.UpdateService(ctx, id, index, spec) })
+}
+
+func (c clusterCalls) RollbackService(ctx context.Context, id weft.ID, index uint64) (weft.Service, error) {
+	return ask(c, func(l wire.Control) (weft.Service, error) { return l.RollbackService(ctx, id, index) })
 }
 
 func (c clusterCalls) RemoveService(ctx context.Context, id weft.ID) error {

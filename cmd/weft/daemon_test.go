@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"log/slog"
@@ -89,6 +90,30 @@ func TestMemberStateRoundTrip(t *testing.T) {
 	}
 	if s, err := loadMember(dir); s != nil || err != nil {
 		t.Errorf("after forgetting: %v, %v", s, err)
+	}
+}
+
+// TestKeysAreRemembered: the next start begins with the newest keys of gossip, also
+// where nothing else has changed. A file of before has a ring of one.
+func TestKeysAreRemembered(t *testing.T) {
+	dir := t.TempDir()
+	managers := []netip.AddrPort{netip.MustParseAddrPort("10.99.0.1:2377")}
+	first := memberState{Version: memberVersion, Node: weft.NewID(), Managers: managers,
+		Cluster: wire.ClusterView{ID: weft.NewID(), DataPathPort: 4789, GossipKey: make([]byte, 32)}}
+	if err := first.save(dir); err != nil {
+		t.Fatal(err)
+	}
+	old, err := loadMember(dir)
+	if r := old.Cluster.GossipRing(); err != nil || r.Validate() != nil || len(r.Keys()) != 1 || r.Sends.Epoch != 0 {
+		t.Fatalf("a file of before has the ring %v, %v", r, err)
+	}
+	m := &member{cfg: daemonConfig{DataRoot: dir}, state: *old, stage: stage{learned: make(chan struct{})}, log: slog.New(slog.DiscardHandler)}
+	next := old.Cluster
+	next.GossipReads = []weft.GossipKey{{Epoch: 1, Key: bytes.Repeat([]byte{1}, weft.GossipKeyBytes)}}
+	m.learn(managers, next)
+	got, err := loadMember(dir)
+	if err != nil || !got.Cluster.GossipRing().Equal(next.GossipRing()) {
+		t.Errorf("read back %v, %v", got.Cluster.GossipRing(), err)
 	}
 }
 
@@ -191,6 +216,12 @@ func (a agentCalled) Logs(_ context.Context, task weft.ID, _ weft.LogOptions, _ 
 	return nil
 }
 
+func (a agentCalled) Arrive(context.Context, weft.ID, weft.ID, []weft.ID) error {
+	return weft.ErrUnsupported
+}
+
+func (a agentCalled) Drain(context.Context, weft.ID, weft.ID) error { return weft.ErrUnsupported }
+
 // TestAgentOfIsDialledAtItsPort: the leader reads logs of a worker whose cluster
 // port is not the usual one.
 func TestAgentOfIsDialledAtItsPort(t *testing.T) {
@@ -260,35 +291,6 @@ func TestListenersHaveTheForwardedPort(t *testing.T) {
 		list, err := m.listeners()
 		if got := slices.Contains(list, weft.Listener{Protocol: weft.TCP, Port: 4377}); err != nil || got != c.want {
 			t.Errorf("listening on 4377, advertising %s: reported %v, %v", c.advertise, got, err)
-		}
-	}
-}
-
-func TestParsePublish(t *testing.T) {
-	for _, c := range []struct {
-		in                string
-		published, target uint32
-		proto, err        string
-	}{
-		{"80", 0, 80, "tcp", ""},
-		{"8080:80", 8080, 80, "tcp", ""},
-		{"53:53/udp", 53, 53, "udp", ""},
-		{"published=8080,target=80", 8080, 80, "tcp", ""},
-		{"0", 0, 0, "", "1 to 65535"},
-		{"8080:70000", 0, 0, "", "1 to 65535"},
-		{"127.0.0.1:8080:80", 0, 0, "", "one address"},
-		{"10000-20000:80", 0, 0, "", "ranges"},
-		{"published=8080", 0, 0, "", "target is missing"},
-		{"target=80,speed=9", 0, 0, "", `"speed"`},
-	} {
-		p, err := parsePublish(c.in)
-		switch {
-		case c.err != "":
-			if err == nil || !strings.Contains(err.Error(), c.err) || !strings.Contains(err.Error(), c.in) {
-				t.Errorf("%q: error %v, want one with %q", c.in, err, c.err)
-			}
-		case err != nil || p.PublishedPort != c.published || p.TargetPort != c.target || string(p.Protocol) != c.proto:
-			t.Errorf("%q = %+v, %v", c.in, p, err)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 	balance "github.com/weftnet/weft/ingress/bpf"
+	"github.com/weftnet/weft/ingress/ipvs"
 	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/bpf"
@@ -23,9 +25,6 @@ type engineConfig struct {
 	Node     weft.ID
 	NetNSDir string
 	BPFDir   string // where the eBPF engines mount their bpffs
-	// EBPF: the eBPF engines may be chosen. As long as they are not the
-	// default (vxlan/bpf/DESIGN.md), that is only when a flag names one.
-	EBPF     bool
 	Log      *slog.Logger
 	Repaired func(weft.Repair)
 }
@@ -36,9 +35,6 @@ func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
 	bridge, err := linux.New(linux.Config{Node: c.Node, NetNSDir: c.NetNSDir, Log: c.Log, Repaired: c.Repaired})
 	if err != nil {
 		return nil, err
-	}
-	if !c.EBPF {
-		return []vxlan.Engine{bridge}, nil
 	}
 	ebpf, err := bpf.New(bpf.Config{Node: c.Node, Dir: c.BPFDir, NetNSDir: c.NetNSDir, Log: c.Log, Repaired: c.Repaired})
 	if err != nil {
@@ -51,18 +47,28 @@ func overlayEngines(c engineConfig) ([]vxlan.Engine, error) {
 func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
 	n := nft.New(c.NetNSDir)
 	n.Repaired = c.Repaired
-	if !c.EBPF {
-		return []ingress.Engine{n}, nil
+	cgroup, err := balance.CgroupOf(c.Node)
+	if err != nil && !errors.Is(err, weft.ErrUnsupported) {
+		return nil, err
 	}
-	ebpf, err := balance.New(balance.Config{Node: c.Node, Dir: c.BPFDir, Repaired: c.Repaired})
+	ebpf, err := balance.New(balance.Config{Node: c.Node, Dir: c.BPFDir, Cgroup: cgroup, Repaired: c.Repaired})
+	if err != nil {
+		return nil, err
+	}
+	virtual, err := ipvs.New(ipvs.Config{Node: c.Node, NetNSDir: c.NetNSDir, Repaired: c.Repaired})
 	if err != nil {
 		return nil, err
 	}
 	// Published ports are nftables' on every overlay: one engine, its own
-	// instance, as the two have different networks.
+	// instance, as the two have different networks. On the eBPF one, flows that it
+	// has let in go past the host.
 	host := nft.New(c.NetNSDir)
 	host.Repaired = c.Repaired
-	return []ingress.Engine{ingress.Split{Services: ebpf, Published: host}, n}, nil
+	mesh, err := balance.NewMesh(balance.MeshConfig{Node: c.Node, Dir: c.BPFDir, Table: host, Repaired: c.Repaired})
+	if err != nil {
+		return nil, err
+	}
+	return []ingress.Engine{ingress.Split{Services: ebpf, Published: mesh}, ingress.Split{Services: virtual, Published: host}, n}, nil
 }
 
 // engines chooses this host's engines once, by what its kernel can do, and
@@ -70,12 +76,15 @@ func serviceEngines(c engineConfig) ([]ingress.Engine, error) {
 type engines struct {
 	forced vxlan.Pair
 	probe  engineConfig // Node is this installation: nothing of it outlives a probe
-	log    *slog.Logger
+	// held is the pair that running tasks of this host are on; zero = none are.
+	held func() (vxlan.Pair, error)
+	log  *slog.Logger
 
-	// mu guards: chosen, reasons. It is held while engines are probed: two
+	// mu guards: chosen, bound, reasons. It is held while engines are probed: two
 	// probes would meet in one scratch namespace.
 	mu      sync.Mutex
 	chosen  vxlan.Pair // zero until choose has succeeded
+	bound   bool       // chosen was held
 	reasons []weft.EngineChoice
 }
 
@@ -83,18 +92,27 @@ func newEngines(cfg daemonConfig, local weft.ID, log *slog.Logger) *engines {
 	return &engines{
 		forced: vxlan.Pair{Overlay: cfg.OverlayEngine, Service: cfg.ServiceEngine}, log: log,
 		probe: engineConfig{Node: local, Log: log}.in(cfg),
+		held: func() (vxlan.Pair, error) {
+			s, err := loadMember(cfg.DataRoot)
+			if s == nil || err != nil {
+				return vxlan.Pair{}, err
+			}
+			return engineUser{cfg.ExecRoot, s.Node}.held()
+		},
 	}
 }
 
 // in completes c with what the daemon's configuration says.
 func (c engineConfig) in(cfg daemonConfig) engineConfig {
-	c.NetNSDir, c.BPFDir = netnsDir(cfg.ExecRoot), filepath.Join(cfg.ExecRoot, "bpf")
-	c.EBPF = cfg.OverlayEngine == ebpfEngine || cfg.ServiceEngine == ebpfEngine
+	c.NetNSDir, c.BPFDir = netnsDir(cfg.ExecRoot), bpfDir(cfg.ExecRoot)
 	return c
 }
 
 // ebpfEngine is the name of both eBPF engines.
 const ebpfEngine = "ebpf"
+
+// bpfDir is where the eBPF engines mount their bpffs.
+func bpfDir(execRoot string) string { return filepath.Join(execRoot, "bpf") }
 
 // netnsDir is where namespaces are named.
 func netnsDir(execRoot string) string { return filepath.Join(execRoot, "netns") }
@@ -106,6 +124,10 @@ func (e *engines) choose(ctx context.Context) error {
 	defer e.mu.Unlock()
 	if e.chosen != (vxlan.Pair{}) {
 		return nil
+	}
+	held, err := e.held()
+	if err != nil {
+		return err
 	}
 	overlays, err := overlayEngines(e.probe)
 	if err != nil {
@@ -133,7 +155,8 @@ func (e *engines) choose(ctx context.Context) error {
 		return err
 	}
 	before := e.reasons
-	e.chosen, e.reasons, err = vxlan.Choose(o, s, e.forced)
+	e.bound = held != vxlan.Pair{}
+	e.chosen, e.reasons, err = vxlan.Choose(o, s, e.forced, held)
 	if err == nil || before == nil { // not with each retry
 		for _, r := range e.reasons {
 			e.log.Info("engine judged", "kind", r.Kind, weft.KeyEngine, r.Engine, "chosen", r.Chosen, "reason", r.Reason)
@@ -153,6 +176,9 @@ func overlayNote(e vxlan.Engine) string {
 // serviceNote says what a service engine can do less well on this host.
 func serviceNote(e ingress.Engine) string {
 	var notes []string
+	if n, ok := e.(interface{ Note() string }); ok && n.Note() != "" {
+		notes = append(notes, n.Note())
+	}
 	if r, ok := e.(interface{ CanRefuse() bool }); ok && !r.CanRefuse() {
 		notes = append(notes, "this kernel lacks nft_reject_bridge and nft_reject_netdev, so a service without tasks is silent")
 	}
@@ -185,15 +211,33 @@ func (e *engines) of(ctx context.Context, c engineConfig) (vxlan.Engine, ingress
 	if err != nil {
 		return nil, nil, err
 	}
-	overlay, service := named(overlays, e.chosen.Overlay), named(services, e.chosen.Service)
+	overlay, _ := find(overlays, e.chosen.Overlay) // choose has found both
+	service, _ := find(services, e.chosen.Service)
 	return overlay, service, service.Probe(ctx)
 }
 
-// named is the engine with a name that is among them.
-func named[E interface{ Name() string }](all []E, name string) E {
-	i := 0
-	for all[i].Name() != name {
-		i++
+// release ends a choice that running tasks had bound: they have gone, so the
+// best of the host can be taken. An error leaves the next choose to try again.
+func (e *engines) release(ctx context.Context) error {
+	e.mu.Lock()
+	bound := e.bound
+	if bound {
+		e.chosen = vxlan.Pair{}
 	}
-	return all[i]
+	e.mu.Unlock()
+	if !bound {
+		return nil
+	}
+	return e.choose(ctx)
+}
+
+// find is the engine with a name.
+func find[E interface{ Name() string }](all []E, name string) (E, bool) {
+	for _, e := range all {
+		if e.Name() == name {
+			return e, true
+		}
+	}
+	var none E
+	return none, false
 }

@@ -285,16 +285,20 @@ func labKill(f *labFlags, log *slog.Logger) *cobra.Command {
 }
 
 func labStart(f *labFlags, log *slog.Logger) *cobra.Command {
-	return &cobra.Command{
+	var e lab.HostEngines
+	c := &cobra.Command{
 		Use: "start HOST", Short: "Start a killed host with the state it had", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			l, err := f.open(log)
 			if err != nil {
 				return err
 			}
-			return l.Start(cmd.Context(), args[0])
+			return l.Start(cmd.Context(), args[0], e)
 		},
 	}
+	c.Flags().StringVar(&e.Overlay, "overlay-engine", "", "from now on force this overlay engine on the host; "+lab.AnyEngine+" = its daemon chooses")
+	c.Flags().StringVar(&e.Service, "service-engine", "", "likewise the service engine")
+	return c
 }
 
 func labMTU(f *labFlags, log *slog.Logger) *cobra.Command {

@@ -406,7 +406,7 @@ func (d *demo) killHost(ctx context.Context) (string, error) {
 }
 
 func (d *demo) restartHost(ctx context.Context) (string, error) {
-	if err := d.lab.Start(ctx, "h3"); err != nil {
+	if err := d.lab.Start(ctx, "h3", lab.HostEngines{}); err != nil {
 		return "", err
 	}
 	if err := await(ctx, func() error { return d.awaitReady(ctx, len(d.hosts)) }); err != nil {

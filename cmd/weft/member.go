@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,7 @@ type member struct {
 	engines *engines
 	able    func() // called when the engines are made
 	repairs *agent.Repairs
+	drains  *agent.Drains
 	creds   *ca.Credentials
 	client  *wire.Client
 	peers   *wire.Peers
@@ -114,6 +116,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 		return nil, err
 	}
 	m.peers = wire.NewPeers(m.creds)
+	m.drains = ms.drains
 	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
 		return nil, err
 	}
@@ -128,7 +131,7 @@ func (m *member) makeNode(d *containerd.Driver) error {
 	s := m.state
 	dir := netnsDir(m.cfg.ExecRoot)
 	var err error
-	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Log: m.log}); err != nil {
+	if m.boxes, err = sandbox.New(sandbox.Config{Node: s.Node, NetNSDir: dir, FilesDir: filepath.Join(m.cfg.DataRoot, "sandbox"), Repaired: m.repairs.Record, Log: m.log}); err != nil {
 		return err
 	}
 	names, err := dns.New(dns.Config{Log: m.log, ResolvConf: m.cfg.ResolvConf})
@@ -141,7 +144,8 @@ func (m *member) makeNode(d *containerd.Driver) error {
 	m.gossip, err = gossip.New(gossip.Config{
 		Node: s.Node, Bind: netip.AddrPortFrom(s.bind().Addr(), weft.GossipPort),
 		Advertise: netip.AddrPortFrom(s.Advertise.Addr(), weft.GossipPort),
-		VTEP:      s.DataPath, Seeds: m.seeds, Key: s.Cluster.GossipKey, Guest: m.under.guest(), Log: m.log,
+		VTEP:      s.DataPath, Seeds: m.seeds, Keys: s.Cluster.GossipRing(), Identity: gossipIdentity{m.creds},
+		Guest: m.under.guest(), Log: m.log,
 	})
 	if err != nil {
 		return err
@@ -150,8 +154,9 @@ func (m *member) makeNode(d *containerd.Driver) error {
 		Node: s.Node, StateDir: filepath.Join(m.cfg.DataRoot, "agent"), NetNSDir: dir,
 		VTEP: s.DataPath, Addr: s.Advertise, Underlay: m.under,
 		Runtime: d, Execer: d, Logs: d, Images: d,
-		Sandbox: m.boxes, Engines: m.agentEngines, Keys: m.keys, Names: names, Gossip: m.gossip, Leader: m.client,
-		Describe: m.describe, Listeners: m.listeners, Learned: m.learn, Log: m.log,
+		Sandbox: m.boxes, Engines: m.agentEngines, Keys: m.keys, GossipKeys: m.gossipKeys, Names: names, Gossip: m.gossip, Leader: m.client,
+		Neighbour: m.peers.Agent, Drains: m.drains,
+		Describe: m.describe, Listeners: m.listeners, HostAddrs: linux.HostAddrs, Learned: m.learn, Log: m.log,
 	})
 	return err
 }
@@ -163,10 +168,33 @@ func (m *member) makeEngines(ctx context.Context) (*dataPlane, error) {
 	if d := m.data.Load(); d != nil {
 		return d, nil
 	}
-	overlay, service, err := m.engines.of(ctx, engineConfig{Node: m.state.Node, Log: m.log, Repaired: m.repairs.Record}.in(m.cfg))
+	cfg := engineConfig{Node: m.state.Node, Log: m.log, Repaired: m.repairs.Record}.in(m.cfg)
+	overlay, service, err := m.engines.of(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
+	oldOverlay, oldService, err := m.engines.replaced(m.engineUser(), cfg)
+	if err == nil && oldOverlay != nil {
+		err = m.removeEngines(ctx, oldOverlay, oldService)
+	}
+	if err == nil {
+		err = m.engineUser().keep(vxlan.Pair{Overlay: overlay.Name(), Service: service.Name()})
+	}
+	if err != nil {
+		return nil, err
+	}
+	d, err := m.dataPlaneOf(ctx, overlay, service)
+	if err != nil {
+		return nil, err
+	}
+	m.data.Store(d)
+	m.under.natives <- d.natives
+	m.able()
+	return d, nil
+}
+
+// dataPlaneOf wraps an overlay engine in what encrypts and what routes.
+func (m *member) dataPlaneOf(ctx context.Context, overlay vxlan.Engine, service ingress.Engine) (*dataPlane, error) {
 	crypt, err := m.makeCrypt(ctx, overlay)
 	if err != nil {
 		return nil, err
@@ -175,12 +203,10 @@ func (m *member) makeEngines(ctx context.Context) (*dataPlane, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &dataPlane{overlay: vxlan.Routed{Kernel: crypt, Router: &linux.Router{}}, service: service, crypt: crypt, natives: natives}
-	m.data.Store(d)
-	m.under.natives <- natives
-	m.able()
-	return d, nil
+	return &dataPlane{overlay: vxlan.Routed{Kernel: crypt, Router: &linux.Router{}}, service: service, crypt: crypt, natives: natives}, nil
 }
+
+func (m *member) engineUser() engineUser { return engineUser{m.cfg.ExecRoot, m.state.Node} }
 
 // agentEngines is agent.Config's Engines.
 func (m *member) agentEngines(ctx context.Context) (agent.Engines, error) {
@@ -202,6 +228,12 @@ func (m *member) keys(epoch uint64) ([]weft.NodeKey, error) {
 		return d.crypt.Keys(epoch)
 	}
 	return nil, nil
+}
+
+// gossipKeys is agent.Config's GossipKeys: all that members send each other by port
+// 7946 follows.
+func (m *member) gossipKeys(r weft.GossipRing) error {
+	return errors.Join(m.gossip.SetKeys(r), m.under.SetKeys(r))
 }
 
 // makeCrypt wraps the overlay engine in the one that encrypts.
@@ -298,7 +330,11 @@ func (m *member) remove(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("what the node made on its host cannot be removed: %w", err)
 	}
-	return errors.Join(m.agent.RemoveAll(ctx), d.service.Close(ctx), m.boxes.Close(ctx))
+	err = errors.Join(m.agent.RemoveAll(ctx), d.service.Close(ctx), m.boxes.Close(ctx))
+	if err == nil {
+		err = errors.Join(m.engineUser().forget(), m.engines.release(ctx))
+	}
+	return err
 }
 
 // learn takes the leader's view of the cluster and keeps it for the next start.
@@ -314,7 +350,7 @@ func (m *member) learn(managers []netip.AddrPort, c wire.ClusterView) {
 		next.Managers = managers
 	}
 	next.Cluster = c
-	if sameManagers(next.Managers, m.state.Managers) && next.Cluster.DataPathPort == m.state.Cluster.DataPathPort {
+	if sameManagers(next.Managers, m.state.Managers) && reflect.DeepEqual(next.Cluster, m.state.Cluster) {
 		return
 	}
 	m.state.Managers, m.state.Cluster = next.Managers, next.Cluster
@@ -384,7 +420,10 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	if err != nil {
 		return d, err
 	}
-	d.UsedPrefixes, err = m.cfg.usedPrefixes()
+	if d.UsedPrefixes, err = m.cfg.usedPrefixes(); err != nil {
+		return d, err
+	}
+	d.Addrs, err = linux.HostAddrs()
 	return d, err
 }
 

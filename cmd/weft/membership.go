@@ -29,6 +29,7 @@ type membership struct {
 	log     *slog.Logger
 	// repairs of all members that this daemon runs.
 	repairs *agent.Repairs
+	drains  *agent.Drains
 
 	// change is held by Init, Join and Leave: one at a time.
 	change sync.Mutex
@@ -48,7 +49,7 @@ type membership struct {
 }
 
 func newMembership(cfg daemonConfig, e *engines, d *containerd.Driver, log *slog.Logger) (*membership, error) {
-	return &membership{cfg: cfg, engines: e, driver: d, log: log, repairs: agent.NewRepairs(log), starts: make(chan *member), resumed: make(chan struct{})}, nil
+	return &membership{cfg: cfg, engines: e, driver: d, log: log, repairs: agent.NewRepairs(log), drains: agent.NewDrains(log), starts: make(chan *member), resumed: make(chan struct{})}, nil
 }
 
 // memberRetry is the pause before a member that failed is tried again.

@@ -17,7 +17,7 @@ import (
 
 func newNetCommand(c *connection) *cobra.Command {
 	cmd := &cobra.Command{Use: "net", Short: "Look into this host's data plane"}
-	cmd.AddCommand(netRepairs(c), netWays(c))
+	cmd.AddCommand(netRepairs(c), netWays(c), netDrains(c))
 	return cmd
 }
 
@@ -69,6 +69,33 @@ and why.`,
 					network = fmt.Sprint(w.VNI)
 				}
 				rows = append(rows, []string{network, w.VTEP.String(), way, ago(w.Since), w.Reason})
+			}
+			return table(cmd.OutOrStdout(), rows)
+		})}
+}
+
+func netDrains(c *connection) *cobra.Command {
+	return &cobra.Command{
+		Use: "drains", Short: "Show how tasks of this host came into the balancers of others and left them", Args: cobra.NoArgs,
+		Long: `Show how tasks of this host were taken out of the balancers of other hosts
+before they were stopped, since the daemon's start: "confirmed" counts tasks of
+which every host concerned had confirmed it, "passed" counts hosts that did not
+within two seconds and were passed over; requests that they sent on may have
+failed. "arrival confirmed" and "arrival passed" are the same of tasks that begin
+to serve: they are said to run only then. Each host that was passed over is in
+the daemon's log.`,
+		RunE: c.action(func(cmd *cobra.Command, client *client.Client, _ []string) error {
+			var answer api.DrainsAnswer
+			if err := askOwn(cmd.Context(), client, api.DrainsPath, &answer); err != nil {
+				return err
+			}
+			if len(answer.Drains) == 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "no task has come or gone since %s\n", answer.Since.Format(time.RFC3339))
+				return nil
+			}
+			rows := [][]string{{"KIND", "COUNT", "LAST", "OBJECT", "REASON"}}
+			for _, d := range answer.Drains {
+				rows = append(rows, []string{d.Kind, fmt.Sprint(d.Count), ago(d.Last), d.Object, d.Reason})
 			}
 			return table(cmd.OutOrStdout(), rows)
 		})}

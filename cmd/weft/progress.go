@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
@@ -17,10 +18,18 @@ const (
 	firstTask = 3 * time.Second
 )
 
+// waiting says how a service is followed.
+type waiting struct {
+	quiet    bool // no progress
+	rollback bool // the way back is what was asked for
+}
+
 // waitConverged follows a service until all its tasks run the newest version,
-// printing each change of the count. An update that was paused is an error.
-func waitConverged(cmd *cobra.Command, api *client.Client, id string, quiet bool) error {
+// printing each change of the count. An update that was paused is an error, and one
+// that was rolled back, too.
+func waitConverged(cmd *cobra.Command, api *client.Client, id string, w waiting) error {
 	last, began := "", time.Now()
+	back := "" // why the update is rolled back
 	ticker := time.NewTicker(pollGap)
 	defer ticker.Stop()
 	for {
@@ -37,16 +46,19 @@ func waitConverged(cmd *cobra.Command, api *client.Client, id string, quiet bool
 		if why != "" {
 			line += ": " + why
 		}
-		if line != last && !quiet {
+		if line != last && !w.quiet {
 			fmt.Fprintln(cmd.ErrOrStderr(), line)
 		}
 		last = line
-		if u := s.Service.UpdateStatus; u != nil && u.State == swarm.UpdateStatePaused {
-			return fmt.Errorf("update paused: %s", u.Message)
+		updating, err := followUpdate(s.Service.UpdateStatus, w, &back)
+		if err != nil {
+			return err
 		}
-		updating := s.Service.UpdateStatus != nil && s.Service.UpdateStatus.State == swarm.UpdateStateUpdating
 		unborn := s.Service.Spec.Mode.Global != nil && want == 0 && time.Since(began) < firstTask
 		if running >= want && !updating && !unborn {
+			if back != "" {
+				return errors.New(back)
+			}
 			return nil
 		}
 		select {
@@ -55,6 +67,31 @@ func waitConverged(cmd *cobra.Command, api *client.Client, id string, quiet bool
 		case <-ticker.C:
 		}
 	}
+}
+
+// followUpdate says whether tasks are still being replaced. back becomes the reason
+// once that is the way back, and nobody has asked for it.
+func followUpdate(u *swarm.UpdateStatus, w waiting, back *string) (updating bool, err error) {
+	if u == nil {
+		return false, nil
+	}
+	switch u.State {
+	case swarm.UpdateStatePaused:
+		return false, fmt.Errorf("update paused: %s", u.Message)
+	case swarm.UpdateStateRollbackPaused:
+		return false, fmt.Errorf("rollback paused: %s", u.Message)
+	case swarm.UpdateStateRollbackStarted:
+		if !w.rollback {
+			*back = u.Message
+		}
+		return true, nil
+	case swarm.UpdateStateRollbackCompleted:
+		if !w.rollback && *back == "" { // it was quicker than this
+			*back = "the update was rolled back"
+		}
+		return false, nil
+	}
+	return u.State == swarm.UpdateStateUpdating, nil
 }
 
 // count returns running and wanted tasks and, for one that does not run, why.

@@ -20,9 +20,10 @@ import (
 
 func swarmRotateKeys(c *connection) *cobra.Command {
 	return &cobra.Command{
-		Use: "rotate-keys", Short: "Give every node a new key for encrypted networks", Args: cobra.NoArgs,
-		Long: `Give every node a new key for encrypted networks. Nodes change to it one by one,
-as they hear of each other's, and nothing is lost. It happens by itself once a day.`,
+		Use: "rotate-keys", Short: "Change the keys of encrypted networks and of gossip", Args: cobra.NoArgs,
+		Long: `Give every node a new key for encrypted networks, and the cluster a new key for
+gossip. Nodes change to them one by one, as they hear of each other's, and
+nothing is lost. It happens by itself: once a day, and every 12 hours for gossip.`,
 		RunE: c.action(func(cmd *cobra.Command, api *client.Client, _ []string) error {
 			s, err := api.SwarmInspect(cmd.Context(), client.SwarmInspectOptions{})
 			if err != nil {

@@ -16,7 +16,7 @@ import (
 
 func newServiceCommand(c *connection) *cobra.Command {
 	cmd := &cobra.Command{Use: "service", Short: "Run services on the cluster"}
-	cmd.AddCommand(serviceCreate(c), serviceLs(c), servicePs(c), serviceInspect(c), serviceScale(c), serviceUpdate(c), serviceRm(c), serviceLogs(c))
+	cmd.AddCommand(serviceCreate(c), serviceLs(c), servicePs(c), serviceInspect(c), serviceScale(c), serviceUpdate(c), serviceRollback(c), serviceRm(c), serviceLogs(c))
 	return cmd
 }
 
@@ -46,7 +46,7 @@ func serviceCreate(c *connection) *cobra.Command {
 		if s.detach {
 			return nil
 		}
-		return waitConverged(cmd, api, res.ID, s.quiet)
+		return waitConverged(cmd, api, res.ID, waiting{quiet: s.quiet})
 	})
 	return cmd
 }
@@ -74,7 +74,7 @@ func serviceLs(c *connection) *cobra.Command {
 				status = *s.ServiceStatus
 			}
 			rows = append(rows, []string{short(s.ID), s.Spec.Name, mode, fmt.Sprintf("%d/%d", status.RunningTasks, status.DesiredTasks),
-				imageName(s.Spec.TaskTemplate.ContainerSpec.Image), portList(s.Endpoint.Ports)})
+				imageName(s.Spec.TaskTemplate.ContainerSpec.Image), portList(inMesh(s.Endpoint.Ports), s.Spec.Labels)})
 		}
 		if quiet {
 			return nil
@@ -82,14 +82,6 @@ func serviceLs(c *connection) *cobra.Command {
 		return table(cmd.OutOrStdout(), rows)
 	})
 	return cmd
-}
-
-func portList(ports []swarm.PortConfig) string {
-	var out []string
-	for _, p := range ports {
-		out = append(out, fmt.Sprintf("*:%d->%d/%s", p.PublishedPort, p.TargetPort, p.Protocol))
-	}
-	return strings.Join(out, ", ")
 }
 
 func servicePs(c *connection) *cobra.Command {
@@ -133,7 +125,7 @@ func printTasks(cmd *cobra.Command, api *client.Client, filters client.Filters, 
 		}
 		return b.CreatedAt.Compare(a.CreatedAt)
 	})
-	rows := [][]string{{"ID", "NAME", "IMAGE", "NODE", "DESIRED STATE", "CURRENT STATE", "ERROR"}}
+	rows := [][]string{{"ID", "NAME", "IMAGE", "NODE", "DESIRED STATE", "CURRENT STATE", "ERROR", "PORTS"}}
 	last := ""
 	for _, t := range tasks {
 		name := fmt.Sprintf("%s.%d", names[t.ServiceID], t.Slot)
@@ -153,7 +145,7 @@ func printTasks(cmd *cobra.Command, api *client.Client, filters client.Filters, 
 			}
 		}
 		rows = append(rows, []string{id, shown, image, names[t.NodeID], title(string(t.DesiredState)),
-			title(string(t.Status.State)) + " " + ago(t.Status.Timestamp), why})
+			title(string(t.Status.State)) + " " + ago(t.Status.Timestamp), why, portList(t.Status.PortStatus.Ports, nil)})
 	}
 	return table(cmd.OutOrStdout(), rows)
 }
@@ -224,6 +216,8 @@ func serviceUpdate(c *connection) *cobra.Command {
 	f.StringArrayVar(&envAdd, "env-add", nil, "add or change KEY=VALUE")
 	f.BoolVar(&force, "force", false, "replace the tasks even if nothing changed")
 	f.BoolVarP(&detach, "detach", "d", false, "do not wait until the update is done")
+	var p policies
+	p.install(cmd)
 	cmd.RunE = c.action(func(cmd *cobra.Command, api *client.Client, args []string) error {
 		return updateService(cmd, api, args[0], detach, func(spec *swarm.ServiceSpec) error {
 			t := spec.TaskTemplate.ContainerSpec
@@ -243,7 +237,7 @@ func serviceUpdate(c *connection) *cobra.Command {
 			if force {
 				spec.TaskTemplate.ForceUpdate++
 			}
-			return nil
+			return p.change(cmd, spec)
 		})
 	})
 	return cmd
@@ -265,7 +259,7 @@ func updateService(cmd *cobra.Command, api *client.Client, ref string, detach bo
 	if detach {
 		return nil
 	}
-	return waitConverged(cmd, api, s.Service.ID, false)
+	return waitConverged(cmd, api, s.Service.ID, waiting{})
 }
 
 func serviceRm(c *connection) *cobra.Command {

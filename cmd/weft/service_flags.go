@@ -5,24 +5,30 @@ import (
 	"math/big"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/mount"
-	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/swarm"
 	"github.com/spf13/cobra"
 )
 
 // serviceFlags are the words of `service create`, as typed.
 type serviceFlags struct {
-	name, mode, user, dir, hostname, cpus, memory, restart, endpointMode string
-	replicas                                                             uint64
-	networks, publish, env, labels, constraints, mounts                  []string
-	stopGrace                                                            time.Duration
-	detach, quiet                                                        bool
+	name, mode, user, dir, cpus, memory, restart, endpointMode string
+	replicas                                                   uint64
+	networks, publish, env, labels, constraints, mounts        []string
+	names                                                      nameFlags
+	stopGrace                                                  time.Duration
+	detach, quiet                                              bool
+	policies                                                   policies
+}
+
+// nameFlags are what the containers are called and how they look up names.
+type nameFlags struct {
+	hostname                        string
+	servers, search, options, hosts []string
 }
 
 func (s *serviceFlags) install(cmd *cobra.Command) {
@@ -31,14 +37,18 @@ func (s *serviceFlags) install(cmd *cobra.Command) {
 	f.StringVar(&s.mode, "mode", "replicated", `"replicated" or "global" (one task per node)`)
 	f.Uint64Var(&s.replicas, "replicas", 1, "number of tasks")
 	f.StringArrayVar(&s.networks, "network", nil, "network to attach to")
-	f.StringArrayVarP(&s.publish, "publish", "p", nil, "publish a port on every host: [PORT:]TARGET[/udp]; tasks see the address of the host that took the request, not the client's")
+	f.StringArrayVarP(&s.publish, "publish", "p", nil, "publish a port: [ADDRESS:][PORT:]TARGET[/udp|/sctp], ranges too (8000-8010:80-90), or target=…,published=…,protocol=…,mode=host,ip=…,interface=…,allow=CIDR")
 	f.StringArrayVarP(&s.env, "env", "e", nil, "environment variable KEY=VALUE")
 	f.StringArrayVarP(&s.labels, "label", "l", nil, "label KEY=VALUE")
 	f.StringArrayVar(&s.constraints, "constraint", nil, "where tasks may run, e.g. node.hostname==h1")
 	f.StringArrayVar(&s.mounts, "mount", nil, "type=bind|volume|tmpfs,source=…,target=…[,readonly]")
 	f.StringVarP(&s.user, "user", "u", "", "user or uid[:gid]")
 	f.StringVarP(&s.dir, "workdir", "w", "", "working directory")
-	f.StringVar(&s.hostname, "hostname", "", "host name in the container")
+	f.StringVar(&s.names.hostname, "hostname", "", "host name in the container")
+	f.StringArrayVar(&s.names.servers, "dns", nil, "nameserver for names outside the cluster, instead of the node's")
+	f.StringArrayVar(&s.names.search, "dns-search", nil, `search domain, instead of the node's ("." = none)`)
+	f.StringArrayVar(&s.names.options, "dns-option", nil, "option of the container's resolver, e.g. ndots:1")
+	f.StringArrayVar(&s.names.hosts, "host", nil, "line of /etc/hosts: NAME:ADDRESS or NAME=ADDRESS")
 	f.StringVar(&s.cpus, "limit-cpu", "", "processors, e.g. 0.5")
 	f.StringVar(&s.memory, "limit-memory", "", "memory, e.g. 256M")
 	f.StringVar(&s.restart, "restart-condition", "", `"any", "on-failure" or "none"`)
@@ -46,6 +56,7 @@ func (s *serviceFlags) install(cmd *cobra.Command) {
 	f.StringVar(&s.endpointMode, "endpoint-mode", "", `"vip" or "dnsrr"`)
 	f.BoolVarP(&s.detach, "detach", "d", false, "do not wait until the tasks run")
 	f.BoolVarP(&s.quiet, "quiet", "q", false, "no progress")
+	s.policies.install(cmd)
 }
 
 // spec turns the flags into what the API takes; every error names its flag.
@@ -59,13 +70,16 @@ func (s *serviceFlags) spec(cmd *cobra.Command, args []string) (swarm.ServiceSpe
 	if spec.Mode, err = s.serviceMode(cmd); err != nil {
 		return spec, err
 	}
-	c := &swarm.ContainerSpec{Image: args[0], Args: args[1:], Env: s.env, User: s.user, Dir: s.dir, Hostname: s.hostname}
+	c := &swarm.ContainerSpec{Image: args[0], Args: args[1:], Env: s.env, User: s.user, Dir: s.dir, Hostname: s.names.hostname}
 	for _, m := range s.mounts {
 		parsed, err := parseMount(m)
 		if err != nil {
 			return spec, err
 		}
 		c.Mounts = append(c.Mounts, parsed)
+	}
+	if err := s.names.set(c); err != nil {
+		return spec, err
 	}
 	if cmd.Flags().Changed("stop-grace-period") {
 		c.StopGracePeriod = &s.stopGrace
@@ -83,15 +97,36 @@ func (s *serviceFlags) spec(cmd *cobra.Command, args []string) (swarm.ServiceSpe
 	for _, n := range s.networks {
 		spec.TaskTemplate.Networks = append(spec.TaskTemplate.Networks, swarm.NetworkAttachmentConfig{Target: n})
 	}
-	spec.EndpointSpec = &swarm.EndpointSpec{Mode: swarm.ResolutionMode(s.endpointMode)}
-	for _, p := range s.publish {
-		port, err := parsePublish(p)
-		if err != nil {
-			return spec, err
-		}
-		spec.EndpointSpec.Ports = append(spec.EndpointSpec.Ports, port)
+	if err := s.policies.change(cmd, &spec); err != nil {
+		return spec, err
 	}
-	return spec, nil
+	spec.EndpointSpec = &swarm.EndpointSpec{Mode: swarm.ResolutionMode(s.endpointMode)}
+	return spec, publishAll(&spec, s.publish)
+}
+
+func (s *nameFlags) set(c *swarm.ContainerSpec) error {
+	if len(s.servers)+len(s.search)+len(s.options) > 0 {
+		c.DNSConfig = &swarm.DNSConfig{Search: s.search, Options: s.options}
+	}
+	for _, text := range s.servers {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return fmt.Errorf("--dns %q is no address", text)
+		}
+		c.DNSConfig.Nameservers = append(c.DNSConfig.Nameservers, a)
+	}
+	for _, text := range s.hosts {
+		name, addr, ok := strings.Cut(text, "=")
+		if !ok {
+			name, addr, ok = strings.Cut(text, ":")
+		}
+		if a, err := netip.ParseAddr(strings.Trim(addr, "[]")); !ok || name == "" || err != nil {
+			return fmt.Errorf("--host %q: write NAME:ADDRESS or NAME=ADDRESS", text)
+		} else {
+			c.Hosts = append(c.Hosts, a.String()+" "+name)
+		}
+	}
+	return nil
 }
 
 func (s *serviceFlags) serviceMode(cmd *cobra.Command) (swarm.ServiceMode, error) {
@@ -131,78 +166,6 @@ func (s *serviceFlags) limits() (*swarm.ResourceRequirements, error) {
 		limit.MemoryBytes = n
 	}
 	return &swarm.ResourceRequirements{Limits: limit}, nil
-}
-
-// parsePublish reads [PORT:]TARGET[/PROTOCOL] and the long form
-// published=8080,target=80,protocol=tcp,mode=ingress.
-func parsePublish(s string) (swarm.PortConfig, error) {
-	bad := func(why string) (swarm.PortConfig, error) {
-		return swarm.PortConfig{}, fmt.Errorf("--publish %q: %s", s, why)
-	}
-	port := swarm.PortConfig{Protocol: network.TCP, PublishMode: swarm.PortConfigPublishModeIngress}
-	var err error
-	if strings.Contains(s, "=") {
-		return parseLongPublish(s)
-	}
-	rest, proto, ok := strings.Cut(s, "/")
-	if ok {
-		port.Protocol = network.IPProtocol(strings.ToLower(proto))
-	}
-	parts := strings.Split(rest, ":")
-	switch len(parts) {
-	case 1:
-	case 2:
-		if port.PublishedPort, err = parsePort(parts[0]); err != nil {
-			return bad(err.Error())
-		}
-	default:
-		if _, err := netip.ParseAddr(strings.Trim(strings.Join(parts[:len(parts)-2], ":"), "[]")); err == nil {
-			return bad("publishing on one address is not supported yet: leave the address out")
-		}
-		return bad("use [PORT:]TARGET[/udp]")
-	}
-	if port.TargetPort, err = parsePort(parts[len(parts)-1]); err != nil {
-		return bad(err.Error())
-	}
-	return port, nil
-}
-
-func parseLongPublish(s string) (swarm.PortConfig, error) {
-	port := swarm.PortConfig{Protocol: network.TCP, PublishMode: swarm.PortConfigPublishModeIngress}
-	for _, kv := range strings.Split(s, ",") {
-		k, v, _ := strings.Cut(kv, "=")
-		var err error
-		switch k {
-		case "target":
-			port.TargetPort, err = parsePort(v)
-		case "published":
-			port.PublishedPort, err = parsePort(v)
-		case "protocol":
-			port.Protocol = network.IPProtocol(v)
-		case "mode":
-			port.PublishMode = swarm.PortConfigPublishMode(v)
-		default:
-			err = fmt.Errorf("unknown key %q: use published, target, protocol, mode", k)
-		}
-		if err != nil {
-			return port, fmt.Errorf("--publish %q: %w", s, err)
-		}
-	}
-	if port.TargetPort == 0 {
-		return port, fmt.Errorf("--publish %q: target is missing", s)
-	}
-	return port, nil
-}
-
-func parsePort(s string) (uint32, error) {
-	if strings.Contains(s, "-") {
-		return 0, fmt.Errorf("port ranges are not supported yet")
-	}
-	n, err := strconv.ParseUint(s, 10, 32)
-	if err != nil || n < 1 || n > 65535 {
-		return 0, fmt.Errorf("%q is no port from 1 to 65535", s)
-	}
-	return uint32(n), nil
 }
 
 // parseMount reads type=…,source=…,target=…[,readonly].

@@ -104,6 +104,9 @@ func (ms *membership) Init(ctx context.Context, r weft.InitRequest) (weft.ID, er
 	if boot.Node.Description.UsedPrefixes, err = ms.cfg.usedPrefixes(); err != nil {
 		return "", err
 	}
+	if boot.Node.Description.Addrs, err = linux.HostAddrs(); err != nil {
+		return "", err
+	}
 	if err := ms.checkPorts(state); err != nil {
 		return "", err
 	}

@@ -37,7 +37,7 @@ func newUnderlay(s memberState, log *slog.Logger) (*underlay, error) {
 	u := &underlay{vtep: s.DataPath, log: log, changed: make(chan struct{}, 1), natives: make(chan *natives, 1)}
 	var err error
 	u.Prober, err = pmtu.New(pmtu.Config{
-		VTEP: s.DataPath, Port: weft.GossipPort, Key: s.Cluster.GossipKey, Changed: u.changed, Log: log,
+		VTEP: s.DataPath, Port: weft.GossipPort, Keys: s.Cluster.GossipRing(), Changed: u.changed, Log: log,
 		Listen: !s.Listen.Addr().IsUnspecified() && s.Listen.Addr().Unmap() != s.DataPath.Unmap(),
 		Proven: func(peer netip.Addr, bytes int) error { return linux.PathProven(s.DataPath, peer, bytes) },
 		Limit:  func(peer netip.Addr) (int, error) { return linux.PathLimit(s.DataPath, peer) },

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -12,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,7 +27,7 @@ import (
 
 // Our own choices.
 const (
-	whoamiGrace      = 5 * time.Second  // for requests in flight after SIGTERM
+	whoamiGrace      = 5 * time.Second  // default for requests in flight after SIGTERM
 	whoamiIdle       = 5 * time.Minute  // an echo connection that says nothing
 	whoamiHeaderWait = 10 * time.Second // for the head of a request
 	maxDatagram      = 65507            // largest UDP payload over IPv4 (RFC 768, RFC 791)
@@ -52,10 +56,13 @@ func parseIdentity(answer string) (identity, error) {
 	return id, nil
 }
 
-// whoamiConfig is where the server listens.
+// whoamiConfig is where the server listens, and how it begins and ends.
 type whoamiConfig struct {
-	HTTP string // TCP address of the HTTP server
-	Echo string // TCP and UDP address of the echo server
+	HTTP       string        // TCP address of the HTTP server
+	Echo       string        // TCP and UDP address of the echo server
+	ReadyAfter time.Duration // the HTTP server answers 503 for so long
+	Linger     time.Duration // after SIGTERM it goes on for so long
+	Grace      time.Duration // then requests in flight have so long; 0 = whoamiGrace
 }
 
 // newWhoamiCommand is `weft whoami`: the program of the built-in image.
@@ -67,7 +74,11 @@ func newWhoamiCommand() *cobra.Command {
 		Long: `Answers every request with one line of JSON: host, task, addresses, and the
 client's address as it was seen. HTTP answers any path; the TCP echo port sends
 the line first and then echoes; the UDP echo port answers each datagram with the
-line and the datagram. SIGTERM ends it once the requests in flight are answered.`,
+line and the datagram. SIGTERM ends it once the requests in flight are answered.
+
+HTTP paths of their own: /healthz is 200 when the server is ready (--ready-after),
+else 503, as everything is by then; /slow?bytes=N&for=DURATION answers with N
+bytes that come evenly within the duration.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, os.Interrupt)
@@ -83,12 +94,16 @@ line and the datagram. SIGTERM ends it once the requests in flight are answered.
 	}
 	c.Flags().StringVar(&cfg.HTTP, "http", ":80", "address of the HTTP server")
 	c.Flags().StringVar(&cfg.Echo, "echo", ":7", "address of the TCP and UDP echo server")
+	c.Flags().DurationVar(&cfg.ReadyAfter, "ready-after", 0, "answer HTTP with 503 for this time, as a server does that starts slowly")
+	c.Flags().DurationVar(&cfg.Linger, "linger", 0, "after SIGTERM go on answering for this time and close connections with each answer")
+	c.Flags().DurationVar(&cfg.Grace, "grace", whoamiGrace, "then give requests in flight this time")
 	c.AddCommand(newWhoamiGet(), newWhoamiPing(), newWhoamiLookup())
 	return c
 }
 
 // whoami is a server with its sockets open.
 type whoami struct {
+	cfg  whoamiConfig
 	http net.Listener
 	echo net.Listener
 	udp  net.PacketConn
@@ -96,7 +111,10 @@ type whoami struct {
 
 func listenWhoami(ctx context.Context, cfg whoamiConfig) (*whoami, error) {
 	var lc net.ListenConfig
-	var w whoami
+	w := whoami{cfg: cfg}
+	if cfg.ReadyAfter < 0 || cfg.Linger < 0 || cfg.Grace < 0 {
+		return nil, errors.New("--ready-after, --linger and --grace must not be negative")
+	}
 	var err error
 	if w.http, err = lc.Listen(ctx, "tcp", cfg.HTTP); err != nil {
 		return nil, fmt.Errorf("listen for HTTP: %w", err)
@@ -111,10 +129,10 @@ func listenWhoami(ctx context.Context, cfg whoamiConfig) (*whoami, error) {
 	return &w, nil
 }
 
-// run serves until ctx ends, then lets requests in flight finish for at most
-// whoamiGrace.
+// run serves until ctx ends, lingers, then lets requests in flight finish for at
+// most Grace.
 func (w *whoami) run(ctx context.Context) error {
-	srv := &http.Server{Handler: http.HandlerFunc(serveIdentity), ReadHeaderTimeout: whoamiHeaderWait}
+	srv := &http.Server{Handler: w.handler(ctx, time.Now()), ReadHeaderTimeout: whoamiHeaderWait}
 	var echoes sync.WaitGroup
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return srv.Serve(w.http) })
@@ -122,7 +140,10 @@ func (w *whoami) run(ctx context.Context) error {
 	g.Go(func() error { return serveDatagrams(w.udp) })
 	g.Go(func() error {
 		<-gctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), whoamiGrace)
+		if ctx.Err() != nil { // and not because a part has failed
+			<-time.After(w.cfg.Linger)
+		}
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(w.cfg.Grace, whoamiGrace))
 		defer cancel()
 		return errors.Join(srv.Shutdown(grace), w.echo.Close(), w.udp.Close())
 	})
@@ -132,6 +153,62 @@ func (w *whoami) run(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// handler serves HTTP. When ctx has ended each answer closes its connection, so
+// that none is idle when the server goes: a request might be on its way there.
+func (w *whoami) handler(ctx context.Context, began time.Time) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", serveIdentity)
+	mux.HandleFunc("/healthz", func(rw http.ResponseWriter, _ *http.Request) { io.WriteString(rw, "ok\n") })
+	mux.HandleFunc("/slow", serveSlowly)
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if ctx.Err() != nil {
+			rw.Header().Set("Connection", "close")
+		}
+		if left := w.cfg.ReadyAfter - time.Since(began); left > 0 {
+			http.Error(rw, fmt.Sprintf("ready in %s", left.Round(time.Millisecond)), http.StatusServiceUnavailable)
+			return
+		}
+		mux.ServeHTTP(rw, r)
+	})
+}
+
+// Bounds of an answer that comes slowly.
+const (
+	slowPieces   = 100
+	maxSlowBytes = 1 << 30
+	maxSlowTime  = time.Hour
+)
+
+// serveSlowly sends bytes evenly within a time.
+func serveSlowly(rw http.ResponseWriter, r *http.Request) {
+	n, err := strconv.Atoi(r.FormValue("bytes"))
+	if err != nil || n < 1 || n > maxSlowBytes {
+		http.Error(rw, fmt.Sprintf("bytes=%q: write a number from 1 to %d", r.FormValue("bytes"), maxSlowBytes), http.StatusBadRequest)
+		return
+	}
+	d, err := time.ParseDuration(r.FormValue("for"))
+	if err != nil || d < 0 || d > maxSlowTime {
+		http.Error(rw, fmt.Sprintf("for=%q: write a duration up to %s", r.FormValue("for"), maxSlowTime), http.StatusBadRequest)
+		return
+	}
+	rw.Header().Set("Content-Length", strconv.Itoa(n))
+	began := time.Now()
+	for i := range slowPieces {
+		select {
+		case <-time.After(time.Until(began.Add(d * time.Duration(i+1) / slowPieces))):
+		case <-r.Context().Done():
+			return
+		}
+		piece := bytes.Repeat([]byte{'.'}, n*(i+1)/slowPieces-n*i/slowPieces)
+		if _, err := rw.Write(piece); err != nil {
+			return
+		}
+		if f, ok := rw.(http.Flusher); ok {
+			f.Flush()
+		}
+	}
 }
 
 func serveIdentity(rw http.ResponseWriter, r *http.Request) {

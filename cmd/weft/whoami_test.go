@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"strings"
@@ -198,4 +199,38 @@ func TestChecksum(t *testing.T) {
 			t.Fatalf("a change of byte %d does not show", i)
 		}
 	})
+}
+
+// TestWhoamiBeginsAndEndsSlowly: not ready it refuses everything; when it is
+// about to end each answer closes its connection.
+func TestWhoamiBeginsAndEndsSlowly(t *testing.T) {
+	w := &whoami{cfg: whoamiConfig{ReadyAfter: time.Hour}}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, c := range []struct {
+		ctx   context.Context
+		began time.Time
+		path  string
+		code  int
+		close bool
+		body  string
+	}{
+		{t.Context(), time.Now(), "/healthz", 503, false, "ready in 1h0m0s\n"},
+		{t.Context(), time.Now(), "/a", 503, false, "ready in 1h0m0s\n"},
+		{t.Context(), time.Now().Add(-time.Hour), "/healthz", 200, false, "ok\n"},
+		{ended, time.Now().Add(-time.Hour), "/healthz", 200, true, "ok\n"},
+		{t.Context(), time.Time{}, "/slow?bytes=250&for=1ms", 200, false, strings.Repeat(".", 250)},
+		{t.Context(), time.Time{}, "/slow?bytes=7&for=0s", 200, false, "......."},
+		{t.Context(), time.Time{}, "/slow?bytes=0&for=1s", 400, false, `bytes="0": write a number from 1 to 1073741824` + "\n"},
+		{t.Context(), time.Time{}, "/slow?bytes=1&for=2h", 400, false, `for="2h": write a duration up to 1h0m0s` + "\n"},
+	} {
+		rec := httptest.NewRecorder()
+		w.handler(c.ctx, c.began).ServeHTTP(rec, httptest.NewRequest("GET", c.path, nil))
+		if rec.Code != c.code || rec.Body.String() != c.body || (rec.Header().Get("Connection") == "close") != c.close {
+			t.Errorf("%s: %d %q %v", c.path, rec.Code, rec.Body.String(), rec.Header())
+		}
+	}
+	if _, err := listenWhoami(t.Context(), whoamiConfig{HTTP: "127.0.0.1:0", Echo: "127.0.0.1:0", Linger: -1}); err == nil {
+		t.Error("a negative time is taken")
+	}
 }

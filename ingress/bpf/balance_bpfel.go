@@ -22,6 +22,8 @@ const (
 	balanceMapHooks    = "hooks"
 	balanceMapMacs     = "macs"
 	balanceMapNets     = "nets"
+	balanceMapPassing  = "passing"
+	balanceMapPieces   = "pieces"
 	balanceMapPorts    = "ports"
 	balanceMapServices = "services"
 	balanceMapSlots    = "slots"
@@ -83,6 +85,8 @@ type balanceMapSpecs struct {
 	Hooks    *ebpf.MapSpec `ebpf:"hooks"`
 	Macs     *ebpf.MapSpec `ebpf:"macs"`
 	Nets     *ebpf.MapSpec `ebpf:"nets"`
+	Passing  *ebpf.MapSpec `ebpf:"passing"`
+	Pieces   *ebpf.MapSpec `ebpf:"pieces"`
 	Ports    *ebpf.MapSpec `ebpf:"ports"`
 	Services *ebpf.MapSpec `ebpf:"services"`
 	Slots    *ebpf.MapSpec `ebpf:"slots"`
@@ -120,6 +124,8 @@ type balanceMaps struct {
 	Hooks    *ebpf.Map `ebpf:"hooks"`
 	Macs     *ebpf.Map `ebpf:"macs"`
 	Nets     *ebpf.Map `ebpf:"nets"`
+	Passing  *ebpf.Map `ebpf:"passing"`
+	Pieces   *ebpf.Map `ebpf:"pieces"`
 	Ports    *ebpf.Map `ebpf:"ports"`
 	Services *ebpf.Map `ebpf:"services"`
 	Slots    *ebpf.Map `ebpf:"slots"`
@@ -133,6 +139,8 @@ func (m *balanceMaps) Close() error {
 		m.Hooks,
 		m.Macs,
 		m.Nets,
+		m.Passing,
+		m.Pieces,
 		m.Ports,
 		m.Services,
 		m.Slots,

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -29,18 +30,19 @@ import (
 )
 
 // Address plan: the underlay is 10.99.9.0/24, this host .1 and the other .2;
-// tasks have 10.0.16.N, the service .200, this host's leg .250; a client outside
+// tasks have 10.0.16.N and fd16::N, the service .200 and ::200, this host's leg .250; a client outside
 // is 192.0.2.2 behind this host's 192.0.2.1.
 const (
 	vni      = 4097
 	vipText  = "10.0.16.200"
+	vip6Text = "fd16::200"
 	legText  = "10.0.16.250"
 	hostText = "192.0.2.1"
 )
 
 // bed is this host, which is the test's own namespace, and another one.
 type bed struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	network weft.ID
 	engines [2]*overlay.Engine
@@ -49,7 +51,7 @@ type bed struct {
 	ports   [2][]vxlan.Port
 }
 
-func newBed(t *testing.T, way string) *bed {
+func newBed(t testing.TB, way string) *bed {
 	netnstest.NeedRoot(t)
 	dir, err := os.MkdirTemp("/run", "balance")
 	must(t, err)
@@ -126,9 +128,11 @@ func (b *bed) apply() {
 	leg.MAC = weft.NodeMAC(b.nodes[0], leg.Addr.Addr())
 	for i := range b.engines {
 		n := vxlan.Network{ID: b.network, VNI: vni, MTU: 1450, VTEP: vtep(i), Port: 4789, Ports: b.ports[i],
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.16.0/24")}, VIPs: []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC("web", vip)}}}
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.16.0/24"), netip.MustParsePrefix("fd16::/64")}, VIPs: []vxlan.VIP{{Addr: vip, MAC: weft.VIPMAC("web", vip)}}}
 		for _, p := range b.ports[1-i] {
-			n.Peers = append(n.Peers, vxlan.Peer{Addr: p.Addr.Addr(), MAC: p.MAC, VTEP: vtep(1 - i)})
+			for _, a := range p.Addrs() {
+				n.Peers = append(n.Peers, vxlan.Peer{Addr: a.Addr(), MAC: p.MAC, VTEP: vtep(1 - i)})
+			}
 		}
 		run := func() error {
 			return b.engines[i].Apply(b.t.Context(), vxlan.State{Networks: map[uint32]vxlan.Network{vni: n}})
@@ -150,9 +154,10 @@ func (b *bed) task(i, n int) (ingress.Backend, string) {
 	id := weft.ID(fmt.Sprintf("task%d", n))
 	a := netip.AddrFrom4([4]byte{10, 0, 16, byte(n)})
 	ns := b.namespace(string(id))
-	p := vxlan.Port{Task: id, NetNS: ns, IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: weft.EndpointMAC(id, a)}
+	p := vxlan.Port{Task: id, NetNS: ns, IfName: "eth0", Addr: netip.PrefixFrom(a, 24), MAC: weft.EndpointMAC(id, a),
+		Addr6: netip.MustParsePrefix(fmt.Sprintf("fd16::%d/64", n))}
 	b.ports[i] = append(b.ports[i], p)
-	return ingress.Backend{Task: id, Addr: a, MAC: p.MAC}, ns
+	return ingress.Backend{Task: id, Addr: a, Addr6: p.Addr6.Addr(), MAC: p.MAC}, ns
 }
 
 // backend is a task that serves the service's address.
@@ -183,10 +188,10 @@ func (b *bed) serve(ns, name string) {
 	var ln net.Listener
 	var pc net.PacketConn
 	must(b.t, netns.Do(ns, func() (err error) {
-		if ln, err = net.Listen("tcp4", ":80"); err != nil {
+		if ln, err = net.Listen("tcp", ":80"); err != nil {
 			return err
 		}
-		pc, err = net.ListenPacket("udp4", ":7")
+		pc, err = net.ListenPacket("udp", ":7")
 		return err
 	}))
 	var wg sync.WaitGroup
@@ -222,11 +227,16 @@ func (b *bed) serve(ns, name string) {
 func TestConformance(t *testing.T) {
 	netnstest.NeedRoot(t)
 	for _, way := range []string{overlay.AttachTCX, overlay.AttachClsact} {
-		t.Run(way, func(t *testing.T) { testConformance(t, way) })
+		t.Run(way, func(t *testing.T) { testConformance(t, way, "") })
 	}
+	t.Run("sockets", func(t *testing.T) {
+		cgroup := placeOf(t, "conformance")
+		testConformance(t, "", cgroup)
+	})
 }
 
-func testConformance(t *testing.T, way string) {
+// testConformance balances at sockets, too, with a cgroup.
+func testConformance(t *testing.T, way, cgroup string) {
 	b := newBed(t, way)
 	if err := b.engines[0].Probe(t.Context()); errors.Is(err, weft.ErrUnsupported) {
 		netnstest.Missing(t, way, err)
@@ -236,12 +246,12 @@ func testConformance(t *testing.T, way string) {
 	outside := b.namespace("outside")
 	b.wire("out0", hostText+"/24", outside, "192.0.2.2/24")
 	b.apply()
-	services, err := New(Config{Node: b.nodes[0], Dir: b.mount(0)})
+	services, err := New(Config{Node: b.nodes[0], Dir: b.mount(0), Cgroup: cgroup})
 	must(t, err)
 	e := ingress.Split{Services: services, Published: nft.New(b.dir)}
 	must(t, e.Probe(t.Context()))
 	bed := &ingresstest.Bed{
-		Engine: e, Network: ingress.Network{VNI: vni, NetNS: b.dir, Bridge: "none"}, Missing: b.dir + "/none",
+		Engine: e, Network: ingress.Network{VNI: vni, NetNS: b.dir, Bridge: "none", Tasks: []string{inside}}, Missing: b.dir + "/none",
 		Backends: backends, VIP: netip.MustParseAddr(vipText),
 		Entry:  ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24")},
 		Inside: netip.MustParseAddr("10.0.16.50"), Host: netip.MustParseAddr(hostText),
@@ -270,6 +280,10 @@ func testRepair(t *testing.T, b *bed, e *Engine, bed *ingresstest.Bed) {
 	var got []string
 	e.repaired = func(r weft.Repair) { got = append(got, r.Kind) }
 	key := overlay.KeyOf(vni, vip)
+	everything := "ring wrong,service missing"
+	if e.sockets.isOn() {
+		everything = "backend missing,backend missing,backend missing," + everything + ",task sockets missing"
+	}
 	ring := func(p *pinned) slotKey {
 		var v serviceValue
 		must(t, p.maps[balanceMapServices].Lookup(key, &v))
@@ -298,15 +312,15 @@ func testRepair(t *testing.T, b *bed, e *Engine, bed *ingresstest.Bed) {
 		}, "service stray"},
 		{"slot gone", func(p *pinned) error { return p.maps[balanceMapSlots].Delete(ring(p)) }, "ring wrong"},
 		{"slot wrong", func(p *pinned) error {
-			return p.maps[balanceMapSlots].Put(ring(p), overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9}))
+			return p.maps[balanceMapSlots].Put(ring(p), chunkValue{5: overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9})})
 		}, "ring wrong"},
 		{"slot stray", func(p *pinned) error {
-			return p.maps[balanceMapSlots].Put(slotKey{Ring: 7}, overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9}))
+			return p.maps[balanceMapSlots].Put(slotKey{Ring: 7}, chunkValue{overlay.ValueOf(vxlan.MAC{2, 9, 9, 9, 9, 9})})
 		}, "ring stray"},
 		{"all gone", func(p *pinned) error {
 			_, err := p.converge(tables{})
 			return err
-		}, "ring wrong,service missing"},
+		}, everything},
 		{"map unpinned", unpin(balanceMapServices), "map missing"},
 		{"program unpinned", unpin(balanceProgBalance + "-*"), "program missing"},
 		{"pins gone", func(*pinned) error { return os.RemoveAll(filepath.Join(e.dir, "balance")) }, "map missing"},
@@ -375,10 +389,25 @@ func (f *socketFlow) Again() (weft.ID, error) {
 	return weft.ID(f.name), err // a connection has one end for life
 }
 
+// lastPort is the port of the last client; those of the kernel's own choice begin
+// above them all.
+var lastPort atomic.Uint32
+
+// dialer is a client with a port that none has had: the host's tracking of
+// connections, and the balancer itself, remember the flows of those before, and
+// would be right to lead another one of the same port where that went.
+func dialer(network string) *net.Dialer {
+	port := 20000 + int(lastPort.Add(1))%12000
+	if network == "udp" {
+		return &net.Dialer{Timeout: silence, LocalAddr: &net.UDPAddr{Port: port}}
+	}
+	return &net.Dialer{Timeout: silence, LocalAddr: &net.TCPAddr{Port: port}}
+}
+
 func openFlow(t *testing.T, ns, network string, to netip.AddrPort) (*socketFlow, error) {
 	f := &socketFlow{udp: network == "udp"}
 	err := netns.Do(ns, func() (err error) {
-		f.c, err = net.DialTimeout(network+"4", to.String(), silence)
+		f.c, err = dialer(network).Dial(network+"4", to.String())
 		return err
 	})
 	if err == nil {

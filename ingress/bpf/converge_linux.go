@@ -9,11 +9,12 @@ import (
 	overlay "github.com/weftnet/weft/vxlan/bpf"
 )
 
-// converge makes the maps equal to want: rings before the services that name
-// them, services before the rings that nobody names go. A packet sees a service
+// converge makes the maps equal to want: backends before the rings that lead to
+// them, rings before the services that name them, services before the rings that
+// nobody names go. A packet sees a service
 // with its old ring or with its new one. It returns what the maps held.
 func (p *pinned) converge(want tables) (have tables, err error) {
-	slots, err := overlay.Dump[slotKey, overlay.MACValue](p.maps[balanceMapSlots])
+	slots, err := overlay.Dump[slotKey, chunkValue](p.maps[balanceMapSlots])
 	if err != nil {
 		return have, err
 	}
@@ -22,11 +23,25 @@ func (p *pinned) converge(want tables) (have tables, err error) {
 		return have, err
 	}
 	have = tables{services: services, slots: slots}
+	if p.maps[socketMapTasks] != nil {
+		if have.tasks, err = overlay.Dump[uint64, taskValue](p.maps[socketMapTasks]); err != nil {
+			return have, err
+		}
+		if have.backends, err = overlay.Dump[backendKey, backendValue](p.maps[socketMapBackends]); err != nil {
+			return have, err
+		}
+	}
 	return have, p.write(have, want)
 }
 
 func (p *pinned) write(have, want tables) error {
 	services, slots := have.services, have.slots
+	tasks, backends := p.maps[socketMapTasks], p.maps[socketMapBackends]
+	if tasks != nil {
+		if err := add(backends, have.backends, want.backends); err != nil {
+			return err
+		}
+	}
 	if err := add(p.maps[balanceMapSlots], slots, want.slots); err != nil {
 		return err
 	}
@@ -36,21 +51,26 @@ func (p *pinned) write(have, want tables) error {
 	if err := del(p.maps[balanceMapServices], services, want.services); err != nil {
 		return err
 	}
-	return del(p.maps[balanceMapSlots], slots, want.slots)
+	if err := del(p.maps[balanceMapSlots], slots, want.slots); err != nil || tasks == nil {
+		return err
+	}
+	return errors.Join(add(tasks, have.tasks, want.tasks), del(tasks, have.tasks, want.tasks), del(backends, have.backends, want.backends))
 }
 
 // prune ends the flows that lead to what takes no packets any more.
 func (p *pinned) prune(k keep) error {
-	flows, err := overlay.Dump[flowKey, overlay.MACValue](p.maps[balanceMapFlows])
-	if err != nil {
-		return err
-	}
-	for f, v := range flows {
-		if k.allows(f, v.MAC) {
-			continue
+	for _, name := range []string{balanceMapFlows, balanceMapPassing} {
+		flows, err := overlay.Dump[flowKey, overlay.MACValue](p.maps[name])
+		if err != nil {
+			return err
 		}
-		if err := p.maps[balanceMapFlows].Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("delete a flow: %w", err)
+		for f, v := range flows {
+			if k.allows(f, v.MAC) {
+				continue
+			}
+			if err := p.maps[name].Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("delete a flow: %w", err)
+			}
 		}
 	}
 	return nil
@@ -58,8 +78,8 @@ func (p *pinned) prune(k keep) error {
 
 // add writes what is missing or differs, in one call.
 func add[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
-	var keys []K
-	var values []V
+	room := max(len(want)-len(have), 0)
+	keys, values := make([]K, 0, room), make([]V, 0, room)
 	for k, v := range want {
 		if old, ok := have[k]; !ok || old != v {
 			keys, values = append(keys, k), append(values, v)

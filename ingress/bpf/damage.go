@@ -46,9 +46,13 @@ func damage(left, have, want tables) []weft.Repair {
 	bad := map[uint64]string{}
 	for k, l := range left.slots {
 		if h, ok := have.slots[k]; !ok {
-			bad[k.Ring] = fmt.Sprintf("its slot %d was gone", k.Index)
+			bad[k.Ring] = fmt.Sprintf("its slots from %d on were gone", k.Chunk*chunk)
 		} else if h != l {
-			bad[k.Ring] = fmt.Sprintf("its slot %d was %s instead of %s", k.Index, h.MAC.HardwareAddr(), l.MAC.HardwareAddr())
+			i := 0
+			for h[i] == l[i] {
+				i++
+			}
+			bad[k.Ring] = fmt.Sprintf("its slot %d was %s instead of %s", int(k.Chunk)*chunk+i, h[i].MAC.HardwareAddr(), l[i].MAC.HardwareAddr())
 		}
 	}
 	for k, l := range left.services { // rings of equal contents are one
@@ -68,6 +72,7 @@ func damage(left, have, want tables) []weft.Repair {
 	for _, r := range slices.Sorted(maps.Keys(strays)) {
 		out = append(out, weft.Repair{Kind: "ring " + stray, Object: fmt.Sprintf("ring %x", r), Reason: "no service has it"})
 	}
+	out = append(out, socketDamage(left.socketTables, have.socketTables, want.socketTables)...)
 	slices.SortFunc(out, func(a, b weft.Repair) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Object, b.Object))
 	})

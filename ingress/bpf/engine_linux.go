@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -27,6 +29,10 @@ type Config struct {
 	// Node and Dir are those of the overlay engine's Config.
 	Node weft.ID
 	Dir  string
+	// Cgroup is the folder of the unified tree below which the processes of the
+	// node's tasks are (CgroupOf); it is made where it is not. "": service
+	// addresses are balanced at the tasks' veths alone.
+	Cgroup string
 	// Repaired, when set, gets every repair before the Apply returns that
 	// made it. It must not block.
 	Repaired func(weft.Repair)
@@ -46,7 +52,12 @@ type Engine struct {
 	// Apply.
 	left     *tables
 	hooks    ebpf.MapID
+	sockets  sockets
 	repaired func(weft.Repair)
+	// whole is the last pass over everything, for those that are not; express
+	// counts the latter. Owned by Apply.
+	whole   wholePass
+	express int
 }
 
 var _ ingress.Engine = (*Engine)(nil)
@@ -57,6 +68,7 @@ func New(cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("configure service engine ebpf: a node and an absolute folder (got %q) are needed: %w", cfg.Dir, weft.ErrInvalid)
 	}
 	e := &Engine{dir: overlay.PinDir(cfg.Dir, cfg.Node), spec: sync.OnceValues(loadBalance), repaired: cfg.Repaired}
+	e.sockets = sockets{cgroup: cfg.Cgroup, spec: sync.OnceValues(loadSocket), cookies: map[string]netnsCookie{}, patience: releaseAfter}
 	if e.repaired == nil {
 		e.repaired = func(weft.Repair) {}
 	}
@@ -69,7 +81,7 @@ func (e *Engine) Name() string { return "ebpf" }
 // shared are the maps of the overlay that the program uses, own the others.
 var (
 	shared = []string{overlay.MapHooks, overlay.MapMACs, overlay.MapPorts, overlay.MapNets, overlay.MapCounts}
-	own    = []string{balanceMapServices, balanceMapSlots, balanceMapFlows}
+	own    = []string{balanceMapServices, balanceMapSlots, balanceMapFlows, balanceMapPassing, balanceMapPieces}
 )
 
 // pinned are the open maps and the program.
@@ -90,7 +102,7 @@ func (p *pinned) close() {
 }
 
 // Apply implements ingress.Engine. A network that the overlay does not have is
-// an ingress.NetworkError.
+// an ingress.NetworkError. The table is kept: it must not be changed afterwards.
 func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -98,15 +110,36 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	if len(t.Published) > 0 {
 		return fmt.Errorf("service engine ebpf: published ports are another engine's: %w", weft.ErrUnsupported)
 	}
-	if _, err := os.Stat(filepath.Join(e.dir, overlay.MapHooks)); errors.Is(err, fs.ErrNotExist) {
-		e.kept, e.left = nil, nil
-		return unavailable(t.Networks)
+	if e.applyExpress(t) {
+		e.express++
+		return nil
 	}
-	p, err := e.open()
-	if err != nil {
+	e.whole.memory = nil
+	start, repaired := time.Now(), e.repaired
+	faults := 0
+	e.repaired = func(r weft.Repair) { faults++; repaired(r) }
+	p, err := e.applyWhole(t)
+	e.repaired = repaired
+	if p == nil {
 		return err
 	}
 	defer p.close()
+	if err == nil && faults == 0 {
+		e.note(p, t, start)
+	}
+	return err
+}
+
+// applyWhole reads everything and makes it right. The caller closes p.
+func (e *Engine) applyWhole(t ingress.Table) (*pinned, error) {
+	if _, err := os.Stat(filepath.Join(e.dir, overlay.MapHooks)); errors.Is(err, fs.ErrNotExist) {
+		e.kept, e.left = nil, nil
+		return nil, unavailable(t.Networks)
+	}
+	p, err := e.open()
+	if err != nil {
+		return nil, err
+	}
 	hooks := mapID(p.maps[overlay.MapHooks])
 	if hooks != e.hooks { // the overlay has made everything anew
 		e.left, e.hooks = nil, hooks
@@ -121,26 +154,53 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		there = append(there, n)
 	}
 	want, keep := plan(there)
+	// A network that the overlay does not have at the moment is wanted all the
+	// same, and nobody who speaks to its services is to be cut off.
+	for _, n := range t.Networks {
+		if !slices.ContainsFunc(there, func(h ingress.Network) bool { return h.VNI == n.VNI }) {
+			_, missing := plan([]ingress.Network{n})
+			maps.Copy(keep, missing)
+		}
+	}
+	if e.sockets.isOn() {
+		want.socketTables = planSockets(there, e.sockets.cookie)
+		e.sockets.forget(there)
+	}
 	have, err := p.converge(want)
 	if err != nil {
-		return errors.Join(append(errs, err)...)
+		return p, errors.Join(append(errs, err)...)
 	}
 	lost := e.count(p, have, want)
 	if e.kept == nil || keep.lost(e.kept) {
 		if err := p.prune(keep); err != nil {
-			return errors.Join(append(errs, err)...)
+			return p, errors.Join(append(errs, err)...)
+		}
+	}
+	if e.sockets.isOn() && e.sockets.mayRelease(e.kept, keep, time.Now()) {
+		if err := p.release(keep, socketsOf(there)); err != nil {
+			return p, errors.Join(append(errs, err)...)
 		}
 	}
 	e.kept = keep
 	reason, err := p.hook()
 	if err != nil {
-		return errors.Join(append(errs, err)...)
+		return p, errors.Join(append(errs, err)...)
 	}
 	if e.left != nil && reason != "" && !lost {
 		e.repaired(weft.Repair{Kind: "hook " + wrong, Object: fmt.Sprintf("slot %d of map %s", overlay.HookBalance, overlay.MapHooks), Reason: reason})
 	}
+	if e.sockets.isOn() {
+		reason, err := e.attach(p)
+		if err != nil {
+			e.left = nil
+			return p, errors.Join(append(errs, err)...)
+		}
+		if e.left != nil && reason != "" && !lost {
+			e.repaired(weft.Repair{Kind: "hook " + wrong, Object: "sockets of " + e.sockets.cgroup, Reason: reason})
+		}
+	}
 	e.left = &want
-	return errors.Join(errs...)
+	return p, errors.Join(errs...)
 }
 
 // count tells what others have damaged. What a lost pin held is on its account,
@@ -148,7 +208,7 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 func (e *Engine) count(p *pinned, have, want tables) (lost bool) {
 	switch {
 	case e.left == nil:
-	case len(p.made) > len(own):
+	case len(p.made) > e.ownMaps():
 		e.repaired(weft.Repair{Kind: "map " + missing, Object: filepath.Join(e.dir, "balance"), Reason: reasonGone})
 	case len(p.made) > 0:
 		for _, name := range p.made {
@@ -166,6 +226,14 @@ func (e *Engine) count(p *pinned, have, want tables) (lost bool) {
 		}
 	}
 	return len(p.made) > 0
+}
+
+// ownMaps is how many maps are this engine's.
+func (e *Engine) ownMaps() int {
+	if e.sockets.isOn() {
+		return len(own) + len(ownSockets)
+	}
+	return len(own)
 }
 
 // mapID is 0 for a map that cannot be asked.
@@ -215,25 +283,47 @@ func (e *Engine) openMaps(spec *ebpf.CollectionSpec, p *pinned) error {
 		}
 		p.maps[name] = m
 	}
-	for _, name := range own {
-		path := filepath.Join(e.dir, "balance", name)
-		m, err := ebpf.LoadPinnedMap(path, nil)
-		if err == nil && spec.Maps[name].Compatible(m) == nil {
-			p.maps[name] = m
-			continue
+	all, mine := slices.Clone(own), spec.Maps
+	if e.sockets.isOn() {
+		s, err := e.sockets.spec()
+		if err != nil {
+			return fmt.Errorf("read socket programs: %w", err)
 		}
-		if err == nil {
-			m.Close()
+		mine = maps.Clone(mine)
+		for _, name := range ownSockets {
+			all, mine[name] = append(all, name), s.Maps[name]
 		}
-		if m, err = ebpf.NewMap(spec.Maps[name]); err != nil {
-			return fmt.Errorf("make map %s: %w", name, err)
+	}
+	for _, name := range all {
+		m, made, err := openMap(name, mine[name], filepath.Join(e.dir, "balance", name))
+		if err != nil {
+			return err
 		}
-		p.maps[name], p.made = m, append(p.made, name)
-		if err := repin(m.Pin, path); err != nil {
-			return fmt.Errorf("pin map %s: %w", name, err)
+		if p.maps[name] = m; made {
+			p.made = append(p.made, name)
 		}
 	}
 	return nil
+}
+
+// openMap adopts the map that is pinned at path if it is what spec asks for, else
+// makes and pins one.
+func openMap(name string, spec *ebpf.MapSpec, path string) (m *ebpf.Map, made bool, err error) {
+	m, err = ebpf.LoadPinnedMap(path, nil)
+	if err == nil && spec.Compatible(m) == nil {
+		return m, false, nil
+	}
+	if err == nil {
+		m.Close()
+	}
+	if m, err = ebpf.NewMap(spec); err != nil {
+		return nil, false, fmt.Errorf("make map %s: %w", name, err)
+	}
+	if err := repin(m.Pin, path); err != nil {
+		m.Close()
+		return nil, false, fmt.Errorf("pin map %s: %w", name, err)
+	}
+	return m, true, nil
 }
 
 // openProgram adopts the pinned program of this build if it reads these very
@@ -250,7 +340,9 @@ func (e *Engine) openProgram(spec *ebpf.CollectionSpec, p *pinned) error {
 		}
 		prog.Close()
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: p.maps})
+	replace := maps.Clone(p.maps)
+	maps.DeleteFunc(replace, func(name string, _ *ebpf.Map) bool { return spec.Maps[name] == nil })
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
 	if err != nil {
 		return fmt.Errorf("load balancer program: %w", err)
 	}
@@ -271,14 +363,19 @@ func (e *Engine) openProgram(spec *ebpf.CollectionSpec, p *pinned) error {
 	return nil
 }
 
-// isRead reports whether a program reads all of these maps.
+// isRead reports whether the program at the veth reads all of these maps.
 func (p *pinned) isRead(prog *ebpf.Program) bool {
+	return p.reads(prog, overlay.MapHooks, overlay.MapPorts, overlay.MapCounts, balanceMapServices, balanceMapSlots, balanceMapFlows, balanceMapPassing, balanceMapPieces)
+}
+
+// reads reports whether a program reads these maps of p.
+func (p *pinned) reads(prog *ebpf.Program, names ...string) bool {
 	info, err := prog.Info()
 	if err != nil {
 		return false
 	}
 	used, _ := info.MapIDs()
-	for _, name := range []string{overlay.MapHooks, overlay.MapPorts, overlay.MapCounts, balanceMapServices, balanceMapSlots, balanceMapFlows} {
+	for _, name := range names {
 		mi, err := p.maps[name].Info()
 		if err != nil {
 			return false
@@ -326,7 +423,10 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 
 // Close implements ingress.Engine.
 func (e *Engine) Close(ctx context.Context) error {
-	e.kept, e.left = nil, nil
+	e.kept, e.left, e.whole = nil, nil, wholePass{}
+	if err := e.detach(); err != nil {
+		return err
+	}
 	if m, err := ebpf.LoadPinnedMap(filepath.Join(e.dir, overlay.MapHooks), nil); err == nil {
 		err = m.Delete(overlay.HookBalance)
 		m.Close()
@@ -358,20 +458,26 @@ func (e *Engine) Probe(ctx context.Context) error {
 	vip := netip.MustParseAddr("192.0.2.9")
 	backend := ingress.Backend{Task: "t", MAC: []byte{2, 0, 0, 0, 0, 1}}
 	want, _ := plan([]ingress.Network{{VNI: probeVNI, Services: []ingress.Service{{VIP: vip, Backends: []ingress.Backend{backend}}}}})
-	p := &pinned{maps: coll.Maps}
+	p := &pinned{maps: maps.Clone(coll.Maps)}
 	if err := errors.Join(p.write(tables{}, want), overlay.ProbePort(coll.Maps[overlay.MapPorts], probeVNI)); err != nil {
 		return fmt.Errorf("service engine ebpf: write maps: %w: %w", weft.ErrUnsupported, err)
 	}
 	if _, _, err := coll.Programs[balanceProgBalance].Test(probePacket(vip)); err != nil {
 		return fmt.Errorf("service engine ebpf: run the balancer program: %w: %w", weft.ErrUnsupported, err)
 	}
-	flows, err := overlay.Dump[flowKey, overlay.MACValue](coll.Maps[balanceMapFlows])
+	flows, err := overlay.Dump[flowKey, overlay.MACValue](coll.Maps[balanceMapPassing])
 	if err != nil || len(flows) != 1 {
 		return fmt.Errorf("service engine ebpf: balance a packet: %d flows: %w", len(flows), errors.Join(weft.ErrUnsupported, err))
 	}
 	for _, v := range flows {
 		if v.MAC != vxlan.MACOf(backend.MAC) {
 			return fmt.Errorf("service engine ebpf: balance a packet: it went to %s: %w", v.MAC.HardwareAddr(), weft.ErrUnsupported)
+		}
+	}
+	e.sockets.lacks = ""
+	if e.sockets.cgroup != "" {
+		if err := e.sockets.probe(); err != nil {
+			e.sockets.lacks = err.Error()
 		}
 	}
 	return nil

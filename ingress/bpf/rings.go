@@ -21,9 +21,15 @@ type serviceValue struct {
 
 type slotKey struct {
 	Ring  uint64
-	Index uint32
+	Chunk uint32
 	Zero  uint32
 }
+
+// chunk is the number of slots in an entry. Every ring has a multiple of it
+// (ingress.RingSizes).
+const chunk = 64
+
+type chunkValue [chunk]overlay.MACValue
 
 type flowKey struct {
 	VNI          uint32
@@ -35,7 +41,8 @@ type flowKey struct {
 // tables are the contents of the balancer's maps.
 type tables struct {
 	services map[overlay.AddrKey]serviceValue
-	slots    map[slotKey]overlay.MACValue
+	slots    map[slotKey]chunkValue
+	socketTables
 }
 
 // keep has, by service address, the backends that flows may lead to: those that
@@ -44,13 +51,17 @@ type keep map[overlay.AddrKey]map[vxlan.MAC]bool
 
 // plan computes the maps of these networks.
 func plan(networks []ingress.Network) (tables, keep) {
-	t := tables{services: map[overlay.AddrKey]serviceValue{}, slots: map[slotKey]overlay.MACValue{}}
-	k := keep{}
+	count := 0
+	for _, n := range networks {
+		count += len(n.Services)
+	}
+	t := tables{services: make(map[overlay.AddrKey]serviceValue, count), slots: make(map[slotKey]chunkValue, count)}
+	k := make(keep, count)
 	for _, n := range networks {
 		for _, s := range n.Services {
 			key := overlay.KeyOf(n.VNI, s.VIP)
-			k[key] = map[vxlan.MAC]bool{}
-			var open []ingress.Backend
+			k[key] = make(map[vxlan.MAC]bool, len(s.Backends))
+			open := make([]ingress.Backend, 0, len(s.Backends))
 			for _, b := range s.Backends {
 				k[key][vxlan.MACOf(b.MAC)] = true
 				if !b.Draining {
@@ -63,6 +74,18 @@ func plan(networks []ingress.Network) (tables, keep) {
 	return t, k
 }
 
+// ringSize is ingress.RingSize in all powers of two between its steps: the next one
+// of those has eight times the slots to compute, write and read back. What is to be
+// kept, SlotsPerBackend, is. A service is balanced by one node's rings alone, so
+// that no other engine has to have the same.
+func ringSize(backends int) int {
+	size := chunk
+	for size < backends*ingress.SlotsPerBackend && size < ingress.RingSize(backends) {
+		size *= 2
+	}
+	return size
+}
+
 // ring fills the slots of a service. Rings of equal contents are one.
 func (t tables) ring(open []ingress.Backend) serviceValue {
 	slices.SortFunc(open, func(a, b ingress.Backend) int { return cmp.Compare(a.Task, b.Task) })
@@ -73,14 +96,21 @@ func (t tables) ring(open []ingress.Backend) serviceValue {
 		name.Write([]byte(b.Task))
 		name.Write(b.MAC)
 	}
-	ring := ingress.Ring(keys, ingress.RingSize(len(keys)))
+	ring := ingress.Ring(keys, ringSize(len(keys)))
 	name.Write(binary.LittleEndian.AppendUint32(nil, uint32(len(ring))))
 	v := serviceValue{Ring: name.Sum64(), Size: uint32(len(ring))}
 	if v.Size == 0 {
 		return serviceValue{}
 	}
-	for slot, i := range ring {
-		t.slots[slotKey{Ring: v.Ring, Index: uint32(slot)}] = overlay.ValueOf(vxlan.MACOf(open[i].MAC))
+	for at := range ring {
+		if at%chunk != 0 {
+			continue
+		}
+		var c chunkValue
+		for i := range c {
+			c[i] = overlay.ValueOf(vxlan.MACOf(open[ring[at+i]].MAC))
+		}
+		t.slots[slotKey{Ring: v.Ring, Chunk: uint32(at / chunk)}] = c
 	}
 	return v
 }

@@ -22,8 +22,8 @@ func TestObjectIsOfTheSources(t *testing.T) {
 	sums, err := os.ReadFile("balance.sum")
 	must(t, err)
 	lines := strings.Split(strings.TrimSpace(string(sums)), "\n")
-	if len(lines) != 5 {
-		t.Fatalf("balance.sum has %d lines, want four sources and the object", len(lines))
+	if len(lines) != 13 {
+		t.Fatalf("balance.sum has %d lines, want ten sources and three objects", len(lines))
 	}
 	for _, line := range lines {
 		want, file, _ := strings.Cut(line, "  ")
@@ -42,8 +42,8 @@ func TestLayouts(t *testing.T) {
 		name       string
 		key, value any
 	}{
-		{balanceMapServices, overlay.AddrKey{}, serviceValue{}}, {balanceMapSlots, slotKey{}, overlay.MACValue{}},
-		{balanceMapFlows, flowKey{}, overlay.MACValue{}},
+		{balanceMapServices, overlay.AddrKey{}, serviceValue{}}, {balanceMapSlots, slotKey{}, chunkValue{}},
+		{balanceMapFlows, flowKey{}, overlay.MACValue{}}, {balanceMapPassing, flowKey{}, overlay.MACValue{}}, {balanceMapPieces, flowKey{}, overlay.MACValue{}},
 	} {
 		m := spec.Maps[c.name]
 		if k, v := binary.Size(c.key), binary.Size(c.value); uint32(k) != m.KeySize || uint32(v) != m.ValueSize {
@@ -84,11 +84,11 @@ func TestPlan(t *testing.T) {
 					open[vxlan.MACOf(b.MAC)] = 0
 				}
 			}
-			if v.Size != uint32(len(ingress.Ring(make([]string, len(open)), ingress.RingSize(len(open))))) {
+			if v.Size != uint32(len(ingress.Ring(make([]string, len(open)), ringSize(len(open))))) {
 				r.Fatalf("%s has %d slots for %d backends", s.VIP, v.Size, len(open))
 			}
 			for i := range v.Size {
-				mac := got.slots[slotKey{Ring: v.Ring, Index: i}].MAC
+				mac := got.slots[slotKey{Ring: v.Ring, Chunk: i / chunk}][i%chunk].MAC
 				if _, ok := open[mac]; !ok {
 					r.Fatalf("slot %d of %s leads to %v", i, s.VIP, mac)
 				}
@@ -99,10 +99,10 @@ func TestPlan(t *testing.T) {
 					r.Fatalf("%v of %s has no slot", mac, s.VIP)
 				}
 			}
-			used += int(v.Size)
+			used += int(v.Size) / chunk
 		}
 		if len(got.slots) != used {
-			r.Fatalf("%d slots, of which %d are used", len(got.slots), used)
+			r.Fatalf("%d chunks, of which %d are used", len(got.slots), used)
 		}
 		for i := range n.Services {
 			b := n.Services[i].Backends
@@ -117,6 +117,18 @@ func TestPlan(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestRingSize: every backend has its least number of slots, none twice as many
+// more than that but for whole chunks, and the last size serves all larger services.
+func TestRingSize(t *testing.T) {
+	last := ingress.RingSizes[len(ingress.RingSizes)-1]
+	for n := 1; n < 3000; n++ {
+		size, least := ringSize(n), n*ingress.SlotsPerBackend
+		if size&(size-1) != 0 || size%chunk != 0 || size > last || size < min(least, last) || size > chunk && size >= 2*least {
+			t.Fatalf("%d backends have a ring of %d", n, size)
+		}
+	}
 }
 
 func TestLostIsSeen(t *testing.T) {
@@ -137,5 +149,14 @@ func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Every ring is of whole chunks.
+func TestRingsAreOfWholeChunks(t *testing.T) {
+	for _, size := range ingress.RingSizes {
+		if size%chunk != 0 {
+			t.Errorf("a ring of %d slots is not of whole chunks of %d", size, chunk)
+		}
 	}
 }

@@ -32,6 +32,9 @@ type Bed struct {
 	// at which a client outside asks for published ports.
 	Inside netip.Addr
 	Host   netip.Addr
+	// Client is the address of the client outside, which backends are to see.
+	// Without it requests to published ports are sent on from Entry.
+	Client netip.Addr
 	// Target is the port on which backends serve each protocol.
 	Target map[weft.Protocol]uint16
 	// Drops: the kernel cannot refuse on a network what no backend takes.
@@ -100,7 +103,7 @@ func (b *Bed) table(backends ...ingress.Backend) ingress.Table {
 	t := ingress.Table{Networks: []ingress.Network{n}, Ingress: b.Entry}
 	for _, p := range []weft.Protocol{weft.TCP, weft.UDP} {
 		t.Published = append(t.Published,
-			ingress.Published{Service: "web", Protocol: p, Port: port, Target: b.Target[p], Backends: backends},
+			ingress.Published{Service: "web", Protocol: p, Port: port, Target: b.Target[p], Backends: backends, HideClient: !b.Client.IsValid()},
 			ingress.Published{Service: "idle", Protocol: p, Port: idlePort, Target: b.Target[p]})
 	}
 	return t
@@ -143,6 +146,8 @@ func (b *Bed) client(outside bool) netip.Addr {
 	switch {
 	case !outside:
 		return b.Inside
+	case b.Client.IsValid():
+		return b.Client
 	case b.Host.Is6():
 		return b.Entry.Addr6.Addr()
 	}

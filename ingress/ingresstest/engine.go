@@ -143,6 +143,18 @@ func (e *Engine) Trace(p Packet) Result {
 	return r
 }
 
+// Forget ends the flows of a client's port, as its next request for a connection
+// does.
+func (e *Engine) Forget(src netip.AddrPort) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for p := range e.flows {
+		if p.Src == src {
+			delete(e.flows, p)
+		}
+	}
+}
+
 // enterLocked is the way of a request from outside.
 func (e *Engine) enterLocked(p Packet) Result {
 	pub, ok := e.publishedLocked(p)
@@ -161,7 +173,10 @@ func (e *Engine) enterLocked(p Packet) Result {
 			addr = b.Addr6
 		}
 	}
-	r := Result{Backend: b.Task, Dst: netip.AddrPortFrom(addr, pub.Target), Src: netip.AddrPortFrom(leg, p.Src.Port())}
+	r := Result{Backend: b.Task, Dst: netip.AddrPortFrom(addr, pub.Target), Src: p.Src}
+	if pub.HideClient || p.Src.Addr().IsLoopback() {
+		r.Src = netip.AddrPortFrom(leg, p.Src.Port())
+	}
 	e.flows[p] = r
 	return r
 }

@@ -18,11 +18,15 @@ import (
 )
 
 // TestConformance runs the suite of all engines on a bridge with real tasks.
-func TestConformance(t *testing.T) { testConformance(t, false) }
+func TestConformance(t *testing.T) { testConformance(t, false, false) }
 
-func TestConformanceIPv6(t *testing.T) { testConformance(t, true) }
+func TestConformanceIPv6(t *testing.T) { testConformance(t, true, false) }
 
-func testConformance(t *testing.T, is6 bool) {
+func TestConformanceHiddenClient(t *testing.T) { testConformance(t, false, true) }
+
+func TestConformanceHiddenClientIPv6(t *testing.T) { testConformance(t, true, true) }
+
+func testConformance(t *testing.T, is6, hidden bool) {
 	f := newFabric(t)
 	e := New(f.dir)
 	must(t, e.Probe(t.Context()))
@@ -35,16 +39,19 @@ func testConformance(t *testing.T, is6 bool) {
 	bed := &ingresstest.Bed{
 		Engine: e, Network: ingress.Network{VNI: 4097, NetNS: f.br, Bridge: "br"}, Missing: f.dir + "/none",
 		Backends: []ingress.Backend{f.task(11), f.task(12), f.task(13)}, VIP: s.VIP,
-		Entry:  ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24")},
 		Inside: netip.MustParseAddr("10.0.16.50"), Host: netip.MustParseAddr(hostText),
 		Target: map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7}, Drops: !e.CanRefuse(),
 	}
+	bed.Entry, bed.Client = f.entry(), netip.MustParseAddr(clientText)
 	if is6 {
 		if !e.CanPublish6() {
 			netnstest.Missing(t, "userns", fmt.Errorf("this kernel does not translate IPv6: %w", weft.ErrUnsupported))
 		}
-		bed.Network.IPv6, bed.Entry.Addr6 = true, netip.MustParsePrefix(leg6Text+"/64")
+		bed.Network.IPv6, bed.Entry, bed.Client = true, f.entry6(), netip.MustParseAddr(client6Text)
 		bed.Inside, bed.Host = twin("10.0.16.50"), netip.MustParseAddr(host6Text)
+	}
+	if hidden {
+		bed.Client = netip.Addr{}
 	}
 	bed.Network.Ports = f.ports // of the client and the backends, made just now
 	clientPort := 20000         // below what the kernel chooses from

@@ -17,64 +17,155 @@ import (
 // 64 KiB, and an element of ours takes at most 100 bytes.
 const chunk = 400
 
-// converge makes the table in the namespace of conn equal to want: it reads what is
-// there and sends the difference as one transaction. A table whose shape is
+// elementRoom is how many bytes an element takes at most in the library's message.
+const elementRoom = 200
+
+// converge makes the table in the calling thread's namespace equal to want: it reads
+// what is there and sends the difference as one transaction. A table whose shape is
 // not the wanted one is replaced whole, in the same transaction. It returns what
 // was repaired: what was neither as left, which may be unknown (nil), nor as
-// wanted.
-func converge(conn *nftables.Conn, want ruleset, left *ruleset) ([]weft.Repair, error) {
-	table := &nftables.Table{Name: weft.TableName, Family: want.family}
+// wanted; and how many transactions it has made.
+func converge(conn *nftables.Conn, want ruleset, left *ruleset) ([]weft.Repair, uint32, error) {
+	table := want.table()
 	misfit, err := shapeMisfit(conn, table, want)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if misfit != "" {
 		fault, err := tableFault(conn, table, want, left, misfit)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		var found []weft.Repair
 		if fault != "" {
 			found = append(found, weft.Repair{Kind: kindTable, Object: "table " + table.Name, Reason: fault})
 		}
-		return found, replace(conn, table, want)
+		made, err := replace(conn, table, want)
+		return found, made, err
 	}
-	return convergeSets(conn, table, want, left)
+	return convergeSets(want, left)
 }
 
-// convergeSets makes the elements of a table of the wanted shape right.
-func convergeSets(conn *nftables.Conn, table *nftables.Table, want ruleset, left *ruleset) ([]weft.Repair, error) {
+// convergeSets makes the elements of a table of the wanted shape right, and then,
+// when no packet adds such a flow any more, ends flows that lead to nobody.
+func convergeSets(want ruleset, left *ruleset) ([]weft.Repair, uint32, error) {
 	var found []weft.Repair
-	changed := false
+	var changes []setDelta
 	for _, s := range want.sets {
-		if s.dynamic && want.flowsFit {
+		if s.dynamic {
 			continue
 		}
-		have, err := readElements(conn, s.object(table))
+		have, err := readElements(s.object(want.table()))
 		if err != nil {
-			return nil, fmt.Errorf("read set %s: %w", s.name, err)
+			return nil, 0, fmt.Errorf("read set %s: %w", s.name, err)
 		}
-		d := diff(have, s.elements)
-		if s.dynamic {
-			d = stale(have, want.prune)
+		d := s.diff(have)
+		if len(d.add)+len(d.del) == 0 {
+			continue
 		}
-		if len(d.add)+len(d.del) > 0 {
-			changed = true
-			if fault := elementFault(have, left.elementsOf(s), s.elements); fault != "" && left != nil && !s.dynamic {
-				found = append(found, weft.Repair{Kind: kindElements, Object: "set " + s.name, Reason: fault})
+		if fault := elementFault(have, left.elementsOf(s), s.elements); fault != "" && left != nil {
+			found = append(found, weft.Repair{Kind: kindElements, Object: "set " + s.name, Reason: fault})
+		}
+		changes = append(changes, setDelta{s, d})
+	}
+	made, err := want.commitElements(changes, 0)
+	if err != nil {
+		return nil, made, fmt.Errorf("commit nftables elements: %w", err)
+	}
+	if want.flowsFit || want.prune == nil {
+		return found, made, nil
+	}
+	ended, err := want.endFlows(func(mac string) bool { return !want.prune[mac] })
+	return found, made + ended, err
+}
+
+// flowTries is how often flows are read and deleted all at once before each is
+// deleted by itself. Our own choice.
+const flowTries = 3
+
+// flowLooks is how often flows are looked for at most, quietLooks how many looks in a row
+// must find none. One may miss some: the kernel goes on with a list where so many
+// flows as it has told are behind it, and meanwhile others have ended. Our own
+// choice.
+const (
+	flowLooks  = 20
+	quietLooks = 2
+)
+
+// endFlows deletes the flows that lead to a backend which is gone, the maps having been
+// changed before. A packet that has chosen by the old maps, or has found its flow before
+// it was deleted, adds it anew: so all packets on their way are waited for, and flows
+// are looked for again.
+func (r ruleset) endFlows(gone func(mac string) bool) (transactions uint32, err error) {
+	quiet := 0
+	for range flowLooks {
+		packetsPass()
+		made, err := r.endFlowsOnce(gone)
+		if transactions += made; err != nil {
+			return transactions, err
+		}
+		if quiet++; made > 0 {
+			quiet = 0
+		}
+		if quiet == quietLooks {
+			return transactions, nil
+		}
+	}
+	return transactions, fmt.Errorf("flows to backends that are gone came back %d times: %w", flowLooks, weft.ErrUnavailable)
+}
+
+// packetsPass waits until every packet that a rule is being asked about has passed:
+// membarrier(2) waits for a grace period of RCU, which rules run under. A kernel that
+// refuses it (nohz_full) leaves the looks that follow, which take longer than a
+// packet does.
+func packetsPass() {
+	const global = 1 // MEMBARRIER_CMD_GLOBAL (linux/membarrier.h)
+	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
+}
+
+// endFlowsOnce looks for them once. Packets move and end flows meanwhile, and one that
+// is not there any more fails the whole transaction.
+func (r ruleset) endFlowsOnce(gone func(mac string) bool) (transactions uint32, err error) {
+	for _, s := range r.sets {
+		if !s.dynamic {
+			continue
+		}
+		var err error = unix.ENOENT
+		for try := 0; errors.Is(err, unix.ENOENT); try++ {
+			have, rerr := readElements(s.object(r.table()))
+			if rerr != nil {
+				return transactions, fmt.Errorf("read set %s: %w", s.name, rerr)
 			}
-			if err := change(conn, s.object(table), d); err != nil {
-				return nil, fmt.Errorf("change set %s: %w", s.name, err)
+			stale := misleading(have, gone)
+			made := uint32(0)
+			if try < flowTries {
+				made, err = r.deleteAll(s, stale)
+			} else {
+				made, err = r.deleteEach(s, stale)
 			}
+			transactions += made
+		}
+		if err != nil {
+			return transactions, fmt.Errorf("end flows of set %s: %w", s.name, err)
 		}
 	}
-	if !changed {
-		return nil, nil
+	return transactions, nil
+}
+
+func (r ruleset) deleteAll(s set, elements []nftables.SetElement) (transactions uint32, err error) {
+	return r.commitElements([]setDelta{{s, delta{del: elements}}}, 0)
+}
+
+// deleteEach takes what is not there for deleted.
+func (r ruleset) deleteEach(s set, elements []nftables.SetElement) (transactions uint32, err error) {
+	for i := range elements {
+		made, err := r.deleteAll(s, elements[i:i+1])
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return transactions, err
+		}
+		transactions += made
 	}
-	if err := conn.Flush(); err != nil {
-		return nil, fmt.Errorf("commit nftables elements: %w", err)
-	}
-	return found, nil
+	return transactions, nil
 }
 
 // elementsOf are the elements of the set of that name.
@@ -90,16 +181,19 @@ func (r *ruleset) elementsOf(like set) map[string]string {
 	return nil
 }
 
-// stale selects flows that lead to no backend any more.
-func stale(have map[string]string, keep map[string]bool) delta {
-	var d delta
+// misleading selects flows that lead to a backend which is gone.
+func misleading(have map[string]string, gone func(mac string) bool) []nftables.SetElement {
+	var out []nftables.SetElement
 	for k, v := range have {
-		if !keep[v] {
-			d.del = append(d.del, nftables.SetElement{Key: []byte(k), Val: []byte(v)})
+		if gone(v) {
+			out = append(out, nftables.SetElement{Key: []byte(k), Val: []byte(v)})
 		}
 	}
-	return d
+	return out
 }
+
+// tableGone is what shapeMisfit says of a table that is not there.
+const tableGone = "it was gone"
 
 // shapeMisfit says in what the table has not the wanted sets, chains and rules,
 // told by the words stored with each rule; "" = it has all.
@@ -107,7 +201,7 @@ func shapeMisfit(conn *nftables.Conn, table *nftables.Table, want ruleset) (stri
 	if _, err := conn.ListTableOfFamily(table.Name, table.Family); err != nil {
 		// The library tells "not there" by a plain error only.
 		if errors.Is(err, unix.ENOENT) || strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "expected 1") {
-			return "it was gone", nil
+			return tableGone, nil
 		}
 		return "", fmt.Errorf("read nftables table: %w", err)
 	}
@@ -127,20 +221,20 @@ func shapeMisfit(conn *nftables.Conn, table *nftables.Table, want ruleset) (stri
 		}
 	}
 	sig := want.signature()
+	have, err := readWords(conn, table)
+	if err != nil {
+		return "", err
+	}
 	for _, c := range want.chains {
-		rules, err := conn.GetRules(table, &nftables.Chain{Name: c.name, Table: table})
-		if errors.Is(err, unix.ENOENT) {
+		words, ok := have[c.name]
+		if !ok {
 			return fmt.Sprintf("its chain %s was gone", c.name), nil
 		}
-		if err != nil {
-			return "", fmt.Errorf("read nftables chain %s: %w", c.name, err)
+		if len(words) != len(c.rules) {
+			return fmt.Sprintf("its chain %s had %d rules instead of %d", c.name, len(words), len(c.rules)), nil
 		}
-		if len(rules) != len(c.rules) {
-			return fmt.Sprintf("its chain %s had %d rules instead of %d", c.name, len(rules), len(c.rules)), nil
-		}
-		for i, r := range rules {
-			words, _ := userdata.GetString(r.UserData, userdata.TypeComment)
-			if words != comment(sig, c.rules[i]) {
+		for i, w := range words {
+			if w != comment(sig, c.rules[i]) {
 				return fmt.Sprintf("rule %d of its chain %s was another", i+1, c.name), nil
 			}
 		}
@@ -155,7 +249,16 @@ func comment(sig string, r rule) string {
 	return s[:min(len(s), 120)]
 }
 
-func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) error {
+// replace makes the table anew. Rules of zones follow in transactions of their
+// own: without them the shape is not the wanted one, so that what a crash leaves
+// in between is replaced again. So do elements for which one transaction of this
+// process has no room.
+func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) (transactions uint32, err error) {
+	room, err := sendRoom()
+	if err != nil {
+		return 0, err
+	}
+	room /= 2            // the other half is the rules'
 	conn.AddTable(table) // so that the deletion finds one
 	conn.DelTable(table)
 	conn.AddTable(table)
@@ -163,29 +266,64 @@ func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) error {
 		obj := s.object(table)
 		obj.ID = uint32(i + 1)
 		if err := conn.AddSet(obj, nil); err != nil {
-			return fmt.Errorf("add set %s: %w", s.name, err)
+			return 0, fmt.Errorf("add set %s: %w", s.name, err)
 		}
-		if err := change(conn, obj, diff(nil, s.elements)); err != nil {
-			return fmt.Errorf("fill set %s: %w", s.name, err)
+	}
+	if err := addTimes(conn, table, want.times); err != nil {
+		return 0, err
+	}
+	chains := make([]*nftables.Chain, len(want.chains))
+	for i, c := range want.chains {
+		obj := &nftables.Chain{Name: c.name, Table: table}
+		if c.hook != nil {
+			policy := nftables.ChainPolicyAccept
+			obj.Type, obj.Hooknum, obj.Priority, obj.Policy, obj.Device = c.kind, c.hook, c.priority, &policy, c.device
+		}
+		chains[i] = conn.AddChain(obj)
+	}
+	var later []setDelta
+	for i, s := range want.sets { // behind the chains that they lead to
+		if room -= len(s.elements) * elementRoom; room < 0 {
+			later = append(later, setDelta{s, s.diff(nil)})
+			continue
+		}
+		obj := s.object(table)
+		obj.ID = uint32(i + 1)
+		if err := change(conn, obj, s.diff(nil)); err != nil {
+			return 0, fmt.Errorf("fill set %s: %w", s.name, err)
 		}
 	}
 	sig := want.signature()
-	for _, c := range want.chains {
-		policy := nftables.ChainPolicyAccept
-		obj := conn.AddChain(&nftables.Chain{
-			Name: c.name, Table: table, Type: c.kind, Hooknum: c.hook, Priority: c.priority, Policy: &policy, Device: c.device,
-		})
+	for i, c := range want.chains {
 		for _, r := range c.rules {
+			if c.original {
+				continue
+			}
 			conn.AddRule(&nftables.Rule{
-				Table: table, Chain: obj, Exprs: r.exprs,
+				Table: table, Chain: chains[i], Exprs: r.exprs,
 				UserData: userdata.AppendString(nil, userdata.TypeComment, comment(sig, r)),
 			})
 		}
 	}
 	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("commit nftables table: %w", err)
+		return 0, fmt.Errorf("commit nftables table: %w", err)
 	}
-	return nil
+	made, err := want.commitElements(later, 0)
+	if transactions = 1 + made; err != nil {
+		return transactions, fmt.Errorf("commit nftables elements: %w", err)
+	}
+	for _, c := range want.chains {
+		for _, r := range c.rules {
+			if !c.original {
+				continue
+			}
+			if err := addZoneRule(table, c.name, r.exprs, comment(sig, r)); err != nil {
+				return transactions, fmt.Errorf("add rule %q: %w", r.words, err)
+			}
+			transactions++
+		}
+	}
+	return transactions, nil
 }
 
 func change(conn *nftables.Conn, obj *nftables.Set, d delta) error {
@@ -212,22 +350,6 @@ func chunks(e []nftables.SetElement) [][]nftables.SetElement {
 		out = append(out, e)
 	}
 	return out
-}
-
-func readElements(conn *nftables.Conn, obj *nftables.Set) (map[string]string, error) {
-	list, err := conn.GetSetElements(obj)
-	if err != nil {
-		return nil, err
-	}
-	out := make(map[string]string, len(list))
-	for _, e := range list {
-		v := string(e.Val)
-		if e.IntervalEnd {
-			v = intervalEnd
-		}
-		out[string(e.Key)] = v
-	}
-	return out, nil
 }
 
 // object is the set as the library names it.

@@ -5,11 +5,12 @@
 // the destination's hardware address (direct return: the backend holds the
 // service address itself and answers by itself, so that there is no address
 // translation and no connection tracking on the way). Published ports are
-// translated in the host's namespace and sent on from the host's own address on
-// the ingress network; the client's address is therefore rewritten.
+// translated in the host's namespace; the client's address stays, and tables in
+// the tasks' namespaces send the answers back by the node of entry.
 //
-// Everything stands in tables named weft.TableName, one of family bridge in
-// each network's hidden namespace and one of family ip in the host's. Nothing
-// else is read or written. The kernel is the state: the package keeps only what
+// Everything stands in tables of weft's own: one of family bridge in each
+// network's hidden namespace, one of each family in the host's, and in those of
+// tasks, with one table of routes and the rules that lead to it. Nothing else is
+// read or written. The kernel is the state: the package keeps only what
 // spares it a read. Apply is called by one goroutine at a time.
 package nft

@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/nftables"
@@ -31,15 +28,21 @@ type Engine struct {
 	// ip6 says that the kernel translates IPv6, so that published ports can
 	// be answered on it. Found out by Probe.
 	ip6 bool
+	// lacksTimes: the kernel cannot give a connection times of its own. Found
+	// out by Probe.
+	lacksTimes bool
+	// hurry divides all times that flows are known for; 0 and 1 leave them. Tests
+	// of idle connections set it before the first Apply.
+	hurry int
 	// without6: the last Apply has left no IPv6 table. Owned by Apply.
 	without6 bool
 	// kept, by namespace, are the backends that the last Apply let flows lead
 	// to. While none of them goes, the flow table need not be read, which is
 	// the one part that grows with traffic. Owned by Apply.
 	kept map[string]map[string]bool
-	// tracked is what the last Apply left for connection tracking to lead
-	// datagrams to; nil before the first. Owned by Apply.
-	tracked *trackable
+	// host is the table whose published ports the host's namespace has, its
+	// tracked flows among them; nil = nobody knows. Owned by Apply.
+	host *ingress.Table
 	// routed are the backends behind the router after the last Apply; nil
 	// before the first. Owned by Apply.
 	routed map[netip.Addr]bool
@@ -49,6 +52,13 @@ type Engine struct {
 	// set are the sysctls of the ingress leg that were right after the last
 	// Apply, and of which link. Owned by Apply.
 	set legLink
+	// gateway is the sysctl of the gateway bridge that was right after the last
+	// Apply. Owned by Apply.
+	gateway string
+	// within is what the last Apply left in tasks' namespaces, last the table
+	// it was given. Owned by Apply.
+	within inside
+	last   ingress.Table
 
 	// Repaired, when not nil, gets every repair before the Apply returns that
 	// made it. It is set before the first Apply and must not block.
@@ -84,14 +94,16 @@ func (e *Engine) Probe(ctx context.Context) error {
 			return fmt.Errorf("%w: nftables bridge table: %w", weft.ErrUnsupported, err)
 		}
 		e.atPorts = !e.reject && loads(conn, portProbe(true)) == nil
-		if err := loads(conn, hostRules(ingress.Table{})); err != nil {
-			return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
-		}
-		e.ip6 = loads(conn, hostRules6(ingress.Table{})) == nil
 		return nil
 	})
 	if err == nil {
 		err = netns.Do(path, func() error {
+			if err := e.probeHost(); err != nil {
+				return err
+			}
+			if err := e.probeInside(); err != nil {
+				return fmt.Errorf("%w: keeping clients' addresses: %w", weft.ErrUnsupported, err)
+			}
 			if _, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET); err != nil {
 				return fmt.Errorf("%w: connection tracking over netlink (nf_conntrack_netlink): %w", weft.ErrUnsupported, err)
 			}
@@ -101,8 +113,29 @@ func (e *Engine) Probe(ctx context.Context) error {
 	return errors.Join(err, netns.Remove(path))
 }
 
+// probeHost loads the host's tables in the calling thread's namespace.
+func (e *Engine) probeHost() error {
+	conn, err := open()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	e.lacksTimes = loads(conn, hostRules(probeTable)) != nil
+	if err := loads(conn, hostRules(probeTable).withoutTimes()); err != nil {
+		return fmt.Errorf("%w: nftables address translation: %w", weft.ErrUnsupported, err)
+	}
+	rules6 := hostRules6(probeTable)
+	if e.lacksTimes {
+		rules6 = rules6.withoutTimes()
+	}
+	e.ip6 = loads(conn, rules6) == nil
+	return nil
+}
+
+// probeTable has the parts of which the host's table is made with published ports.
+var probeTable = ingress.Table{Ingress: ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix("192.0.2.1/32")}}
+
 func loads(conn *nftables.Conn, r ruleset) error {
-	_, err := converge(conn, r, nil)
+	_, _, err := converge(conn, r, nil)
 	return err
 }
 
@@ -116,6 +149,11 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	}
 	var errs []error
 	places := map[string]*place{}
+	audit := sameTable(&e.last, &t) // nothing is new: look at everything
+	e.last = t
+	if err := e.applyInside(t, audit); err != nil {
+		errs = append(errs, &ingress.NetworkError{VNI: weft.IngressVNI, Err: err})
+	}
 	if err := e.applyHost(t, places); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
 	}
@@ -130,30 +168,41 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 			errs = append(errs, err)
 			break
 		}
-		rules := bridgeRules(n, e.reject)
-		rules.flowsFit = contains(rules.prune, e.kept[n.NetNS])
-		if err := e.applyNetwork(n, rules, places); err != nil {
+		keep, err := e.applyNetwork(n, places)
+		if err != nil {
 			errs = append(errs, &ingress.NetworkError{VNI: n.VNI, Err: fmt.Errorf("apply service addresses: %w", err)})
 			continue
 		}
-		kept[n.NetNS] = rules.prune
+		kept[n.NetNS] = keep
 	}
 	e.kept, e.places = kept, places
 	return errors.Join(errs...)
 }
 
-func (e *Engine) applyNetwork(n ingress.Network, rules ruleset, places map[string]*place) error {
+// applyNetwork returns the backends that flows may lead to now.
+func (e *Engine) applyNetwork(n ingress.Network, places map[string]*place) (map[string]bool, error) {
 	p, err := e.placeAt(n.NetNS, fmt.Sprintf("network %d", n.VNI))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	places[n.NetNS] = p
-	return withConn(n.NetNS, func(conn *nftables.Conn) error {
+	if done, err := e.expressNetwork(n, p); err != nil || done {
+		return e.kept[n.NetNS], err
+	}
+	p.network = nil
+	rules := bridgeRules(n, e.reject)
+	rules.flowsFit = contains(rules.prune, e.kept[n.NetNS])
+	err = withConn(n.NetNS, func(conn *nftables.Conn) error {
 		if err := e.converge(p, conn, rules); err != nil || !e.atPorts {
 			return err
 		}
 		return e.converge(p, conn, portRules(n))
 	})
+	if err != nil {
+		return nil, err
+	}
+	p.network = &n
+	return rules.prune, nil
 }
 
 // contains reports whether all that earlier transactions let flows lead to may
@@ -184,24 +233,42 @@ func (e *Engine) applyHost(t ingress.Table, places map[string]*place) error {
 			legErr = &ingress.NetworkError{VNI: weft.IngressVNI, Err: err}
 		}
 	}
+	if err := e.prepareGateway(t); err != nil {
+		return errors.Join(legErr, err)
+	}
+	was := e.host
+	done, err := e.expressHost(p, &t)
+	if e.host = nil; err != nil {
+		return errors.Join(legErr, err)
+	}
+	if !done {
+		err = e.applyHostWhole(p, t, was)
+	}
+	if err == nil {
+		e.host = &t
+	}
+	return errors.Join(legErr, err)
+}
+
+// applyHostWhole is applyHost for a wish of which all is looked at; was is Engine.host.
+func (e *Engine) applyHostWhole(p *place, t ingress.Table, was *ingress.Table) error {
 	conn, err := open()
 	if err != nil {
-		return errors.Join(legErr, fmt.Errorf("open nftables: %w", err))
+		return fmt.Errorf("open nftables: %w", err)
 	}
 	if err := e.converge(p, conn, hostRules(t)); err != nil {
-		return errors.Join(legErr, err)
+		return err
 	}
 	if err := e.applyHost6(p, conn, t); err != nil {
-		return errors.Join(legErr, err)
+		return err
 	}
 	now := trackableOf(t)
-	if !now.follows(e.tracked) {
-		if err := now.release(); err != nil {
-			return errors.Join(legErr, err)
+	if was != nil {
+		if before := trackableOf(*was); now.follows(&before) {
+			return nil
 		}
 	}
-	e.tracked = &now
-	return legErr
+	return now.release()
 }
 
 // applyHost6 makes the IPv6 table where the host can be asked over IPv6, or where
@@ -215,7 +282,7 @@ func (e *Engine) applyHost6(p *place, conn *nftables.Conn, t ingress.Table) erro
 	if e.without6 {
 		return nil
 	}
-	if err := removeTable(conn, nftables.TableFamilyIPv6); err != nil && e.ip6 {
+	if err := removeTable(conn, ruleset{family: nftables.TableFamilyIPv6}.table()); err != nil && e.ip6 {
 		return err
 	}
 	e.without6 = true
@@ -223,118 +290,12 @@ func (e *Engine) applyHost6(p *place, conn *nftables.Conn, t ingress.Table) erro
 	return nil
 }
 
-// removeTable deletes weft's table of a family; one that is not there does no
-// harm.
-func removeTable(conn *nftables.Conn, f nftables.TableFamily) error {
-	table := &nftables.Table{Name: weft.TableName, Family: f}
+// removeTable deletes a table of weft's; one that is not there does no harm.
+func removeTable(conn *nftables.Conn, table *nftables.Table) error {
 	conn.AddTable(table)
 	conn.DelTable(table)
 	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("remove nftables table %s: %w", weft.TableName, err)
-	}
-	return nil
-}
-
-// prepareLeg lets requests cross from the host's other links to the ingress
-// leg: forwarding on, and packets of the host itself from 127.0.0.0/8 may leave
-// by it once they are translated. Forwarding is the host's own setting; weft
-// turns it on and leaves it on, for other programs may need it by then. That of
-// IPv6 waits until there is something to forward (with6).
-func (e *Engine) prepareLeg(leg ingress.Entry, with6 bool) error {
-	l, err := netlink.LinkByName(leg.Link)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return fmt.Errorf("%w: link %s is not there yet", weft.ErrUnavailable, leg.Link)
-	}
-	if err != nil {
-		return fmt.Errorf("look up link %s: %w", leg.Link, err)
-	}
-	// A link made anew has the kernel's settings, and that is not theirs.
-	now := legLink{leg.Link, l.Attrs().Index, leg.Addr6.IsValid()}
-	wanted := [][2]string{
-		{"net/ipv4/ip_forward", "1"},
-		{"net/ipv4/conf/" + leg.Link + "/route_localnet", "1"},
-	}
-	if !leg.Addr6.IsValid() {
-		// A leg without an IPv6 address speaks none: a link-local one would let
-		// tasks reach the host's listeners on [::] past every rule of this table.
-		wanted = append(wanted, [2]string{"net/ipv6/conf/" + leg.Link + "/disable_ipv6", "1"})
-	}
-	for _, kv := range wanted {
-		was, err := readSysctl(kv[0])
-		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(kv[0], "net/ipv6/") {
-			continue // no IPv6 in this kernel
-		}
-		if err != nil {
-			return err
-		}
-		if was == kv[1] {
-			continue
-		}
-		if err := writeSysctl(kv[0], kv[1]); err != nil {
-			return err
-		}
-		if e.set == now {
-			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0], Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
-		}
-	}
-	if leg.Addr6.IsValid() && with6 {
-		if err := forward6(); err != nil {
-			return err
-		}
-	}
-	e.set = now
-	return nil
-}
-
-// legLink is the ingress leg as its sysctls were set.
-type legLink struct {
-	name    string
-	index   int
-	hasIPv6 bool
-}
-
-func readSysctl(key string) (string, error) {
-	b, err := os.ReadFile("/proc/sys/" + key)
-	if err != nil {
-		return "", fmt.Errorf("read sysctl %s: %w", key, err)
-	}
-	return strings.TrimSpace(string(b)), nil
-}
-
-// forward6 turns IPv6 forwarding on. A host that forwards stops listening to
-// routers, and would lose the addresses and the default route that it has from
-// them, unless its links are told to go on (accept_ra 2, ip-sysctl.rst).
-func forward6() error {
-	const conf, forwarding = "net/ipv6/conf/", "net/ipv6/conf/all/forwarding"
-	if on, err := os.ReadFile("/proc/sys/" + forwarding); err != nil || string(on) == "1\n" {
-		return err
-	}
-	links, err := os.ReadDir("/proc/sys/" + conf)
-	if err != nil {
-		return fmt.Errorf("list links of IPv6: %w", err)
-	}
-	for _, l := range links {
-		key := conf + l.Name() + "/accept_ra"
-		listens, err := os.ReadFile("/proc/sys/" + key)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // the link has just gone
-		}
-		if err != nil {
-			return fmt.Errorf("read sysctl %s: %w", key, err)
-		}
-		if string(listens) != "1\n" {
-			continue
-		}
-		if err := writeSysctl(key, "2"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return writeSysctl(forwarding, "1")
-}
-
-func writeSysctl(key, value string) error {
-	if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0); err != nil {
-		return fmt.Errorf("set sysctl %s to %s: %w", key, value, err)
+		return fmt.Errorf("remove nftables table %s: %w", table.Name, err)
 	}
 	return nil
 }
@@ -348,16 +309,17 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // Close implements ingress.Engine: it removes the host's table. The tables of
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
-	e.tracked, e.without6, e.places, e.set = nil, false, nil, legLink{}
+	e.host, e.without6, e.places, e.set, e.last = nil, false, nil, legLink{}, ingress.Table{}
+	within := e.closeInside()
 	conn, err := open()
 	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+		return errors.Join(within, fmt.Errorf("open nftables: %w", err))
 	}
-	err = removeTable(conn, nftables.TableFamilyIPv4)
+	err = removeTable(conn, ruleset{family: nftables.TableFamilyIPv4}.table())
 	if e.ip6 {
-		err = errors.Join(err, removeTable(conn, nftables.TableFamilyIPv6))
+		err = errors.Join(err, removeTable(conn, ruleset{family: nftables.TableFamilyIPv6}.table()))
 	}
-	return err
+	return errors.Join(within, err)
 }
 
 // Socket buffers in bytes. A transaction is one message to the kernel and one
@@ -375,8 +337,8 @@ const answerLimit = 30 * time.Second
 
 // open makes a connection whose transactions may be large. Each of them has a
 // socket of its own.
-func open(o ...nftables.ConnOption) (*nftables.Conn, error) {
-	return nftables.New(append(o, nftables.WithSockOptions(prepareSocket))...)
+func open() (*nftables.Conn, error) {
+	return nftables.New(nftables.WithSockOptions(prepareSocket))
 }
 
 // prepareSocket is generic so that the netlink library below nftables need not be
@@ -389,19 +351,18 @@ func prepareSocket[C interface {
 	return errors.Join(c.SetWriteBuffer(sendBuffer), c.SetReadBuffer(receiveBuffer), c.SetReadDeadline(time.Now().Add(answerLimit)))
 }
 
-// withConn calls f with a connection into the namespace at path.
+// withConn calls f with a connection, inside the namespace at path.
 func withConn(path string, f func(*nftables.Conn) error) error {
-	file, err := os.Open(path)
+	ns, err := netns.Open(path)
 	if err != nil {
-		return fmt.Errorf("open namespace: %w", err)
+		return err
 	}
-	defer file.Close()
-	conn, err := open(nftables.WithNetNSFd(int(file.Fd())))
-	if err != nil {
-		if errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("enter %s: not a network namespace (its mount is gone)", path)
+	defer ns.Close()
+	return ns.Do(func() error {
+		conn, err := open()
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
 		}
-		return fmt.Errorf("enter %s: %w", path, err)
-	}
-	return f(conn)
+		return f(conn)
+	})
 }

@@ -44,6 +44,7 @@ type fabric struct {
 	br  string // namespace of the bridge
 	// ports are the names of the bridge's ports.
 	ports []string
+	tasks []ingress.EntryTask
 }
 
 func newFabric(t *testing.T) *fabric {
@@ -89,9 +90,10 @@ func (f *fabric) port(ns, name, addr string, mac net.HardwareAddr) {
 		target, err = netns.Open(ns)
 		must(f.t, err)
 		defer target.Close()
-		// As in a sandbox: no waiting for duplicates of link-local addresses.
-		f.in(ns, func() error { return writeSysctl("net/ipv6/conf/default/accept_dad", "0") })
 	}
+	// As in a sandbox: no waiting for duplicates of link-local addresses. The
+	// host's leg asks for a task's neighbour from there if it sends for others.
+	must(f.t, target.Do(func() error { return writeSysctl("net/ipv6/conf/default/accept_dad", "0") }))
 	f.in(f.br, func() error {
 		br, err := netlink.LinkByName("br")
 		if err != nil {
@@ -127,6 +129,9 @@ func (f *fabric) task(n int) ingress.Backend {
 	addr := netip.MustParseAddr(fmt.Sprintf("10.0.16.%d", n))
 	b := ingress.Backend{Task: id, Addr: addr, Addr6: twin(addr.String()), MAC: weft.EndpointMAC(id, addr)}
 	ns := f.namespace(string(id))
+	f.tasks = append(f.tasks, ingress.EntryTask{
+		Task: id, NetNS: ns, Link: "eth0", Addr: netip.PrefixFrom(addr, 24), Addr6: netip.PrefixFrom(b.Addr6, 64),
+	})
 	f.port(ns, "eth0", addr.String(), b.MAC)
 	f.in(ns, func() error {
 		for k, v := range map[string]string{"arp_ignore": "1", "arp_announce": "2"} {
@@ -138,6 +143,25 @@ func (f *fabric) task(n int) ingress.Backend {
 	})
 	f.serve(ns, string(id))
 	return b
+}
+
+// leg is the hardware address of the host's leg.
+var leg = weft.NodeMAC("host", netip.MustParseAddr(legText))
+
+// entry is how requests enter the bridge: by the host's leg, to the tasks made
+// up to now.
+func (f *fabric) entry() ingress.Entry {
+	return ingress.Entry{
+		Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24"), Tasks: f.tasks,
+		Nodes: []ingress.EntryNode{{MAC: leg, Addr: netip.MustParseAddr(legText)}},
+	}
+}
+
+// entry6 is that, with IPv6.
+func (f *fabric) entry6() ingress.Entry {
+	e := f.entry()
+	e.Addr6 = netip.MustParsePrefix(leg6Text + "/64")
+	return e
 }
 
 func (f *fabric) serve(ns, name string) {

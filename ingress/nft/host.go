@@ -11,28 +11,17 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
-
-// Registers of the host's table that are the same in both families: protocol,
-// destination port and slot are the key of a slot map.
-const (
-	hostKey  = 8 // protocol
-	hostPort = 9 // destination port
-	hostSlot = 10
-)
-
-var slotKey = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeInteger)
 
 // hostRules is weft's IPv4 table in the host's namespace: published ports, the
 // tasks' way out, and what must not pass between overlay and host.
 func hostRules(t ingress.Table) ruleset {
 	r := ipv4.publishedRules(t)
-	protect := set{name: "protect", key: nftables.TypeIPAddr, interval: true, elements: intervals(t.Gateway.Protect), show: showInterval}
+	protect := set{name: "protect", key: nftables.TypeIPAddr, interval: true, elements: ipv4.intervals(t.Gateway.Protect), show: ipv4.showInterval}
 	r.sets = append(r.sets, protect)
 	r.chains = append(r.chains,
-		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: postroutingChain(t)},
+		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: append(lastingRules(t.Ingress.Link, t.Gateway.Bridge), postroutingChain(t)...)},
 		chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, rules: forwardChain(t)},
 		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: ipv4.inputChain(t)},
 	)
@@ -44,7 +33,7 @@ func hostRules(t ingress.Table) ruleset {
 func hostRules6(t ingress.Table) ruleset {
 	r := ipv6.publishedRules(t)
 	r.chains = append(r.chains,
-		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: ipv6.entryRules(t.Ingress.Link, t.Ingress.Addr6.Addr())},
+		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: append(lastingRules(t.Ingress.Link), ipv6.entryRules(t.Ingress.Link, t.Ingress.Addr6.Addr())...)},
 		chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, rules: forwardChain6(t)},
 		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: ipv6.inputChain(t)},
 	)
@@ -53,117 +42,44 @@ func hostRules6(t ingress.Table) ruleset {
 
 // publishedRules sends requests for published ports to backends.
 func (f *family) publishedRules(t ingress.Table) ruleset {
-	r := ruleset{family: f.host}
-	slots := make([]set, len(ingress.RingSizes))
-	for i, size := range ingress.RingSizes {
-		slots[i] = set{name: slotsName(size), key: slotKey, data: f.slotData, isMap: true, concat: true, elements: map[string]string{}, show: f.showSlot}
-	}
+	sets := f.publishedSets()
 	for _, p := range t.Published {
-		f.fillPublished(slots, p)
+		sets.add(p)
 	}
-	r.sets = append(slots, f.members(t.Underlay))
-	dnat := f.publishedChain()
-	r.chains = []chain{
-		{name: "prerouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityNATDest, rules: dnat},
-		{name: "output", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityNATDest, rules: dnat},
-	}
-	return r
-}
-
-func slotsName(size int) string {
-	return map[int]string{64: "slots64", 1024: "slots1024", 16384: "slots16384"}[size]
-}
-
-// addressOf is a backend's address of the family; invalid without.
-func (f *family) addressOf(b ingress.Backend) netip.Addr {
-	for _, a := range []netip.Addr{b.Addr, b.Addr6} {
-		if f.has(a) {
-			return a
-		}
-	}
-	return netip.Addr{}
-}
-
-func (f *family) fillPublished(slots []set, p ingress.Published) {
-	var keys []string
-	var data []string
-	for _, b := range p.Backends {
-		addr := f.addressOf(b)
-		if b.Draining || !addr.IsValid() {
-			continue
-		}
-		keys = append(keys, string(b.Task))
-		data = append(data, raw(addr)+string(binary.BigEndian.AppendUint16(nil, p.Target))+"\x00\x00")
-	}
-	size := ingress.RingSize(len(keys))
-	for i, m := range ingress.RingSizes {
-		if m != size {
-			continue
-		}
-		for slot, k := range ingress.Ring(keys, size) {
-			key := append([]byte{protocolNumber(p.Protocol), 0, 0, 0}, binary.BigEndian.AppendUint16(nil, p.Port)...)
-			key = append(key, 0, 0)
-			key = append(key, binaryutil.NativeEndian.PutUint32(uint32(slot))...)
-			slots[i].elements[string(key)] = data[k]
-		}
-	}
-}
-
-func protocolNumber(p weft.Protocol) byte {
-	if p == weft.UDP {
-		return unix.IPPROTO_UDP
-	}
-	return unix.IPPROTO_TCP
-}
-
-// publishedChain sends connections to a published port of one of the host's
-// own addresses to a backend. A port without a backend is not translated: the
-// host itself then answers with a reset or port unreachable.
-func (f *family) publishedChain() []rule {
-	var rules []rule
-	for _, size := range ingress.RingSizes {
-		rules = append(rules, rule{"published port: pick from " + slotsName(size), join(f.notLoopback(), []expr.Any{
-			&expr.Fib{Register: hostKey, ResultADDRTYPE: true, FlagDADDR: true},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: hostKey, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: hostKey},
-			&expr.Payload{DestRegister: hostPort, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
-			f.load(f.hash, f.source),
-			&expr.Payload{DestRegister: f.hashPorts, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 4},
-			&expr.Hash{SourceRegister: f.hash, DestRegister: hostSlot, Length: f.bytes + 4, Modulus: uint32(size), Seed: hashSeed, Type: expr.HashTypeJenkins},
-			lookup(slotsName(size), hostKey, f.hostAddr),
-			&expr.Counter{},
-			&expr.NAT{Type: expr.NATTypeDestNAT, Family: f.nat, RegAddrMin: f.hostAddr, RegProtoMin: f.hostPort},
-		})})
-	}
-	return rules
-}
-
-// notLoopback leaves ::1 alone: a packet from there does not leave the loopback
-// device, however it is translated (IPv4 has route_localnet for that). So it is
-// refused at once, and who asks localhost goes on to 127.0.0.1.
-func (f *family) notLoopback() []expr.Any {
-	if !f.is6 {
-		return nil
-	}
-	return []expr.Any{
-		f.load(f.hash, f.destination),
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: f.hash, Data: netip.IPv6Loopback().AsSlice()},
-	}
+	return ruleset{family: f.host, twice: *sets.twice, sets: append(sets.all(), f.members(t.Underlay)), times: []times{f.lasting()}, chains: append([]chain{
+		{name: "untracked-in", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw, rules: f.untracked(t.Underlay, "to", f.destination)},
+		{name: "untracked-out", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw, rules: f.untracked(t.Underlay, "from", f.source)},
+	}, f.publishedChains()...)}
 }
 
 // entryRules give requests that enter the overlay by link the host's own address
-// there.
+// there, if it is asked for, or if theirs leads nowhere from a task. All others
+// keep their client's.
 func (f *family) entryRules(link string, addr netip.Addr) []rule {
 	if link == "" || !addr.IsValid() {
 		return nil
 	}
-	return []rule{{"to a backend: from " + addr.String() + " on " + link, join(
-		outLink(expr.CmpOpEq, link), translated(expr.CmpOpNeq),
-		[]expr.Any{
-			&expr.Immediate{Register: f.hostAddr, Data: addr.AsSlice()},
-			&expr.NAT{Type: expr.NATTypeSourceNAT, Family: f.nat, RegAddrMin: f.hostAddr},
-		})}}
+	own := []expr.Any{
+		&expr.Immediate{Register: f.hostAddr, Data: addr.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: f.nat, RegAddrMin: f.hostAddr},
+	}
+	var rules []rule
+	for _, by := range []struct {
+		words string
+		port  []expr.Any
+	}{{"port", askedPort()}, {"range", firstPort(askedPort())}} {
+		rules = append(rules, rule{by.words + " whose clients are hidden: from " + addr.String() + " on " + link, join(
+			outLink(expr.CmpOpEq, link), translated(expr.CmpOpNeq), by.port, []expr.Any{has("hidden", hostKey)}, own)})
+	}
+	if !f.is6 {
+		rules = append(rules, rule{"to a backend, from loopback: from " + addr.String() + " on " + link, join(
+			outLink(expr.CmpOpEq, link), translated(expr.CmpOpNeq), from(loopback), own)})
+	}
+	return rules
 }
+
+// loopback is RFC 1122 section 3.2.1.3's (g).
+var loopback = netip.PrefixFrom(netip.AddrFrom4([4]byte{127}), 8)
 
 // postroutingChain is that, and gives tasks' packets that leave the host the
 // host's address.
@@ -172,6 +88,12 @@ func postroutingChain(t ingress.Table) []rule {
 	if t.Gateway.Bridge != "" {
 		rules = append(rules, rule{"way out of " + t.Gateway.Subnet.String() + " but by " + t.Gateway.Bridge, join(
 			from(t.Gateway.Subnet), outLink(expr.CmpOpNeq, t.Gateway.Bridge), []expr.Any{&expr.Masq{}})})
+		// A task's answer to another task, or to the host's loopback, would not
+		// come by the host, or not at all.
+		for _, near := range []netip.Prefix{t.Gateway.Subnet, loopback} {
+			rules = append(rules, rule{"port of a task, from " + near.String() + ": from the address of " + t.Gateway.Bridge, join(
+				outLink(expr.CmpOpEq, t.Gateway.Bridge), translated(expr.CmpOpNeq), from(near), []expr.Any{&expr.Masq{}})})
+		}
 	}
 	return rules
 }
@@ -179,8 +101,9 @@ func postroutingChain(t ingress.Table) []rule {
 // forwardChain keeps the host from becoming a router between overlay networks:
 // only translated requests enter by the ingress leg, nothing new comes out of
 // it, tasks do not reach overlay ranges through their gateway, and the gateway
-// leads out only: neither another task nor a neighbour of the host that routes
-// the bridge's range here opens a connection to a task's leg.
+// leads out only, but for ports in mode host: neither another task nor a
+// neighbour of the host that routes the bridge's range here opens a connection to
+// a task's leg.
 func forwardChain(t ingress.Table) []rule {
 	rules := append(clampRules(t), entryForward(t)...)
 	if t.Gateway.Bridge != "" {
@@ -189,7 +112,7 @@ func forwardChain(t ingress.Table) []rule {
 				ipv4.load(hostKey, ipv4.destination),
 				has("protect", hostKey),
 			}, translated(expr.CmpOpEq), dropped())},
-			rule{"into " + t.Gateway.Bridge + " new: drop", join(outLink(expr.CmpOpEq, t.Gateway.Bridge), unasked(), dropped())})
+			rule{"into " + t.Gateway.Bridge + " new, untranslated: drop", join(outLink(expr.CmpOpEq, t.Gateway.Bridge), unasked(), translated(expr.CmpOpEq), dropped())})
 	}
 	return rules
 }
@@ -229,19 +152,48 @@ func dropped() []expr.Any {
 func (f *family) inputChain(t ingress.Table) []rule {
 	var rules []rule
 	if t.Underlay.Port != 0 {
-		rules = append(rules, rule{fmt.Sprintf("VXLAN (udp %d) from no member: drop", t.Underlay.Port), join([]expr.Any{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(t.Underlay.Port)},
+		rules = append(rules, rule{fmt.Sprintf("VXLAN (udp %d) from no member: drop", t.Underlay.Port), join(toTunnel(t.Underlay), []expr.Any{
 			f.load(f.hostAddr, f.source),
 			&expr.Lookup{SourceRegister: f.hostAddr, SetName: "members", Invert: true},
 		}, dropped())})
+	}
+	if b := t.Gateway.Bridge; b != "" && !f.is6 {
+		// The way back of what the host's loopback asks of a task is open.
+		rules = append(rules, rule{"from " + b + " to loopback, new: drop", join(inLink(b), []expr.Any{
+			f.load(1, f.destination),
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: []byte{0xff, 0, 0, 0}, Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: loopback.Addr().AsSlice()},
+		}, unasked(), dropped())})
 	}
 	if t.Ingress.Link != "" {
 		rules = append(rules, rule{"from " + t.Ingress.Link + " new: drop", join(inLink(t.Ingress.Link), unasked(), dropped())})
 	}
 	return rules
+}
+
+// untracked keeps tunnels out of connection tracking, which the chains of address
+// translation have the kernel do for every packet of the host. Each connection
+// inside would be a flow of its own there, as VXLAN's source port is made of it
+// (RFC 7348 section 5), and no packet of a tunnel is the answer to another.
+// Only this node's own tunnels are meant: others' that pass through this host may
+// be translated on it.
+func (f *family) untracked(u ingress.Underlay, what string, offset uint32) []rule {
+	self := u.Self.Unmap()
+	if u.Port == 0 || !f.has(self) {
+		return nil
+	}
+	return []rule{{fmt.Sprintf("VXLAN (udp %d) %s %s: not tracked", u.Port, what, self), append(toTunnel(u),
+		f.load(f.hostAddr, offset), &expr.Cmp{Op: expr.CmpOpEq, Register: f.hostAddr, Data: self.AsSlice()}, &expr.Notrack{})}}
+}
+
+// toTunnel matches packets to the UDP port of VXLAN.
+func toTunnel(u ingress.Underlay) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(u.Port)},
+	}
 }
 
 // members are the tunnel addresses that VXLAN is taken from.
@@ -301,10 +253,10 @@ func from(p netip.Prefix) []expr.Any {
 	}
 }
 
-// intervals are the elements of an interval set that holds the prefixes.
+// intervals are the elements of an interval set that holds the family's prefixes.
 // Prefixes are nested or apart, so dropping nested ones leaves no overlap;
 // neighbours are joined, because the end of one is the start of the next.
-func intervals(prefixes []netip.Prefix) map[string]string {
+func (f *family) intervals(prefixes []netip.Prefix) map[string]string {
 	out := map[string]string{}
 	sorted := slices.Clone(prefixes)
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
@@ -315,48 +267,40 @@ func intervals(prefixes []netip.Prefix) map[string]string {
 	})
 	var last netip.Prefix
 	for _, p := range sorted {
-		if !p.Addr().Is4() || last.IsValid() && last.Overlaps(p) {
+		if !f.has(p.Addr()) || last.IsValid() && last.Overlaps(p) {
 			continue
 		}
 		last = p
 		start := raw(p.Masked().Addr())
-		if out[start] == intervalEnd {
-			delete(out, start)
+		if _, ok := out[start+endMark]; ok {
+			delete(out, start+endMark)
 		} else {
 			out[start] = ""
 		}
 		if end, ok := afterLast(p); ok {
-			out[end] = intervalEnd
+			out[end+endMark] = intervalEnd
 		}
 	}
 	return out
 }
 
-// afterLast is the first address behind p; there is none behind 255.255.255.255.
+// afterLast is the first address behind p; there is none behind the last of all.
 func afterLast(p netip.Prefix) (string, bool) {
-	b := p.Masked().Addr().As4()
-	n := uint64(binary.BigEndian.Uint32(b[:])) + 1<<(32-p.Bits())
-	if n > 0xffffffff {
-		return "", false
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
 	}
-	return string(binary.BigEndian.AppendUint32(nil, uint32(n))), true
+	for i := len(b) - 1; i >= 0; i-- {
+		if b[i]++; b[i] != 0 {
+			return string(b), true
+		}
+	}
+	return "", false
 }
 
-// showSlot prints an element of a slot map: protocol, port and slot to address
-// and port, each padded to four bytes.
-func (f *family) showSlot(key, data string) string {
-	proto := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[key[0]]
-	addr, err := netip.ParseAddr(f.show(data))
-	if err != nil {
-		return fmt.Sprintf("%s -> %x", proto, data)
-	}
-	to := netip.AddrPortFrom(addr, binary.BigEndian.Uint16([]byte(data[f.bytes:f.bytes+2])))
-	return fmt.Sprintf("%s %d -> %s", proto, binary.BigEndian.Uint16([]byte(key[4:6])), to)
-}
-
-func showInterval(key, data string) string {
+func (f *family) showInterval(key, data string) string {
 	if data == intervalEnd {
-		return "before " + ipv4.show(key)
+		return "before " + f.show(key)
 	}
-	return "from " + ipv4.show(key)
+	return "from " + f.show(key)
 }

@@ -3,9 +3,11 @@ package nft
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
-	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -35,7 +37,7 @@ func TestSegmentsFitTheWay(t *testing.T) {
 	a := f.task(11)
 	outside := f.outside()
 	must(t, e.Apply(context.Background(), ingress.Table{
-		Ingress:   ingress.Entry{Link: weft.IngressLeg, Addr: netip.MustParsePrefix(legText + "/24")},
+		Ingress:   f.entry(),
 		Published: []ingress.Published{{Service: "web", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: []ingress.Backend{a}}},
 	}))
 	t.Cleanup(func() { must(t, e.Close(context.Background())) })
@@ -57,4 +59,47 @@ func TestSegmentsFitTheWay(t *testing.T) {
 	if got := get(); got != 1230-headers {
 		t.Errorf("segments of %d bytes on a way of 1230, want %d", got, 1230-headers)
 	}
+}
+
+// TestAnswersFitTheWayBack: the way from a task to an entry node becomes
+// narrower under open connections, and nobody says so on the way: what is too
+// large for it is lost.
+func TestAnswersFitTheWayBack(t *testing.T) {
+	m := newMesh(t, 1)
+	b := m.task(11)
+	m.publish(m.ports(b)...)
+	h := m.hosts[0]
+	conns := map[string]net.Conn{}
+	for client, to := range h.addresses() {
+		c, _, _, err := m.ask("tcp", to, 0)
+		must(t, err)
+		must(t, returned(c))
+		conns[client] = c
+	}
+	const narrow = 1300
+	leg, err := netlink.LinkByName(weft.IngressLeg)
+	must(t, err)
+	must(t, netlink.LinkSetMTU(leg, narrow)) // it takes in no more either
+	h.entry.MTU = narrow
+	m.publish(m.ports(b)...)
+	for client, c := range conns {
+		if err := returned(c); err != nil {
+			t.Errorf("%s: an answer that is larger than the way back: %v", client, err)
+		}
+	}
+}
+
+// returned sends what fits one packet of an ordinary link, and wants it back, in
+// however many.
+func returned(c net.Conn) error {
+	data := make([]byte, 1400)
+	_, err := c.Write(data)
+	if err = errors.Join(err, c.SetDeadline(time.Now().Add(3*time.Second))); err != nil {
+		return err
+	}
+	n, err := io.ReadFull(c, data)
+	if err != nil {
+		err = fmt.Errorf("%d of %d bytes came back: %w", n, len(data), err)
+	}
+	return err
 }

@@ -71,17 +71,15 @@ func (f *family) portChain(port string) []rule {
 		rules = append(rules, neighbourDiscovery())
 	}
 	return append(rules,
-		rule{words + "new tcp to a service that takes no connections: reset", join(f.tupleOf(unix.IPPROTO_TCP), []expr.Any{
+		rule{words + "new tcp to a service that takes no connections: reset", join(f.protocol(expr.CmpOpEq, unix.IPPROTO_TCP), f.toService(), []expr.Any{
 			idle,
 			&expr.Payload{DestRegister: f.ports, Base: expr.PayloadBaseTransportHeader, Offset: tcpFlags, Len: 1},
 			&expr.Bitwise{SourceRegister: f.ports, DestRegister: f.ports, Len: 1, Mask: []byte{flagSYN | flagACK}, Xor: []byte{0}},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: f.ports, Data: []byte{flagSYN}},
 			&expr.Counter{}, reset})},
-		rule{words + "other tcp to a service without backends: reset", join(f.tupleOf(unix.IPPROTO_TCP), []expr.Any{
+		rule{words + "other tcp to a service without backends: reset", join(f.protocol(expr.CmpOpEq, unix.IPPROTO_TCP), f.toService(), []expr.Any{
 			dead, &expr.Counter{}, reset})},
-		rule{words + "other protocols to a service without backends: port unreachable", join(f.addresses(), []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: f.proto},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: f.proto, Data: []byte{unix.IPPROTO_TCP}},
+		rule{words + "other protocols to a service without backends: port unreachable", join(f.protocol(expr.CmpOpNeq, unix.IPPROTO_TCP), f.toService(), []expr.Any{
 			dead, &expr.Counter{},
 			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}})},
 	)

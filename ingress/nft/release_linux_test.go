@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
@@ -11,8 +12,8 @@ import (
 )
 
 // Address plan: the host is 192.0.2.1, its leg 10.0.16.250, backends are
-// 10.0.16.1 to 10.0.16.3 with target ports 7 and 8, published are 30000 and
-// 30001, clients stand behind 192.0.2.2.
+// 10.0.16.1 to 10.0.16.3 with target ports from 7 and 17 on, published are ports
+// from 30000 and 30010 on.
 
 func drawTrackable(r *rapid.T) ingress.Table {
 	t := ingress.Table{Ingress: ingress.Entry{Link: "leg", Addr: netip.MustParsePrefix("10.0.16.250/24")}}
@@ -20,7 +21,10 @@ func drawTrackable(r *rapid.T) ingress.Table {
 		if !rapid.Bool().Draw(r, "published") {
 			continue
 		}
-		p := ingress.Published{Protocol: weft.UDP, Port: 30000 + i, Target: 7 + i}
+		p := ingress.Published{
+			Protocol: rapid.SampledFrom([]weft.Protocol{weft.TCP, weft.UDP}).Draw(r, "protocol"), Port: 30000 + 10*i, Target: 7 + 10*i,
+			Count: uint16(rapid.IntRange(0, 3).Draw(r, "count")),
+		}
 		for n := range byte(3) {
 			if rapid.Bool().Draw(r, "backend") {
 				p.Backends = append(p.Backends, ingress.Backend{
@@ -68,21 +72,28 @@ func TestNothingMisledStays(t *testing.T) {
 	})
 }
 
+// newFlows are all that can begin: to each published port, and to its neighbours.
 func newFlows(t ingress.Table, host netip.Addr) []tracked {
 	var out []tracked
-	for port := uint16(30000); port < 30002; port++ {
-		asked := netip.AddrPortFrom(host, port)
-		found := false
-		for _, p := range t.Published {
-			for _, b := range p.Backends {
-				if p.Port == port && !b.Draining {
-					found = true
-					out = append(out, tracked{asked: asked, answers: netip.AddrPortFrom(b.Addr, p.Target), back: t.Ingress.Addr.Addr()})
+	for port := uint16(29999); port < 30015; port++ {
+		for name, proto := range map[weft.Protocol]byte{weft.TCP: unix.IPPROTO_TCP, weft.UDP: unix.IPPROTO_UDP} {
+			asked := netip.AddrPortFrom(host, port)
+			found := false
+			for _, p := range t.Published {
+				for _, b := range p.Backends {
+					if p.Protocol == name && port >= p.Port && port < p.Port+max(p.Count, 1) && !b.Draining {
+						found = true
+						f := tracked{proto: proto, asked: asked, answers: netip.AddrPortFrom(b.Addr, p.Target+port-p.Port)}
+						out = append(out, f)
+						if f.isAsking = proto == unix.IPPROTO_TCP; f.isAsking {
+							out = append(out, f)
+						}
+					}
 				}
 			}
-		}
-		if !found { // the host itself refuses
-			out = append(out, tracked{asked: asked, answers: asked, back: netip.MustParseAddr("192.0.2.2")})
+			if !found { // the host itself refuses
+				out = append(out, tracked{proto: proto, asked: asked, answers: asked})
+			}
 		}
 	}
 	return out
@@ -95,11 +106,11 @@ func TestForeignFlowsStay(t *testing.T) {
 	}
 	k := trackableOf(open)
 	local := map[netip.Addr]bool{netip.MustParseAddr("192.0.2.1"): true}
-	ap, back := netip.MustParseAddrPort, netip.MustParseAddr("192.0.2.2")
+	ap := netip.MustParseAddrPort
 	for name, f := range map[string]tracked{
-		"translated by another program": {ap("192.0.2.1:53"), ap("10.9.9.9:53"), back},
-		"the host's own server":         {ap("192.0.2.1:53"), ap("192.0.2.1:53"), back},
-		"routed through, same port":     {ap("203.0.113.5:30000"), ap("203.0.113.5:30000"), back},
+		"translated by another program": {17, ap("192.0.2.1:53"), ap("10.9.9.9:53"), false},
+		"the host's own server":         {17, ap("192.0.2.1:53"), ap("192.0.2.1:53"), false},
+		"routed through, same port":     {17, ap("203.0.113.5:30000"), ap("203.0.113.5:30000"), false},
 	} {
 		if k.misled(f, local) {
 			t.Errorf("%s: %v would be forgotten", name, f)

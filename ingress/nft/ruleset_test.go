@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"flag"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -45,6 +46,23 @@ func TestGoldenRulesets(t *testing.T) {
 	both := ingress.Network{IPv6: true, Ports: []string{"wp1"}, Services: []ingress.Service{
 		vip(200, testBackend(1, false)), vip6(200, testBackend(1, false)), vip6(201, testBackend(4, true)), vip6(202),
 	}}
+	options := []ingress.Published{
+		{Service: "k", Protocol: weft.UDP, Port: 10000, Target: 10000, Count: 10001, Backends: many[:2]}, // ports kept
+		{Service: "m", Protocol: weft.UDP, Port: 20001, Target: 40001, Count: 3, Backends: many[:1], HideClient: true},
+		{Service: "e", Protocol: weft.SCTP, Port: 65530, Target: 65530, Count: 6, Backends: many[:1]}, // to the last port
+		{Service: "b", Protocol: weft.TCP, Port: 30003, Target: 80, Backends: many[:1], IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.IPv6Loopback()}},
+		{Service: "a", Protocol: weft.TCP, Port: 30004, Target: 80, Backends: many[:3], Allow: []netip.Prefix{
+			netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("192.0.2.128/25"), netip.MustParsePrefix("224.0.0.0/3"), netip.MustParsePrefix("2001:db8::/32"),
+		}},
+		{Service: "4", Protocol: weft.TCP, Port: 30005, Target: 80, Backends: many[:1], IPs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, // IPv4 only
+		{Service: "h", Protocol: weft.TCP, Port: 8080, Target: 80, Host: true, Backends: []ingress.Backend{{Task: "h", Addr: netip.MustParseAddr("172.31.0.5")}}},
+	}
+	within := entry
+	for _, a := range []string{"10.255.0.2", "10.255.1.3"} {
+		addr := netip.MustParseAddr(a)
+		within.Nodes = append(within.Nodes, ingress.EntryNode{MAC: weft.NodeMAC("n", addr), Addr: addr})
+	}
+	taskInside := ingress.EntryTask{Link: "eth1", Addr: netip.MustParsePrefix("10.255.0.9/16"), Addr6: netip.MustParsePrefix("fd00:ff::9/64")}
 	for _, tc := range []struct {
 		name  string
 		rules ruleset
@@ -56,6 +74,7 @@ func TestGoldenRulesets(t *testing.T) {
 			vip(202),                       // none
 			vip(203, many...),              // a larger ring
 		}}, true)},
+		{"divert", divertRules(Diversion{MAC: net.HardwareAddr{0x0e, 0, 0, 0, 16, 1}, IPv6: true, Unmarked: []netip.Addr{netip.MustParseAddr("10.0.16.201"), netip.MustParseAddr("fd00::c9")}})},
 		{"bridge_no_reject", bridgeRules(ingress.Network{Services: []ingress.Service{vip(202)}}, false)},
 		{"ports", portRules(ingress.Network{Ports: []string{"wp1", "wp2"}, Services: []ingress.Service{
 			vip(200, testBackend(1, false)), vip(201, testBackend(4, true)), vip(202),
@@ -67,18 +86,23 @@ func TestGoldenRulesets(t *testing.T) {
 			{Service: "s", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: many[:2]},
 			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
 		}})},
+		{"inside", ipv4.insideRules(within, taskInside)},
+		{"inside_ipv6", ipv6.insideRules(within, taskInside)},
+		{"inside_link", insideLink(within, taskInside)},
 		{"host_empty", hostRules(ingress.Table{})},
 		{"router_ipv6", ipv6.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
 		{"router", ipv4.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
 		{"router_links", acceptRules(ingress.Router{VNIs: []uint32{4097, 4098}})},
 		{"host_full", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Underlay: ingress.Underlay{
-			Port: 4789, Members: []netip.Addr{netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00::1")},
+			Port: 4789, Self: netip.MustParseAddr("10.99.0.1"), Members: []netip.Addr{netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00::1")},
 		}, Published: []ingress.Published{
 			{Service: "s", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: many[:2]},
-			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
+			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1], HideClient: true},
 			{Service: "d", Protocol: weft.TCP, Port: 30001, Target: 80, Backends: []ingress.Backend{testBackend(1, true)}},
 			{Service: "l", Protocol: weft.TCP, Port: 30002, Target: 80, Backends: many},
 		}})},
+		{"host_options", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Published: options})},
+		{"host_options_ipv6", hostRules6(ingress.Table{Ingress: entry, Gateway: gateway, Published: options})},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := filepath.Join("testdata", tc.name+".txt")
@@ -130,7 +154,7 @@ func TestIntervals(t *testing.T) {
 			a := netip.AddrFrom4([4]byte{byte(rapid.SampledFrom([]int{10, 11, 255}).Draw(t, "a")), byte(rapid.IntRange(252, 255).Draw(t, "b")), 0, 0})
 			prefixes = append(prefixes, netip.PrefixFrom(a, rapid.IntRange(6, 18).Draw(t, "bits")).Masked())
 		}
-		elements := intervals(prefixes)
+		elements := ipv4.intervals(prefixes)
 		probe := []uint32{0, 1<<32 - 1}
 		for k := range elements {
 			n := binary.BigEndian.Uint32([]byte(k))

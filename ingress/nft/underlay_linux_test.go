@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
@@ -51,7 +52,7 @@ func testStrangers(t *testing.T, base netip.Addr) {
 		netnstest.Missing(t, "userns", fmt.Errorf("this kernel has no IPv6 tables: %w", weft.ErrUnsupported))
 	}
 	must(t, e.Apply(t.Context(), ingress.Table{Underlay: ingress.Underlay{
-		Port: uint16(port), Members: []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("fd00:99::2")},
+		Port: uint16(port), Self: number(1), Members: []netip.Addr{netip.MustParseAddr("127.0.0.2"), netip.MustParseAddr("fd00:99::2")},
 	}}))
 	t.Cleanup(func() { must(t, e.Close(context.Background())) })
 	send := func(from byte, to net.Addr) {
@@ -74,5 +75,25 @@ func testStrangers(t *testing.T, base netip.Addr) {
 		if n, _, err := x.c.ReadFromUDP(buf); err != nil || n != 1 || buf[0] != x.want {
 			t.Errorf("heard %v from the wrong one first, %v; want %d", buf[:n], err, x.want)
 		}
+	}
+	family := netlink.InetFamily(unix.AF_INET)
+	if base.Is6() {
+		family = unix.AF_INET6
+	}
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+	must(t, err)
+	// On a loopback the sender's side comes first, and only this node's own
+	// tunnels are left out.
+	tracked := map[netip.AddrPort]bool{}
+	for _, f := range flows {
+		if from, ok := netip.AddrFromSlice(f.Forward.SrcIP); ok {
+			tracked[netip.AddrPortFrom(from.Unmap(), f.Forward.DstPort)] = true
+		}
+	}
+	at := func(from byte, to net.Addr) bool {
+		return tracked[netip.AddrPortFrom(number(from), uint16(to.(*net.UDPAddr).Port))]
+	}
+	if at(1, heard.LocalAddr()) || !at(3, heard.LocalAddr()) || !at(3, other.LocalAddr()) {
+		t.Errorf("tracked: %v; want those of others alone", tracked)
 	}
 }

@@ -94,6 +94,11 @@ func note(values map[string]string, line string) error {
 func (m *Machine) qemuArgs(args []string) []string {
 	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
 	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
+	if !m.cfg.Counted {
+		// Short grace periods: most that tests do is namespaces and links that
+		// come and go, each of which waits for one. It changes what costs what.
+		cmdline += " rcupdate.rcu_expedited=1"
+	}
 	processor := []string{"-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs)}
 	if m.cfg.Counted {
 		// A string instruction counts once for each step: without ERMS the

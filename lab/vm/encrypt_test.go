@@ -12,6 +12,7 @@ import (
 // TestEncryptionInKernel runs vxlan/wg's own tests where the kernel has
 // WireGuard: they then use it, but for those of the child process.
 func TestEncryptionInKernel(t *testing.T) {
+	besideAnother(t)
 	bin := filepath.Join(t.TempDir(), "wg.test")
 	cmd := exec.Command("go", "test", "-c", "-o", bin, "../../vxlan/wg")
 	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
@@ -22,7 +23,7 @@ func TestEncryptionInKernel(t *testing.T) {
 say() { echo "WEFT-RESULT $*"; }
 for m in wireguard vxlan bridge veth tun nf_tables nft_chain_nat nft_reject_bridge nf_conntrack_netlink; do modprobe $m; done
 mkdir -p /tmp
-WEFT_TEST_REQUIRE=userns,root WEFT_TEST_WIREGUARD=kernel wg.test -test.v -test.timeout 6m
+WEFT_TEST_REQUIRE=userns,root WEFT_TEST_WIREGUARD=kernel wg.test -test.v -test.timeout 12m
 say tests $?
 `)
 	r := boot(t, m)

@@ -107,7 +107,7 @@ func isExecutable(path string) bool {
 func (m *Machine) findKernel() error {
 	found, err := filepath.Glob(filepath.Join(m.cfg.Kernel, "boot/vmlinuz-*"))
 	if err != nil || len(found) != 1 {
-		return fmt.Errorf("found %d kernels in %s/boot, want 1; lab/vm/need.sh kernel unpacks one: %w", len(found), m.cfg.Kernel, weft.ErrUnsupported)
+		return fmt.Errorf("found %d kernels in %s/boot, want 1; lab/vm/need.sh %s unpacks one: %w", len(found), m.cfg.Kernel, filepath.Base(m.cfg.Kernel), weft.ErrUnsupported)
 	}
 	m.kernel = found[0]
 	m.release = strings.TrimPrefix(filepath.Base(found[0]), "vmlinuz-")

@@ -161,7 +161,7 @@ func TestNote(t *testing.T) {
 }
 
 func TestBuildNamesWhatIsMissing(t *testing.T) {
-	_, err := Build(t.Context(), Config{Kernel: t.TempDir(), Dir: t.TempDir()})
+	_, err := Build(t.Context(), Config{Kernel: filepath.Join(t.TempDir(), "kernel"), Dir: t.TempDir()})
 	if !errors.Is(err, weft.ErrUnsupported) || !strings.Contains(err.Error(), "need.sh kernel") {
 		t.Errorf("got %v", err)
 	}

@@ -15,6 +15,7 @@ require=,${WEFT_TEST_REQUIRE:-},
 TAGS=${TAGS:-}
 STATICCHECK=honnef.co/go/tools/cmd/staticcheck@v0.8.2
 table=()
+said=
 failed=0
 
 required() { [[ $require == *,$1,* ]]; }
@@ -39,6 +40,16 @@ counts() {
   awk '/^--- PASS/ {p++} /^--- FAIL/ {f++} /^--- SKIP/ {s++} END {printf "%d passed, %d failed, %d skipped", p, f, s}' "$1"
 }
 
+# reasons TIER LOG: the first line of everything that each failed test logged, also of
+# its subtests; dumps of daemons, which are long, come after what led to them
+reasons() {
+  awk -v tier="$1" '
+    /^=== (RUN|NAME|CONT) / {test = $3; sub(/\/.*/, "", test)}
+    /^ +[a-zA-Z0-9_]+_test\.go:[0-9]+: / {if (lines[test]++ < 40) text[test] = text[test] "\n" substr($0, 1, 400)}
+    /^--- FAIL/ {if (!($3 in done)) {done[$3]; print tier, $3 ":" text[$3]}}
+  ' "$2"
+}
+
 # tier NAME COMMAND...
 tier() {
   local name=$1 start=$SECONDS detail log
@@ -53,9 +64,11 @@ tier() {
     return 0
   fi
   failed=1
-  # What failed, then the end of the log, which has the reason of a build error.
-  grep -E '^(FAIL|panic:)|--- FAIL' "$log" | head -n 50
+  # The end of the log, which has the reason of a build error, then the names. What
+  # the tests said comes before the table.
   tail -n 80 "$log"
+  grep -E '^(FAIL|panic:)|--- FAIL' "$log" | head -n 50
+  said+=$(reasons "$name" "$log")$'\n'
   row "$name" FAILED $((SECONDS - start)) "see $log"
   return 1
 }
@@ -77,13 +90,19 @@ tier gofmt gofmt_clean
 tier build make -s build
 tier vet go vet -tags "$TAGS lab vm" ./...
 tier staticcheck go run "$STATICCHECK" -tags "${TAGS// /,},lab,vm" ./...
-tier 0+1 env CGO_ENABLED=0 go test -count=1 -v -timeout 5m -tags "$TAGS" ./...
+
+# Tests of the kernel mostly wait for it: four packages at once keep two processors
+# busy, and those that take longest begin first.
+longest=(./vxlan/bpf ./vxlan/wg ./ingress/nft ./agent/runtime/containerd ./api)
+tier 0+1 env CGO_ENABLED=0 go test -p 4 -count=1 -v -timeout 10m -tags "$TAGS" "${longest[@]}" ./...
 
 # Race-built shims of real containers start so slowly that the runtime's own
 # limits end them; the driver's concurrency is the lab's to test.
 if need gcc; then
-  raced=$(go list -tags "$TAGS" ./... | grep -v /agent/runtime/containerd)
-  tier 0+1-race env CGO_ENABLED=1 go test -race -count=1 -v -timeout 8m -tags "$TAGS" $raced
+  raced=$(go list -tags "$TAGS" "${longest[@]}" ./... | awk '!/\/agent\/runtime\/containerd$/ && !seen[$0]++')
+  # A process with the detector sleeps for a second when it ends, so that its other
+  # goroutines may still meet: a tenth, as two hundred are started.
+  tier 0+1-race env CGO_ENABLED=1 GORACE=atexit_sleep_ms=100 go test -race -p 4 -count=1 -v -timeout 15m -tags "$TAGS" $raced
 else
   without 0+1-race userns "$reason"
 fi
@@ -95,22 +114,23 @@ lab_tier() {
   elif [ -z "$docker" ]; then
     without "$1" docker "$docker_reason"
   elif [ -n "$runc" ]; then
-    tier "$1" env CGO_ENABLED=0 ${3:-} go test -count=1 -v -timeout 15m -tags "$TAGS lab" -run "$2" ./lab/...
+    tier "$1" env CGO_ENABLED=0 ${3:-} go test -count=1 -v -timeout 30m -parallel 2 -tags "$TAGS lab" -run "$2" ./lab/...
   else
     without "$1" root "$runc_reason"
   fi
 }
 
 lab_tier 2-lab 'Lab|Faults'
-# The must-hold tests on the engine that is not the default.
-lab_tier 2-lab-ebpf '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU)$' WEFT_TEST_OVERLAY=ebpf
+# The must-hold tests on the engine that is not this machine's first choice.
+lab_tier 2-lab-bridge '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU|TestLabMeshKeepsClients|TestLabMustHold|TestLabRollingUpdates)$' WEFT_TEST_OVERLAY=bridge
 
-if need runc qemu busybox kernel; then
-  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 25m -tags "$TAGS vm" ./lab/vm
+if need runc qemu busybox kernel kernel-new; then
+  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 40m -parallel 2 -tags "$TAGS vm" ./lab/vm
 else
   without 3-vm vm "$reason"
 fi
 
+[ -z "$said" ] || printf '\nWhat the tests that failed said:\n%s' "$said"
 echo
 printf '%-12s %-8s %6s  %s\n' TIER RESULT TIME DETAIL
 printf '%s\n' "${table[@]}"

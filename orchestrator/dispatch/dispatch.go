@@ -24,7 +24,8 @@ type Config struct {
 	// Seen is told of every sign of life of a node. It must not block.
 	Seen func(node weft.ID)
 	// Confirmed is called when Progress may say more than before of a state
-	// in which something rests; nil: nobody asks. It must not block.
+	// in which something rests, and when Gossip says something new; nil: nobody
+	// asks. It must not block.
 	Confirmed func()
 	// MinGap is the shortest time between two increments of one session:
 	// longer makes fewer, larger messages. Default 2 ms.
@@ -37,10 +38,11 @@ type Config struct {
 type Dispatcher struct {
 	cfg Config
 
-	// mu guards: sessions, the progress of each, reported, cache, ended.
+	// mu guards: sessions, the progress of each, reported, gossip, cache, ended.
 	mu       sync.Mutex
 	sessions map[*session]struct{}
 	reported map[weft.ID]reported
+	gossip   map[weft.ID]weft.GossipEpochs
 	cache    *shared // the newest that anyone computed
 	ended    bool
 }
@@ -67,7 +69,7 @@ func New(cfg Config) *Dispatcher {
 	if cfg.Confirmed == nil {
 		cfg.Confirmed = func() {}
 	}
-	return &Dispatcher{cfg: cfg, sessions: map[*session]struct{}{}, reported: map[weft.ID]reported{}}
+	return &Dispatcher{cfg: cfg, sessions: map[*session]struct{}{}, reported: map[weft.ID]reported{}, gossip: map[weft.ID]weft.GossipEpochs{}}
 }
 
 // Run wakes the sessions whose data changed, until ctx ends; then it ends them
@@ -151,6 +153,7 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	}
 	ready := weft.NodeReady
 	d.cfg.Seen(node)
+	d.untold(node)
 	err := d.cfg.Propose(ctx, []state.Change{{NodeStatus: &state.NodeStatus{
 		Node: node, State: &ready, Description: &r.Description,
 		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath, Port: r.Port},
@@ -266,6 +269,9 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 		return fmt.Errorf("take report: node %s %w in this cluster", node, weft.ErrNotFound)
 	}
 	d.carriedOut(node, r.Applied, r.Behind)
+	if r.Gossip != nil {
+		d.tookUp(node, *r.Gossip)
+	}
 	var changes []state.Change
 	var errs []error
 	for i := range r.Tasks {
@@ -291,9 +297,14 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 		ready := weft.NodeReady
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, State: &ready}})
 	}
-	if r.Prefixes != nil && !slices.Equal(n.Description.UsedPrefixes, r.Prefixes) {
-		about := n.Description
+	about := n.Description
+	if r.Prefixes != nil {
 		about.UsedPrefixes = r.Prefixes
+	}
+	if r.Addrs != nil {
+		about.Addrs = r.Addrs
+	}
+	if !slices.Equal(n.Description.UsedPrefixes, about.UsedPrefixes) || !slices.Equal(n.Description.Addrs, about.Addrs) {
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Description: &about}})
 	}
 	if r.Listeners != nil && !slices.Equal(n.Status.Listeners, r.Listeners) {

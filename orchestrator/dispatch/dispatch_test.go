@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,6 +84,9 @@ func node(n int) state.Change {
 
 func service(n int, published bool, networks ...weft.ID) *weft.Service {
 	s := &weft.Service{ID: id("s", n), SpecVersion: 1, Spec: weft.ServiceSpec{Name: fmt.Sprint("svc", n)}}
+	if n == 2 {
+		s.Spec.Labels = map[string]string{"weft.drain": "25s"}
+	}
 	for _, i := range networks {
 		s.Spec.Networks = append(s.Spec.Networks, weft.NetworkTarget{Network: i})
 	}
@@ -273,6 +277,9 @@ func slowCheck(t *rapid.T, v *state.Snapshot, me weft.ID, s Set) {
 		}
 		if _, has := s.Services[svc.ID]; has != want {
 			t.Fatalf("service %s: in the set is %v", svc.ID, has)
+		}
+		if got := s.Services[svc.ID].Drain; want && got.String() != cmp.Or(svc.Spec.Labels["weft.drain"], "0s") {
+			t.Fatalf("service %s: drain time is %s, labels %v", svc.ID, got, svc.Spec.Labels)
 		}
 	}
 	ended := 0

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"maps"
 	"math"
 	"slices"
 
@@ -103,4 +104,32 @@ func (d *Dispatcher) carriedOut(node weft.ID, applied uint64, behind []weft.ID) 
 	if changed {
 		d.cfg.Confirmed()
 	}
+}
+
+// tookUp notes what keys of gossip a node has.
+func (d *Dispatcher) tookUp(node weft.ID, e weft.GossipEpochs) {
+	d.mu.Lock()
+	old, ok := d.gossip[node]
+	d.gossip[node] = e
+	d.mu.Unlock()
+	if !ok || old != e {
+		d.cfg.Confirmed()
+	}
+}
+
+// untold forgets what keys a node had: it tells anew in the session that it opens,
+// and may be of another version now.
+func (d *Dispatcher) untold(node weft.ID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.gossip, node)
+}
+
+// Gossip are the keys of gossip that nodes have told in their sessions of this
+// term. A node that is missing may have any, or be of a version that cannot change
+// them.
+func (d *Dispatcher) Gossip() map[weft.ID]weft.GossipEpochs {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.gossip)
 }

@@ -62,9 +62,9 @@ func share(v *state.Snapshot) *shared {
 	for _, svc := range v.Services() {
 		s.services[svc.ID] = wire.ServiceView{
 			ID: svc.ID, Name: svc.Spec.Name, EndpointMode: svc.Spec.EndpointMode,
-			VIPs: svc.VIPs, Ports: svc.Ports, Networks: svc.Spec.Networks,
+			VIPs: svc.VIPs, Ports: svc.Ports, Networks: svc.Spec.Networks, Drain: svc.Spec.DrainTime(), HideClient: svc.Spec.HidesClients(),
 		}
-		if len(svc.Ports) > 0 {
+		if weft.InMesh(svc.Ports) {
 			s.published = append(s.published, svc.ID)
 		}
 		for _, t := range svc.Spec.Networks {
@@ -85,6 +85,7 @@ func NodeView(n weft.Node) wire.NodeView {
 	v := wire.NodeView{
 		ID: n.ID, Hostname: n.Description.Hostname, Addr: n.Status.Addr,
 		DataPath: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Status.Keys,
+		ClusterPort: n.Status.ClusterPort,
 	}
 	if n.Manager != nil {
 		v.Manager = n.Manager.Addr
@@ -94,7 +95,10 @@ func NodeView(n weft.Node) wire.NodeView {
 
 // ClusterView is what every node knows of the cluster.
 func ClusterView(c weft.Cluster) wire.ClusterView {
-	return wire.ClusterView{ID: c.ID, DataPathPort: c.DataPathPort, GossipKey: c.GossipKey, AddrPools: c.AddrPools, KeyEpoch: c.KeyEpoch}
+	return wire.ClusterView{
+		ID: c.ID, DataPathPort: c.DataPathPort, GossipKey: c.GossipKey, AddrPools: c.AddrPools, KeyEpoch: c.KeyEpoch,
+		GossipEpoch: c.GossipEpoch, GossipReads: c.GossipReads,
+	}
 }
 
 // Compute is the full set of a node.
@@ -125,6 +129,9 @@ func compute(v *state.Snapshot, sh *shared, node weft.ID) Set {
 		}
 		if t.Status.State.Ended() {
 			continue // it is on no network any more
+		}
+		if svc, ok := sh.services[t.Service]; ok && len(t.Ports) > 0 {
+			s.Services[t.Service] = svc // whether its clients are hidden
 		}
 		for _, a := range t.Attachments {
 			if n, ok := v.Network(a.Network); ok {
@@ -250,7 +257,7 @@ func compare[T weft.ID | uint64](a, b T) int {
 func sameTask(a, b weft.Task) bool {
 	return a.Service == b.Service && a.SpecVersion == b.SpecVersion && a.Meta.CreatedAt.Equal(b.Meta.CreatedAt) &&
 		a.Desired == b.Desired && a.Node == b.Node && a.Status == b.Status &&
-		a.NotBefore.Equal(b.NotBefore) && slices.Equal(a.Attachments, b.Attachments)
+		a.NotBefore.Equal(b.NotBefore) && slices.Equal(a.Attachments, b.Attachments) && slices.EqualFunc(a.Ports, b.Ports, weft.PortSpec.Equal)
 }
 
 func sameNetwork(a, b weft.Network) bool { return a.Meta.Index == b.Meta.Index }

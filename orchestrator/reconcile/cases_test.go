@@ -209,8 +209,9 @@ func TestScalingAndLabelsLeaveTasksAlone(t *testing.T) {
 // Every field of a specification either makes tasks outdated or is listed as
 // one that does not: a new field cannot be forgotten.
 func TestNeedsRestartKnowsEveryField(t *testing.T) {
-	leaderOnly := []string{"Name", "Labels", "Replicas", "Restart", "Update"}
-	change := func(f reflect.Value) {
+	leaderOnly := []string{"Name", "Labels", "Replicas", "Restart", "Update", "Rollback"}
+	var change func(f reflect.Value)
+	change = func(f reflect.Value) {
 		switch f.Kind() {
 		case reflect.String:
 			f.SetString("x")
@@ -221,7 +222,7 @@ func TestNeedsRestartKnowsEveryField(t *testing.T) {
 		case reflect.Map:
 			f.Set(reflect.ValueOf(map[string]string{"x": "y"}))
 		case reflect.Struct:
-			f.Field(0).SetInt(1)
+			change(f.Field(0))
 		case reflect.Int64:
 			f.SetInt(1)
 		default:
@@ -235,7 +236,7 @@ func TestNeedsRestartKnowsEveryField(t *testing.T) {
 	}
 	for i := range reflect.TypeFor[weft.ServiceSpec]().NumField() {
 		name := reflect.TypeFor[weft.ServiceSpec]().Field(i).Name
-		if slices.Contains([]string{"Container", "Update", "Restart"}, name) {
+		if slices.Contains([]string{"Container", "Update", "Rollback", "Restart"}, name) {
 			continue
 		}
 		var spec weft.ServiceSpec
@@ -249,6 +250,7 @@ func TestNeedsRestartKnowsEveryField(t *testing.T) {
 	}
 	check("Restart", &weft.ServiceSpec{Restart: weft.RestartPolicy{Delay: 1}})
 	check("Update", &weft.ServiceSpec{Update: weft.UpdateConfig{Delay: 1}})
+	check("Rollback", &weft.ServiceSpec{Rollback: weft.UpdateConfig{Delay: 1}})
 	if NeedsRestart(&weft.ServiceSpec{}, &weft.ServiceSpec{Ports: []weft.PortSpec{}, Container: weft.ContainerSpec{Labels: map[string]string{}}}) {
 		t.Error("absent and empty differ")
 	}

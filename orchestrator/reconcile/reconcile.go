@@ -36,6 +36,10 @@ type Output struct {
 	Delete []weft.ID
 	// Update is the new status of the rolling update; nil = unchanged.
 	Update *weft.UpdateStatus
+	// Rollback asks to give the service its previous specification, because
+	// the update has failed; it says why ("due to failure of …"). Nothing else
+	// is in the output then: the next look sees to the tasks. "" = no.
+	Rollback string
 	// Again is when to reconcile even if nothing happens; zero = never.
 	Again time.Time
 }
@@ -48,7 +52,7 @@ type DesiredChange struct {
 
 // Empty reports whether there is nothing to propose.
 func (o *Output) Empty() bool {
-	return len(o.Create) == 0 && len(o.Desired) == 0 && len(o.Delete) == 0 && o.Update == nil
+	return len(o.Create) == 0 && len(o.Desired) == 0 && len(o.Delete) == 0 && o.Update == nil && o.Rollback == ""
 }
 
 // Reconcile compares what a service asks for with what it has.
@@ -78,6 +82,9 @@ func Reconcile(in Input) Output {
 		p.settle(p.slots[k])
 	}
 	p.update(keys)
+	if p.out.Rollback != "" {
+		return Output{Rollback: p.out.Rollback}
+	}
 	for _, k := range keys {
 		p.fill(p.slots[k])
 		p.trim(p.slots[k])
@@ -92,7 +99,10 @@ type key struct {
 	node weft.ID
 }
 
-// slot is a place with its tasks, newest first, those to be removed left out.
+// slot is a place with its tasks, newest first, those to be removed left out. A
+// task of an outdated specification that had ended before one of the current did is
+// behind all others: after a rollback the place belongs to the older task that has
+// outlived it.
 type slot struct {
 	key   key
 	tasks []*weft.Task
@@ -135,11 +145,16 @@ type plan struct {
 	slots       map[key]*slot
 	outdated    map[uint64]bool // spec version to NeedsRestart, filled on demand
 	constraints weft.Constraints
+	// policy is that of the update or of the rollback, whichever it is.
+	policy weft.UpdateConfig
+	// failed are the tasks that fail an update that goes on, by place; set by
+	// update.
+	failed map[key]*weft.Task
 }
 
 func newPlan(in Input) *plan {
 	p := &plan{
-		Input: in, spec: &in.Service.Spec,
+		Input: in, spec: &in.Service.Spec, policy: in.Service.Spec.Policy(in.Service.Update.State),
 		nodes:    make(map[weft.ID]*weft.Node, len(in.Nodes)),
 		slots:    make(map[key]*slot),
 		outdated: map[uint64]bool{in.Service.SpecVersion: false},
@@ -173,7 +188,29 @@ func (p *plan) gather() {
 			return cmp.Or(cmp.Compare(b.SpecVersion, a.SpecVersion),
 				b.Meta.CreatedAt.Compare(a.Meta.CreatedAt), cmp.Compare(b.ID, a.ID))
 		})
+		p.outlived(s)
 	}
+}
+
+// outlived puts the tasks of outdated specifications behind all others that had
+// ended before one of the current did. The order is that of the log, which no
+// leader's clock can change.
+func (p *plan) outlived(s *slot) {
+	var last uint64 // change of a current task that has ended
+	for _, t := range s.tasks {
+		if t.Status.State.Ended() && !p.isOutdated(t.SpecVersion) {
+			last = max(last, t.Meta.Index)
+		}
+	}
+	slices.SortStableFunc(s.tasks, func(a, b *weft.Task) int {
+		behind := func(t *weft.Task) int {
+			if t.Status.State.Ended() && t.Meta.Index < last && p.isOutdated(t.SpecVersion) {
+				return 1
+			}
+			return 0
+		}
+		return cmp.Compare(behind(a), behind(b))
+	})
 }
 
 func (p *plan) slot(k key) *slot {

@@ -107,6 +107,11 @@ func (p *plan) trim(s *slot) {
 		if t == s.current || t == s.old || !p.over(t) {
 			continue
 		}
+		if t == p.failed[s.key] { // an update's failures are counted by these
+			keep = max(keep-1, 0)
+			p.desire(t, weft.TaskShutdown)
+			continue
+		}
 		// A record that nobody will ever end tells nothing worth keeping.
 		if keep == 0 || !t.Status.State.Ended() {
 			p.remove(t)

@@ -130,7 +130,7 @@ func (p *plan) settle(s *slot) {
 		}
 	}
 	s.current = p.keepBest(s, current)
-	if s.current != nil && (!p.spec.Update.StartFirst || s.current.Status.State == weft.TaskRunning) {
+	if s.current != nil && (!p.policy.StartFirst || s.current.Status.State == weft.TaskRunning) {
 		for _, t := range old {
 			p.stop(s, t)
 		}

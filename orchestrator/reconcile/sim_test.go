@@ -22,8 +22,64 @@ type world struct {
 	gone  bool
 	// broken spec versions fail as soon as they start.
 	broken map[uint64]bool
-	hist   int
-	again  time.Time
+	// brokenAt are slots where every version but the first does.
+	brokenAt map[uint64]bool
+	hist     int
+	again    time.Time
+	index    uint64          // of the log
+	every    []*weft.Task    // all that there ever were
+	stopped  map[uint64]bool // the last thing that happened at a place: its running task was told to stop
+	// script gives the fate of the n-th start of an image at a place; nil = runs.
+	script func(slot uint64, image string, n int) fate
+	starts map[startKey]int
+	fates  map[weft.ID]fate
+}
+
+// fate is how a task goes on after it was prepared.
+type fate uint8
+
+const (
+	runs       fate = iota
+	fails           // before it runs
+	failsEarly      // within Monitor
+	completes       // so, too, with success
+	failsLate
+	fatesEnd
+)
+
+type startKey struct {
+	slot  uint64
+	image string
+}
+
+// begin draws the fate of a task that starts.
+func (w *world) begin(t *weft.Task) {
+	if w.script == nil {
+		w.set(t, weft.TaskRunning)
+		return
+	}
+	k := startKey{t.Slot, w.specs[t.SpecVersion].Container.Image}
+	w.fates[t.ID] = w.script(k.slot, k.image, w.starts[k])
+	w.starts[k]++
+	if w.fates[t.ID] == fails {
+		w.set(t, weft.TaskFailed)
+	} else {
+		w.set(t, weft.TaskRunning)
+	}
+}
+
+// end ends a task that runs when it is fated to, and reports whether it did.
+func (w *world) end(t *weft.Task) bool {
+	ran := w.now.Sub(t.Status.Ran)
+	switch f := w.fates[t.ID]; {
+	case f == failsEarly && ran > w.svc.Spec.Update.Monitor/4, f == failsLate && ran > w.svc.Spec.Update.Monitor*3/2:
+		w.set(t, weft.TaskFailed)
+	case f == completes && ran > w.svc.Spec.Update.Monitor/4:
+		w.set(t, weft.TaskComplete)
+	default:
+		return false
+	}
+	return true
 }
 
 func newWorld(t testing.TB, nodes int, spec weft.ServiceSpec) *world {
@@ -33,7 +89,7 @@ func newWorld(t testing.TB, nodes int, spec weft.ServiceSpec) *world {
 		svc:   weft.Service{ID: "svc", Spec: spec, SpecVersion: 1},
 		specs: map[uint64]*weft.ServiceSpec{1: &spec},
 		tasks: map[weft.ID]*weft.Task{}, nodes: map[weft.ID]*weft.Node{},
-		broken: map[uint64]bool{}, hist: 2,
+		broken: map[uint64]bool{}, hist: 2, starts: map[startKey]int{}, stopped: map[uint64]bool{}, fates: map[weft.ID]fate{},
 	}
 	for i := range nodes {
 		id := weft.ID(fmt.Sprintf("node%d", i))
@@ -71,6 +127,10 @@ func (w *world) input() Input {
 func (w *world) reconcile() {
 	out := Reconcile(w.input())
 	w.apply(out)
+	for out.Rollback != "" { // the next look sees to the tasks
+		out = Reconcile(w.input())
+		w.apply(out)
+	}
 	if again := Reconcile(w.input()); !again.Empty() {
 		w.t.Fatalf("not idempotent:\nfirst  %+v\nsecond %+v\n%s", out, again, w.dump())
 	}
@@ -83,13 +143,24 @@ func (w *world) reconcile() {
 
 func (w *world) apply(out Output) {
 	seen := map[weft.ID]bool{}
+	w.index++
+	if out.Rollback != "" {
+		if w.svc.Previous == nil || len(out.Desired)+len(out.Create)+len(out.Delete) > 0 || out.Update != nil {
+			w.t.Fatalf("bad rollback %+v\n%s", out, w.dump())
+		}
+		w.rollback("update rolled back "+out.Rollback, nil)
+	}
 	for _, d := range out.Desired {
 		t := w.tasks[d.Task]
 		if t == nil || d.State <= t.Desired || seen[d.Task] {
 			w.t.Fatalf("bad desired change %+v (task %+v)\n%s", d, t, w.dump())
 		}
 		seen[d.Task] = true
+		if live(t) && t.Status.State == weft.TaskRunning {
+			w.stopped[t.Slot] = true
+		}
 		t.Desired = d.State
+		t.Meta.UpdatedAt, t.Meta.Index = w.now, w.index
 	}
 	for _, id := range out.Delete {
 		t := w.tasks[id]
@@ -103,11 +174,13 @@ func (w *world) apply(out Output) {
 	}
 	for _, t := range out.Create {
 		w.next++
+		t.Meta.Index = w.index
 		t.ID = weft.ID(fmt.Sprintf("task%05d", w.next))
 		if w.specs[t.SpecVersion] == nil || t.Desired != weft.TaskRunning || t.Service != "svc" {
 			w.t.Fatalf("bad task %+v", t)
 		}
 		w.tasks[t.ID] = &t
+		w.every = append(w.every, &t)
 	}
 	if out.Update != nil {
 		w.svc.Update = *out.Update
@@ -132,7 +205,7 @@ func (w *world) check() {
 	}
 	for k, ts := range live {
 		most := 1
-		if w.svc.Spec.Update.StartFirst {
+		if w.svc.Spec.Policy(w.svc.Update.State).StartFirst {
 			most = 2
 		}
 		if len(ts) > most {
@@ -148,8 +221,25 @@ func (w *world) check() {
 }
 
 func (w *world) set(t *weft.Task, s weft.TaskState) {
-	t.Status = weft.TaskStatus{State: s, At: w.now}
-	t.Meta.UpdatedAt = w.now
+	ran := t.Status.Ran
+	if s == weft.TaskRunning {
+		ran = w.now
+	}
+	w.index++
+	t.Status = weft.TaskStatus{State: s, At: w.now, Ran: ran}
+	t.Meta.UpdatedAt, t.Meta.Index = w.now, w.index
+	if selfEnded(t) {
+		w.stopped[t.Slot] = false
+	}
+}
+
+// rollback gives the service its previous specification, as the leader does.
+func (w *world) rollback(message string, previous *weft.ServiceSpec) {
+	spec := *w.svc.Previous
+	w.svc.Spec, w.svc.Previous = spec, previous
+	w.svc.SpecVersion++
+	w.specs[w.svc.SpecVersion] = &spec
+	w.svc.Update = weft.UpdateStatus{State: weft.RollbackRunning, StartedAt: w.now, Message: message}
 }
 
 // place plays the scheduler: first fit by count.
@@ -204,12 +294,12 @@ func (w *world) advance(t *weft.Task) bool {
 		w.set(t, weft.TaskShutdown)
 	case st == weft.TaskAssigned:
 		w.set(t, weft.TaskStarting)
-	case st == weft.TaskStarting && w.broken[t.SpecVersion]:
+	case st == weft.TaskStarting && (w.broken[t.SpecVersion] || w.brokenAt[t.Slot] && t.SpecVersion > 1):
 		w.set(t, weft.TaskFailed)
 	case st == weft.TaskStarting:
-		w.set(t, weft.TaskRunning)
+		w.begin(t)
 	default:
-		return false
+		return w.end(t)
 	}
 	return true
 }

@@ -7,7 +7,6 @@
 package schedule
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -30,6 +29,9 @@ type NodeInfo struct {
 	Tasks     int             // of all services
 	ByService map[weft.ID]int // of each
 	Reserved  weft.Resources  // sum of the reservations of those tasks
+	// Ports in mode host that tasks of the node have until they have ended.
+	// What its host has for itself is in Node.
+	Ports []weft.HeldPort
 }
 
 // Group is pending tasks that share one spec version.
@@ -55,8 +57,9 @@ type Decision struct {
 // Each task goes to the node with the fewest tasks of its service, among those
 // to the one with the fewest tasks at all, among those to the lowest id: equal
 // input, equal decisions. Only nodes that are ready and active, satisfy the
-// constraints and have the reserved CPU and memory left are considered;
-// decisions of earlier groups count.
+// constraints and have the reserved CPU and memory and the ports in mode host left
+// are considered; decisions of earlier groups count. Ports in mode host that are to
+// be chosen are the caller's to choose.
 func Schedule(in Input) []Decision {
 	s := newScheduler(in)
 	for i := range in.Groups {
@@ -73,6 +76,8 @@ type leaf struct {
 	usable    bool
 	tasks     int
 	free      weft.Resources
+	held      []weft.HeldPort // of the input, not written
+	taken     []weft.HeldPort // by decisions
 }
 
 type scheduler struct {
@@ -83,6 +88,7 @@ type scheduler struct {
 	// groups put on each leaf.
 	added map[weft.ID][]int
 	cands []candidate
+	ports []weft.PortSpec // in mode host, of the group at hand
 	out   []Decision
 }
 
@@ -96,6 +102,7 @@ func newScheduler(in Input) *scheduler {
 			byService: n.ByService,
 			usable:    n.Node.Spec.Availability == weft.AvailabilityActive && n.Node.Status.State == weft.NodeReady,
 			tasks:     n.Tasks,
+			held:      n.Ports,
 			free: weft.Resources{
 				NanoCPUs:    d.NanoCPUs - n.Reserved.NanoCPUs,
 				MemoryBytes: d.MemoryBytes - n.Reserved.MemoryBytes,
@@ -119,6 +126,7 @@ func newScheduler(in Input) *scheduler {
 
 func (s *scheduler) group(g *Group) {
 	constraints, err := weft.ParseConstraints(g.Spec.Constraints)
+	s.ports = fixedPorts(g.Spec)
 	if err != nil { // validation lets none through; an old log might
 		for i := range g.Tasks {
 			if s.due(&g.Tasks[i]) {
@@ -154,7 +162,7 @@ func (s *scheduler) check(g *Group, constraints weft.Constraints) {
 		switch {
 		case !ok:
 			no.unavailable = 1
-		case !s.leaves[at].fits(g, constraints, &no):
+		case !s.fits(&s.leaves[at], g, constraints, &no):
 		default:
 			s.place(g, at, 1)
 			s.out = append(s.out, Decision{Task: t.ID, Node: t.Node})
@@ -173,10 +181,13 @@ func (s *scheduler) place(g *Group, at, n int) {
 	if added := s.added[g.Service]; added != nil {
 		added[at] += n
 	}
+	if n > 0 {
+		s.takePorts(l, g)
+	}
 }
 
 // fits says whether one task may go on the leaf now, and counts why not.
-func (l *leaf) fits(g *Group, constraints weft.Constraints, no *refusals) bool {
+func (s *scheduler) fits(l *leaf, g *Group, constraints weft.Constraints, no *refusals) bool {
 	switch {
 	case !l.usable:
 		no.unavailable++
@@ -185,6 +196,7 @@ func (l *leaf) fits(g *Group, constraints weft.Constraints, no *refusals) bool {
 	case l.room(g.Spec.Reservations) == 0:
 		no.resources++
 	case l.conflicts(g.Networks, no):
+	case !s.portsFree(l, no):
 	default:
 		return true
 	}
@@ -198,7 +210,7 @@ func (l *leaf) conflicts(networks []weft.Network, no *refusals) bool {
 		if used, ok := l.node.Conflict(n); ok {
 			no.conflicts++
 			if no.conflict == "" {
-				no.conflict = fmt.Sprintf("network %s (%s) overlaps %s in use on node %s", n.Spec.Name, n.Spec.Subnets[0].Prefix, used, cmp.Or(l.node.Description.Hostname, string(l.node.ID)))
+				no.conflict = fmt.Sprintf("network %s (%s) overlaps %s in use on node %s", n.Spec.Name, n.Spec.Subnets[0].Prefix, used, l.name())
 			}
 			return true
 		}
@@ -223,9 +235,10 @@ func (l *leaf) room(r weft.Resources) int {
 
 // refusals counts nodes by the first reason that rules them out.
 type refusals struct {
-	unavailable, constraints, resources, conflicts int
+	unavailable, constraints, resources, conflicts, ports int
 
 	conflict string // the first of them
+	port     string // likewise, of ports
 }
 
 // String is Docker's sentence: the commonest reason first.
@@ -243,7 +256,8 @@ func (r refusals) String() string {
 	list := []reason{
 		{r.constraints, "scheduling constraints not satisfied on " + nodes(r.constraints)},
 		{r.resources, "insufficient resources on " + nodes(r.resources)},
-		{r.conflicts, r.conflictText()},
+		{r.conflicts, likewise(r.conflict, r.conflicts)},
+		{r.ports, likewise(r.port, r.ports)},
 		{r.unavailable, nodes(r.unavailable) + " not available for new tasks"},
 	}
 	slices.SortStableFunc(list, func(a, b reason) int { return b.n - a.n })
@@ -259,9 +273,10 @@ func (r refusals) String() string {
 	return "no suitable node (" + strings.Join(parts, "; ") + ")"
 }
 
-func (r refusals) conflictText() string {
-	if r.conflicts > 1 {
-		return fmt.Sprintf("%s, and likewise on %d more", r.conflict, r.conflicts-1)
+// likewise is the first of n reasons of one kind.
+func likewise(first string, n int) string {
+	if n > 1 {
+		return fmt.Sprintf("%s, and likewise on %d more", first, n-1)
 	}
-	return r.conflict
+	return first
 }

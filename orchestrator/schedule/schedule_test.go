@@ -19,12 +19,16 @@ func naive(in Input) map[weft.ID]map[weft.ID]int {
 		by     map[weft.ID]int
 		tasks  int
 		cpu, m int64
+		ports  []weft.PortSpec
 	}
 	var nodes []*state
 	for _, n := range in.Nodes {
 		st := &state{n: n, by: map[weft.ID]int{}, tasks: n.Tasks, cpu: n.Node.Description.NanoCPUs - n.Reserved.NanoCPUs, m: n.Node.Description.MemoryBytes - n.Reserved.MemoryBytes}
 		for k, v := range n.ByService {
 			st.by[k] = v
+		}
+		for _, h := range slices.Concat(n.Ports, n.Node.HostPorts()) {
+			st.ports = append(st.ports, h.Port)
 		}
 		nodes = append(nodes, st)
 	}
@@ -60,6 +64,11 @@ func naive(in Input) map[weft.ID]map[weft.ID]int {
 				}) {
 					continue
 				}
+				if slices.ContainsFunc(g.Spec.Ports, func(p weft.PortSpec) bool {
+					return p.Mode == weft.PublishHost && p.Published != 0 && slices.ContainsFunc(s.ports, func(q weft.PortSpec) bool { return p.Clashes(&q) })
+				}) {
+					continue
+				}
 				if best == nil || s.by[g.Service] < best.by[g.Service] ||
 					s.by[g.Service] == best.by[g.Service] && s.tasks < best.tasks {
 					best = s
@@ -73,6 +82,11 @@ func naive(in Input) map[weft.ID]map[weft.ID]int {
 			best.tasks++
 			best.cpu -= g.Spec.Reservations.NanoCPUs
 			best.m -= g.Spec.Reservations.MemoryBytes
+			for _, p := range g.Spec.Ports {
+				if p.Mode == weft.PublishHost && p.Published != 0 {
+					best.ports = append(best.ports, p)
+				}
+			}
 			got[best.n.Node.ID]++
 		}
 	}
@@ -83,6 +97,28 @@ func pfx(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 
 func network(subnet string) weft.Network {
 	return weft.Network{Spec: weft.NetworkSpec{Name: "net", Subnets: []weft.Subnet{{Prefix: pfx(subnet)}}}}
+}
+
+// drawPorts draws published ports of few numbers, most of them in mode host.
+func drawPorts(t *rapid.T, most int) []weft.PortSpec {
+	if rapid.Bool().Draw(t, "no ports") {
+		return nil
+	}
+	var out []weft.PortSpec
+	for range rapid.IntRange(0, most).Draw(t, "ports") {
+		p := weft.PortSpec{
+			Protocol: rapid.SampledFrom([]weft.Protocol{weft.TCP, weft.TCP, weft.UDP}).Draw(t, "protocol"), Target: 80,
+			Published: uint16(rapid.SampledFrom([]int{0, 8001, 8002, 8003, 8004}).Draw(t, "published")),
+			Count:     uint16(rapid.IntRange(0, 2).Draw(t, "count")),
+			Mode:      rapid.SampledFrom([]weft.PublishMode{weft.PublishHost, weft.PublishHost, weft.PublishIngress}).Draw(t, "mode"),
+			IPs:       rapid.SampledFrom([][]netip.Addr{nil, {netip.MustParseAddr("10.0.0.1")}, {netip.MustParseAddr("10.0.0.2")}}).Draw(t, "ips"),
+		}
+		// A service does not publish a port twice, as validation has seen to.
+		if !slices.ContainsFunc(out, func(o weft.PortSpec) bool { o.IPs = nil; return o.Clashes(&p) }) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func drawInput(t *rapid.T) Input {
@@ -97,6 +133,12 @@ func drawInput(t *rapid.T) Input {
 		n.Node.Description.MemoryBytes = rapid.Int64Range(0, 20).Draw(t, "mem")
 		n.Node.Description.UsedPrefixes = rapid.SampledFrom([][]netip.Prefix{nil, nil, {pfx("192.168.0.0/24")}, {pfx("10.0.3.0/24")}, {pfx("10.0.0.0/8")}}).Draw(t, "used")
 		n.Reserved.NanoCPUs = rapid.Int64Range(0, 5).Draw(t, "reserved")
+		for _, p := range drawPorts(t, 2) {
+			n.Ports = append(n.Ports, weft.HeldPort{Port: p, By: "service other"})
+		}
+		if rapid.IntRange(0, 4).Draw(t, "listens") == 0 {
+			n.Node.Status.Listeners = []weft.Listener{{Protocol: weft.TCP, Port: 8002, Addr: rapid.SampledFrom([]netip.Addr{{}, netip.IPv4Unspecified(), netip.MustParseAddr("10.0.0.1")}).Draw(t, "at")}}
+		}
 		for s := range 2 {
 			c := rapid.IntRange(0, 4).Draw(t, "count")
 			n.ByService[weft.ID(fmt.Sprintf("s%d", s))] = c
@@ -110,6 +152,7 @@ func drawInput(t *rapid.T) Input {
 		g.Spec.Reservations.NanoCPUs = rapid.Int64Range(0, 4).Draw(t, "rcpu")
 		g.Spec.Reservations.MemoryBytes = rapid.Int64Range(0, 4).Draw(t, "rmem")
 		g.Spec.Constraints = rapid.SampledFrom([][]string{nil, {"node.labels.zone==a"}, {"node.labels.zone!=a"}, {"node.id!=n0"}}).Draw(t, "constraint")
+		g.Spec.Ports = drawPorts(t, 3)
 		for _, p := range rapid.SampledFrom([][]string{nil, {"10.0.0.0/20"}, {"10.9.0.0/20", "10.0.0.0/20"}}).Draw(t, "networks") {
 			g.Networks = append(g.Networks, network(p))
 		}
@@ -187,6 +230,12 @@ func TestReasons(t *testing.T) {
 	big := weft.ServiceSpec{Reservations: weft.Resources{NanoCPUs: 3e9}}
 	picky := weft.ServiceSpec{Constraints: []string{"node.labels.disk==ssd"}}
 	global := weft.ServiceSpec{Mode: weft.ModeGlobal}
+	listens, held := ready("c"), ready("d")
+	listens.Node.Description.Hostname = "h3"
+	listens.Node.Status.Listeners = []weft.Listener{{Protocol: weft.TCP, Port: 8080, Addr: netip.MustParseAddr("127.0.0.1")}}
+	held.Ports = []weft.HeldPort{{Port: weft.PortSpec{Protocol: weft.TCP, Published: 8000, Count: 100}, By: "service web"}}
+	host := weft.ServiceSpec{Ports: []weft.PortSpec{{Protocol: weft.TCP, Target: 80, Published: 8080, Mode: weft.PublishHost}}}
+	cluster := weft.ServiceSpec{Ports: []weft.PortSpec{{Protocol: weft.TCP, Target: 80, Published: weft.ClusterPort, Mode: weft.PublishHost}}}
 	for _, c := range []struct {
 		name  string
 		nodes []NodeInfo
@@ -198,6 +247,10 @@ func TestReasons(t *testing.T) {
 		{"resources", []NodeInfo{ready("c"), ready("d")}, big, "no suitable node (insufficient resources on 2 nodes)"},
 		{"unavailable", []NodeInfo{down}, big, "no suitable node (1 node not available for new tasks)"},
 		{"commonest first", []NodeInfo{down, drained, ready("c")}, big, "no suitable node (2 nodes not available for new tasks; insufficient resources on 1 node)"},
+		{"socket of the host", []NodeInfo{listens}, host, "no suitable node (port 8080/tcp (mode host) is in use on h3 by the socket 127.0.0.1:8080)"},
+		{"port of another", []NodeInfo{held, listens}, host, "no suitable node (port 8080/tcp (mode host) is in use on h3 by the socket 127.0.0.1:8080, and likewise on 1 more)"},
+		{"range of another", []NodeInfo{held}, host, "no suitable node (port 8080/tcp (mode host) is in use on d by service web)"},
+		{"cluster port", []NodeInfo{ready("c")}, cluster, "no suitable node (port 2377/tcp (mode host) is in use on c by the cluster port)"},
 		{"global on a lost node", []NodeInfo{ready("c")}, global, "no suitable node (1 node not available for new tasks)"},
 		{"bad constraint", []NodeInfo{ready("c")}, weft.ServiceSpec{Constraints: []string{"x"}}, `invalid argument: constraint "x": write KEY==VALUE or KEY!=VALUE`},
 	} {
@@ -238,6 +291,36 @@ func TestPartlyFull(t *testing.T) {
 	want := []Decision{{"t0", "a", ""}, {"t1", "b", ""}, {"t2", "a", ""}, {"t3", "b", ""}, {"t4", "", "no suitable node (insufficient resources on 2 nodes)"}}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// TestHostPortsAreOneToANode: more replicas than nodes wait, and say for what; the
+// tasks that are placed count in the same call and by what the caller tells.
+func TestHostPortsAreOneToANode(t *testing.T) {
+	spec := weft.ServiceSpec{Name: "web", Ports: []weft.PortSpec{{Protocol: weft.TCP, Target: 80, Published: 8080, Mode: weft.PublishHost}}}
+	other := weft.ServiceSpec{Name: "other", Ports: []weft.PortSpec{{Protocol: weft.TCP, Target: 81, Published: 8080, Mode: weft.PublishHost}}}
+	group := func(s *weft.ServiceSpec, id weft.ID, n int) Group {
+		g := Group{Spec: s, Service: id}
+		for i := range n {
+			g.Tasks = append(g.Tasks, weft.Task{ID: weft.ID(fmt.Sprint(id, i))})
+		}
+		return g
+	}
+	got := Schedule(Input{Nodes: []NodeInfo{ready("a"), ready("b")}, Groups: []Group{group(&spec, "web", 3), group(&other, "o", 1)}})
+	want := []Decision{
+		{"web0", "a", ""}, {"web1", "b", ""},
+		{"web2", "", "no suitable node (port 8080/tcp (mode host) is in use on a by a task of the service itself, and likewise on 1 more)"},
+		{"o0", "", "no suitable node (port 8080/tcp (mode host) is in use on a by service web, and likewise on 1 more)"},
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got  %v\nwant %v", got, want)
+	}
+	// A port that is to be chosen keeps nobody out.
+	spec.Ports[0].Published = 0
+	for _, d := range Schedule(Input{Nodes: []NodeInfo{ready("a")}, Groups: []Group{group(&spec, "web", 3)}}) {
+		if d.Node != "a" {
+			t.Errorf("chosen port: %+v", d)
+		}
 	}
 }
 

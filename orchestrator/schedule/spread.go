@@ -44,10 +44,13 @@ func (s *scheduler) candidates(g *Group, constraints weft.Constraints) refusals 
 	added := s.added[g.Service]
 	for i := range s.leaves {
 		l := &s.leaves[i]
-		if !l.fits(g, constraints, &no) {
+		if !s.fits(l, g, constraints, &no) {
 			continue
 		}
 		c := candidate{at: i, count: l.byService[g.Service], tasks: l.tasks, room: l.room(g.Spec.Reservations)}
+		if len(s.ports) > 0 {
+			c.room = min(c.room, 1)
+		}
 		if added != nil {
 			c.count += added[i]
 		}
@@ -118,10 +121,15 @@ func (s *scheduler) volume(level, n int) int {
 // why tasks are left over.
 func (s *scheduler) refused(g *Group, no refusals) string {
 	for i := range s.cands {
-		if s.cands[i].give == s.cands[i].room {
+		c := &s.cands[i]
+		switch {
+		case c.give < c.room:
+		case len(s.ports) > 0:
+			no.inUse(&s.leaves[c.at], &s.ports[0], "a task of the service itself")
+		default:
 			no.resources++
 		}
-		s.place(g, s.cands[i].at, s.cands[i].give)
+		s.place(g, c.at, c.give)
 	}
 	return no.String()
 }

@@ -339,7 +339,7 @@ func (t *tx) taskAssign(a *TaskAssign) error {
 		if n.Status.State != weft.TaskPending || n.Node != "" && n.Node != a.Node {
 			return false
 		}
-		n.Node = a.Node
+		n.Node, n.Ports = a.Node, a.Ports
 		n.Status = weft.TaskStatus{State: weft.TaskAssigned, At: t.at, Message: "scheduler assigned task to node"}
 		return true
 	})

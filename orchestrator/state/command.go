@@ -111,10 +111,11 @@ type TaskDesired struct {
 	Desired weft.TaskState
 }
 
-// TaskAssign gives a pending task its node.
+// TaskAssign gives a pending task its node, and its ports in mode host there.
 type TaskAssign struct {
-	Task weft.ID
-	Node weft.ID
+	Task  weft.ID
+	Node  weft.ID
+	Ports []weft.PortSpec `cbor:",omitempty"`
 }
 
 // TaskAttach gives a new task its addresses and makes it pending.

@@ -143,6 +143,15 @@ func (s *Snapshot) TasksOfNode(node weft.ID) []weft.Task {
 	return list[weft.Task](s, tTasks, byNode, string(node))
 }
 
+// TasksWithPorts lists the tasks that have ports in mode host on a node and have not
+// ended; "" = on any node.
+func (s *Snapshot) TasksWithPorts(node weft.ID) []weft.Task {
+	if node == "" {
+		return list[weft.Task](s, tTasks, byPorts)
+	}
+	return list[weft.Task](s, tTasks, byPorts, string(node))
+}
+
 // ServicesByPrefix, NetworksByPrefix and NodesByPrefix list the objects whose
 // id begins with prefix.
 func (s *Snapshot) ServicesByPrefix(prefix string) []weft.Service {

@@ -299,6 +299,35 @@ func TestGoldenKeys(t *testing.T) {
 	}
 }
 
+// TestGoldenGossip: what came with the change of gossip's keys. A cluster that was
+// written before has a ring of one.
+func TestGoldenGossip(t *testing.T) {
+	s := New()
+	apply(t, s, 1, goldenCommands()...)
+	c, _ := s.View().Cluster()
+	if r := c.GossipRing(); len(r.Keys()) != 1 || r.Sends.Epoch != 0 || string(r.Sends.Key) != "g" {
+		t.Errorf("a cluster of before has the ring %v", r)
+	}
+	c.GossipEpoch, c.GossipKey, c.GossipEpochAt = 3, []byte("new"), t0
+	c.GossipReads = []weft.GossipKey{{Epoch: 2, Key: []byte("old")}}
+	b, err := EncodeEntry([]Command{{At: t0, Changes: []Change{{Cluster: &c}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	errs, err := s.Apply(7, golden(t, "entry-v1-gossip.cbor", b))
+	if err != nil || errors.Join(errs...) != nil {
+		t.Fatal(err, errs)
+	}
+	r := New()
+	if err := r.Restore(bytes.NewReader(golden(t, "snapshot-v2-gossip.cbor", persist(t, s)))); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := r.View().Cluster()
+	if want := c.GossipRing(); !got.GossipRing().Equal(want) || !got.GossipEpochAt.Equal(t0) {
+		t.Errorf("ring %v since %s", got.GossipRing(), got.GossipEpochAt)
+	}
+}
+
 func TestUnknownAndBroken(t *testing.T) {
 	s := New()
 	apply(t, s, 1, goldenCommands()...)

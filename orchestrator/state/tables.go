@@ -26,6 +26,7 @@ const (
 	byService = "service"
 	byNode    = "node"
 	bySpec    = "spec"
+	byPorts   = "ports"
 	byVNI     = "vni"
 )
 
@@ -107,6 +108,10 @@ func schema() *memdb.DBSchema {
 			many(byNode, func(r any) (bool, []string) {
 				t := r.(*weft.Task)
 				return t.Node != "", []string{string(t.Node)}
+			}),
+			many(byPorts, func(r any) (bool, []string) {
+				t := r.(*weft.Task)
+				return len(t.Ports) > 0 && !t.Status.State.Ended(), []string{string(t.Node)}
 			}),
 			many(bySpec, func(r any) (bool, []string) {
 				t := r.(*weft.Task)

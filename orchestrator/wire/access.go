@@ -25,7 +25,7 @@ func mayCall(method string, caller ca.Identity) error {
 	case membershipService:
 		managersOnly = name == "Admit" // forwarded by managers; joiners come by weft-join
 	case agentService:
-		managersOnly = true
+		managersOnly = name != "Drain" && name != "Arrive" // of the caller's own tasks
 	default:
 		return fmt.Errorf("call %s: unknown service: %w", method, weft.ErrForbidden)
 	}

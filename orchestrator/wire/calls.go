@@ -48,6 +48,12 @@ func (c *Client) UpdateService(ctx context.Context, id weft.ID, index uint64, sp
 	return a.Service, err
 }
 
+// RollbackService implements Control.
+func (c *Client) RollbackService(ctx context.Context, id weft.ID, index uint64) (weft.Service, error) {
+	a, err := ask[serviceAnswer](ctx, c, control+"RollbackService", rollbackServiceRequest{id, index})
+	return a.Service, err
+}
+
 // RemoveService implements Control.
 func (c *Client) RemoveService(ctx context.Context, id weft.ID) error {
 	_, err := ask[empty](ctx, c, control+"RemoveService", idRequest{id})

@@ -40,7 +40,7 @@ func sampleOf[T any]() sample {
 func samples() []sample {
 	return []sample{
 		sampleOf[empty](), sampleOf[refRequest](), sampleOf[idRequest](), sampleOf[specRequest](),
-		sampleOf[updateServiceRequest](), sampleOf[tasksRequest](), sampleOf[taskLogsRequest](),
+		sampleOf[updateServiceRequest](), sampleOf[rollbackServiceRequest](), sampleOf[arriveRequest](), sampleOf[tasksRequest](), sampleOf[taskLogsRequest](),
 		sampleOf[updateNodeRequest](), sampleOf[removeNodeRequest](), sampleOf[createNetworkRequest](),
 		sampleOf[updateClusterRequest](), sampleOf[forwardRequest](), sampleOf[renewRequest](), sampleOf[logsRequest](),
 		sampleOf[servicesAnswer](), sampleOf[serviceAnswer](), sampleOf[tasksAnswer](), sampleOf[nodesAnswer](),
@@ -53,7 +53,7 @@ func samples() []sample {
 // recordings are the folders of golden files, oldest first. A message whose form
 // grew has a file in more than one; files of all but the newest folder are never
 // written again.
-var recordings = []string{"v1", "v1.1", "v1.2", "v1.3"}
+var recordings = []string{"v1", "v1.1", "v1.2", "v1.3", "v1.4-ports", "v1.5-rolling", "v1.6-rollback", "v1.7-names", "v1.8-gossip"}
 
 // goldens are the recordings of one message, oldest first.
 func goldens(t *testing.T, name string) [][]byte {
@@ -297,4 +297,23 @@ func FuzzReadFrame(f *testing.F) {
 			t.Fatalf("%x is read as %+v", b, r)
 		}
 	})
+}
+
+// TestViewIsDialledAtItsPort: the port that a node told, else a manager's own,
+// else the usual one.
+func TestViewIsDialledAtItsPort(t *testing.T) {
+	addr := netip.MustParseAddr("10.99.0.2")
+	for _, c := range []struct {
+		view NodeView
+		want uint16
+	}{
+		{NodeView{Addr: addr}, weft.ClusterPort},
+		{NodeView{Addr: addr, ClusterPort: 4377}, 4377},
+		{NodeView{Addr: addr, Manager: netip.AddrPortFrom(addr, 5377)}, 5377},
+		{NodeView{Addr: addr, Manager: netip.AddrPortFrom(addr, 5377), ClusterPort: 4377}, 4377},
+	} {
+		if got := c.view.ClusterAddr(); got != netip.AddrPortFrom(addr, c.want) {
+			t.Errorf("%+v is dialled at %s", c.view, got)
+		}
+	}
 }

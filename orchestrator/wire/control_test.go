@@ -54,6 +54,7 @@ func TestControlConformance(t *testing.T) {
 		{"Service", []any{"web"}, func() (any, error) { return cl.Service(ctx, "web") }, rec.service},
 		{"CreateService", []any{spec}, func() (any, error) { return cl.CreateService(ctx, spec) }, rec.service},
 		{"UpdateService", []any{id, uint64(7), spec}, func() (any, error) { return cl.UpdateService(ctx, id, 7, spec) }, rec.service},
+		{"RollbackService", []any{id, uint64(7)}, func() (any, error) { return cl.RollbackService(ctx, id, 7) }, rec.service},
 		{"RemoveService", []any{id}, func() (any, error) { return nil, cl.RemoveService(ctx, id) }, nil},
 		{"Tasks", []any{filter}, func() (any, error) { return cl.Tasks(ctx, filter) }, rec.tasks},
 		{"TaskLogs", []any{[]weft.ID{id}, opts}, func() (any, error) {
@@ -84,6 +85,12 @@ func TestControlConformance(t *testing.T) {
 			a := peers.Agent(srv.cfg.Credentials.Identity().Node, srv.addr)
 			return logs(func(f func(weft.LogRecord) error) error { return a.Logs(ctx, id, opts, f) })
 		}, rec.logs},
+		{"Drain", []any{self, id}, func() (any, error) {
+			return nil, peers.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Drain(ctx, self, id)
+		}, nil},
+		{"Arrive", []any{self, id, []weft.ID{"n"}}, func() (any, error) {
+			return nil, peers.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Arrive(ctx, self, id, []weft.ID{"n"})
+		}, nil},
 	}
 	covered := map[string]bool{}
 	for i, k := range cases {

@@ -73,7 +73,7 @@ func (c *conns) get(t target) (*grpc.ClientConn, error) {
 	cc, err := grpc.NewClient("passthrough:///"+t.addr.String(),
 		grpc.WithTransportCredentials(&tlsCreds{cfg: c.creds.ClientConfig(ca.ProtoGRPC, t.peer)}),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+			return dialer(0).DialContext(ctx, "tcp", addr)
 		}),
 		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(codec{}), grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(maxRequest)),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: connectTimeout, Backoff: backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second}}),

@@ -63,6 +63,9 @@ func (r *recorder) CreateService(ctx context.Context, s weft.ServiceSpec) (weft.
 func (r *recorder) UpdateService(ctx context.Context, id weft.ID, i uint64, s weft.ServiceSpec) (weft.Service, error) {
 	return r.service, r.note(ctx, "UpdateService", id, i, s)
 }
+func (r *recorder) RollbackService(ctx context.Context, id weft.ID, i uint64) (weft.Service, error) {
+	return r.service, r.note(ctx, "RollbackService", id, i)
+}
 func (r *recorder) RemoveService(ctx context.Context, id weft.ID) error {
 	return r.note(ctx, "RemoveService", id)
 }
@@ -115,6 +118,14 @@ func (r *recorder) Logs(ctx context.Context, task weft.ID, o weft.LogOptions, f 
 	return stream1(ctx, r, r.logs, f, r.note(ctx, "Logs", task, o))
 }
 
+func (r *recorder) Drain(ctx context.Context, owner, task weft.ID) error {
+	return r.note(ctx, "Drain", owner, task)
+}
+
+func (r *recorder) Arrive(ctx context.Context, owner, task weft.ID, networks []weft.ID) error {
+	return r.note(ctx, "Arrive", owner, task, networks)
+}
+
 // stream1 sends msgs, then holds the stream when asked to, then answers err.
 func stream1[M any](ctx context.Context, r *recorder, msgs []M, send func(M) error, err error) error {
 	for _, m := range msgs {
@@ -153,6 +164,8 @@ func fill(v reflect.Value, n *int) {
 		v.SetString(v.Type().Name() + "-" + string(rune('a'+*n%26)))
 	case reflect.Bool:
 		v.SetBool(true)
+	case reflect.Float64:
+		v.SetFloat(float64(*n) + 0.5)
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		v.SetInt(int64(*n))
 	case reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:

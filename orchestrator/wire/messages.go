@@ -3,6 +3,7 @@ package wire
 import (
 	"context"
 	"net/netip"
+	"time"
 
 	"github.com/weftnet/weft"
 )
@@ -33,6 +34,9 @@ type Services interface {
 	Service(ctx context.Context, ref string) (weft.Service, error)
 	CreateService(ctx context.Context, spec weft.ServiceSpec) (weft.Service, error)
 	UpdateService(ctx context.Context, id weft.ID, index uint64, spec weft.ServiceSpec) (weft.Service, error)
+	// RollbackService gives a service its previous specification back; the two
+	// change places. Without one it is weft.ErrInvalid.
+	RollbackService(ctx context.Context, id weft.ID, index uint64) (weft.Service, error)
 	RemoveService(ctx context.Context, id weft.ID) error
 }
 
@@ -87,10 +91,19 @@ type Membership interface {
 	Depart(ctx context.Context, node weft.ID) error
 }
 
-// Agent is what managers may ask of any node.
+// Agent is what other nodes may ask of any node.
 type Agent interface {
-	// Logs streams the logs of one local task.
+	// Logs streams the logs of one local task; only managers may ask.
 	Logs(ctx context.Context, task weft.ID, o weft.LogOptions, f func(weft.LogRecord) error) error
+	// Drain tells that a task of owner is about to stop, and returns when no
+	// balancer and no name of the asked node leads to it any more. owner is
+	// proven by the caller's certificate.
+	Drain(ctx context.Context, owner, task weft.ID) error
+	// Arrive tells that a task of owner can serve, and returns when balancers
+	// and names of the asked node lead to it, on those of its networks that the
+	// asked node has. owner is proven likewise. A node that does not know the
+	// call (of an older version) is weft.ErrUnsupported.
+	Arrive(ctx context.Context, owner, task weft.ID, networks []weft.ID) error
 }
 
 // SessionRequest opens a session.
@@ -119,7 +132,7 @@ type Assignments struct {
 	Tasks    []weft.Task        // assigned to this node, until Desired=remove is carried out
 	Specs    []weft.SpecVersion // that Tasks refer to
 	Networks []weft.Network     // that Tasks use, and the ingress network
-	Services []ServiceView      // on those networks, and all that publish ports
+	Services []ServiceView      // on those networks, all that the routing mesh answers for, and those of Tasks with ports in mode host
 	Nodes    []NodeView         // all
 
 	// Removed ids by kind; spec versions go with the last task that uses
@@ -143,6 +156,10 @@ type ServiceView struct {
 	VIPs         []weft.VIP
 	Ports        []weft.PortSpec
 	Networks     []weft.NetworkTarget
+	// HideClient: see weft.LabelSource.
+	HideClient bool `json:",omitzero" cbor:",omitzero"`
+	// Drain is how long tasks that leave may finish what they have begun.
+	Drain time.Duration `cbor:",omitempty" json:",omitempty"`
 }
 
 // NodeView is what a node knows of another.
@@ -157,6 +174,19 @@ type NodeView struct {
 	// IngressAddr6 is invalid where the ingress network has no IPv6.
 	IngressAddr6 netip.Prefix   `json:",omitzero" cbor:",omitzero"`
 	Manager      netip.AddrPort // cluster port; invalid on workers
+	// ClusterPort is the port of any node; 0 = not told (an older leader).
+	ClusterPort uint16 `json:",omitempty" cbor:",omitempty"`
+}
+
+// ClusterAddr is where the node's cluster port is reached.
+func (n *NodeView) ClusterAddr() netip.AddrPort {
+	switch {
+	case n.ClusterPort != 0:
+		return netip.AddrPortFrom(n.Addr, n.ClusterPort)
+	case n.Manager.IsValid():
+		return n.Manager
+	}
+	return netip.AddrPortFrom(n.Addr, weft.ClusterPort)
 }
 
 // ClusterView is what every node knows of the cluster.
@@ -167,6 +197,14 @@ type ClusterView struct {
 	AddrPools    []netip.Prefix
 	// KeyEpoch: see weft.Cluster.
 	KeyEpoch uint64 `cbor:",omitempty" json:",omitempty"`
+	// GossipEpoch and GossipReads: see weft.Cluster.
+	GossipEpoch uint64           `cbor:",omitempty" json:",omitempty"`
+	GossipReads []weft.GossipKey `cbor:",omitempty" json:",omitempty"`
+}
+
+// GossipRing is what the node is to hold.
+func (c *ClusterView) GossipRing() weft.GossipRing {
+	return weft.GossipRing{Sends: weft.GossipKey{Epoch: c.GossipEpoch, Key: c.GossipKey}, Reads: c.GossipReads}
 }
 
 // Report is a batch of task states and what the node has carried out.
@@ -175,8 +213,14 @@ type Report struct {
 	Listeners []weft.Listener // nil: as last reported
 	// Keys of this node for encrypted networks; nil: as reported before.
 	Keys []weft.NodeKey `cbor:",omitempty"`
+	// Gossip are the keys of gossip that the node has taken up; nil: as last
+	// reported in this session, or a node of an older version, which cannot
+	// change them.
+	Gossip *weft.GossipEpochs `cbor:",omitempty"`
 	// Prefixes are the ranges in use on the host; nil: as last reported.
 	Prefixes []netip.Prefix `cbor:",omitzero"`
+	// Addrs are those of the host; nil: as last reported.
+	Addrs []weft.HostAddr `cbor:",omitzero"`
 	// Applied is the Index of the newest assignments that the node's data
 	// plane is equal to, but for the networks in Behind: their last pass
 	// failed, or they were removed and local tasks are on them yet. A peer

@@ -225,13 +225,26 @@ func TestAccess(t *testing.T) {
 			}
 		}
 	}
-	if n != 21 {
+	if n != 24 {
 		t.Errorf("%d methods", n)
 	}
 	for _, m := range []string{"", "/", "x", "//", "/weft.Other/Services", "weft.Agent/Logs"} {
 		if err := mayCall(m, ca.Identity{Role: weft.RoleManager}); !errors.Is(err, weft.ErrForbidden) {
 			t.Errorf("%q: %v", m, err)
 		}
+	}
+}
+
+// TestNodeThatDoesNotKnowTheCall is told from one that cannot be reached.
+func TestNodeThatDoesNotKnowTheCall(t *testing.T) {
+	c := newTestCluster(t)
+	srv := c.serve(ServerConfig{Membership: &recorder{}})
+	creds := c.creds(weft.RoleWorker)
+	p := NewPeers(creds)
+	c.runUntilEnd(p.Run)
+	err := p.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Arrive(soon(t), creds.Identity().Node, "t", nil)
+	if !errors.Is(err, weft.ErrUnsupported) || errors.Is(err, weft.ErrUnavailable) {
+		t.Errorf("arrive: %v", err)
 	}
 }
 
@@ -246,6 +259,12 @@ func TestWorkerRefused(t *testing.T) {
 	err := p.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Logs(soon(t), "t", weft.LogOptions{}, nil)
 	if !errors.Is(err, weft.ErrForbidden) {
 		t.Errorf("logs: %v", err)
+	}
+	if err := p.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Drain(soon(t), weft.NewID(), "t"); !errors.Is(err, weft.ErrForbidden) {
+		t.Errorf("drain of another node's task: %v", err)
+	}
+	if err := p.Agent(srv.cfg.Credentials.Identity().Node, srv.addr).Arrive(soon(t), weft.NewID(), "t", nil); !errors.Is(err, weft.ErrForbidden) {
+		t.Errorf("arrival of another node's task: %v", err)
 	}
 	cl := c.client(creds, srv.addr)
 	if _, err := cl.Admit(soon(t), AdmitRequest{}, netip.Addr{}); !errors.Is(err, weft.ErrForbidden) {

@@ -28,7 +28,7 @@ func NewRaft(creds *ca.Credentials, advertise netip.AddrPort) *Raft {
 // Dial connects to another manager within timeout. The server is proven to be
 // a manager of this cluster; a refusal by it shows at the first read.
 func (r *Raft) Dial(addr string, timeout time.Duration) (net.Conn, error) {
-	c, err := tls.DialWithDialer(&net.Dialer{Timeout: timeout}, "tcp", addr, r.creds.ClientConfig(ca.ProtoRaft, ca.Peer{Manager: true}))
+	c, err := tls.DialWithDialer(dialer(timeout), "tcp", addr, r.creds.ClientConfig(ca.ProtoRaft, ca.Peer{Manager: true}))
 	if err != nil {
 		return nil, fmt.Errorf("dial raft of manager %s: %w: %w", addr, err, weft.ErrUnavailable)
 	}

@@ -19,6 +19,14 @@ type (
 		Index uint64
 		Spec  weft.ServiceSpec
 	}
+	arriveRequest struct {
+		ID       weft.ID
+		Networks []weft.ID
+	}
+	rollbackServiceRequest struct {
+		ID    weft.ID
+		Index uint64
+	}
 	tasksRequest    struct{ Filter weft.TaskFilter }
 	taskLogsRequest struct {
 		Tasks   []weft.ID

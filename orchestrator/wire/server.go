@@ -100,7 +100,8 @@ func (c ServerConfig) withDefaults() ServerConfig {
 
 // Listen opens the cluster port. A port that is taken is weft.ErrConflict.
 func Listen(ctx context.Context, addr netip.AddrPort) (net.Listener, error) {
-	var lc net.ListenConfig
+	lc := net.ListenConfig{Control: resendSoon}
+	lc.SetMultipathTCP(false) // which Go would choose, takes no such setting, and nobody here dials
 	ln, err := lc.Listen(ctx, "tcp", addr.String())
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):

@@ -39,6 +39,10 @@ func controlDesc() *grpc.ServiceDesc {
 			a.Service, err = c.impl.UpdateService(c.ctx, r.ID, r.Index, r.Spec)
 			return
 		}),
+		unary("RollbackService", func(c c, r rollbackServiceRequest) (a serviceAnswer, err error) {
+			a.Service, err = c.impl.RollbackService(c.ctx, r.ID, r.Index)
+			return
+		}),
 		unary("RemoveService", func(c c, r idRequest) (a empty, err error) { return a, c.impl.RemoveService(c.ctx, r.ID) }),
 		unary("Tasks", func(c c, r tasksRequest) (a tasksAnswer, err error) {
 			a.List, err = c.impl.Tasks(c.ctx, r.Filter)
@@ -105,7 +109,12 @@ func membershipDesc() *grpc.ServiceDesc {
 
 func agentDesc() *grpc.ServiceDesc {
 	type c = call[Agent]
-	return &grpc.ServiceDesc{ServiceName: agentService, HandlerType: (*any)(nil), Streams: []grpc.StreamDesc{
+	return &grpc.ServiceDesc{ServiceName: agentService, HandlerType: (*any)(nil), Methods: []grpc.MethodDesc{
+		unary("Drain", func(c c, r idRequest) (a empty, err error) { return a, c.impl.Drain(c.ctx, c.caller.Node, r.ID) }),
+		unary("Arrive", func(c c, r arriveRequest) (a empty, err error) {
+			return a, c.impl.Arrive(c.ctx, c.caller.Node, r.ID, r.Networks)
+		}),
+	}, Streams: []grpc.StreamDesc{
 		stream("Logs", func(c c, r logsRequest, send func(weft.LogRecord) error) error {
 			return c.impl.Logs(c.ctx, r.Task, r.Options, send)
 		}),

@@ -23,8 +23,8 @@ func TestObjectIsOfTheSources(t *testing.T) {
 	sums, err := os.ReadFile("overlay.sum")
 	must(t, err)
 	lines := strings.Split(strings.TrimSpace(string(sums)), "\n")
-	if len(lines) != 6 {
-		t.Fatalf("overlay.sum has %d lines, want the five sources and the object", len(lines))
+	if len(lines) != 7 {
+		t.Fatalf("overlay.sum has %d lines, want the six sources and the object", len(lines))
 	}
 	for _, line := range lines {
 		want, file, _ := strings.Cut(line, "  ")

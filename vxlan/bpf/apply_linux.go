@@ -138,16 +138,16 @@ func (w *writer) setDevice(n vxlan.Network) error {
 func (w *writer) refile(vni uint32, old netValue) error {
 	head := w.nets[vni]
 	for _, near := range w.near[vni] {
-		index := uint32(near.link.Index)
+		index := uint32(near.link.Attrs().Index)
 		val, ok := w.ports[index]
 		k := macKey{VNI: vni, MAC: val.MAC}
-		if !ok || val != localPort(vni, old, val.MAC, int(val.Tunnel)) || w.dests[k] != localDest(near.owned, near.link.Index, old) {
+		if !ok || val != localPort(vni, old, val.MAC, int(val.Tunnel)) || w.dests[k] != localDest(near.owned, near.link.Attrs().Index, old) {
 			continue // OpSetPort follows
 		}
 		if err := w.put(overlayMapPorts, index, localPort(vni, head, val.MAC, w.tunnelIndex(head.UDP.v()))); err != nil {
 			return err
 		}
-		if err := w.put(overlayMapMacs, k, localDest(near.owned, near.link.Index, head)); err != nil {
+		if err := w.put(overlayMapMacs, k, localDest(near.owned, near.link.Attrs().Index, head)); err != nil {
 			return err
 		}
 	}
@@ -260,14 +260,16 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 	if own.leg == "" {
 		p.Name, p.Alias = weft.PortVethName(own.port.Task, n.ID), portAlias(w.e.cfg.Node, own.vni, own.port)
 		p.NetNS, p.FarName = own.port.NetNS, own.port.IfName
+		p.Kind = linux.PairKind(w.newPorts)
 	} else {
 		p.Name, p.Alias = weft.PortVethName(w.e.cfg.Node, n.ID), legAlias(w.e.cfg.Node, own.vni, own.leg)
 		p.FarName, p.FarAlias = own.leg, weft.LinkAlias(w.e.cfg.Node)
 	}
-	index, err := p.Set()
+	near, err := p.Set()
 	if err != nil {
 		return err
 	}
+	index := near.Attrs().Index
 	val := localPort(own.vni, head, vxlan.MACOf(mac), w.tunnelIndex(n.Port))
 	if old := w.ports[uint32(index)]; old.MAC != val.MAC {
 		if err := w.forget(own.vni, old.MAC, index); err != nil {
@@ -298,7 +300,7 @@ func (w *writer) setPort(own owned, mac []byte, addrs []netip.Prefix) error {
 	if err := w.setNatives(own.vni, head, index, val.MAC, addrs); err != nil {
 		return err
 	}
-	return w.via.attach(portHook(p.Name, index))
+	return w.via.attach(portHook(near))
 }
 
 // forget removes the entries of a hardware address that the port at index had.
@@ -330,10 +332,10 @@ func (w *writer) delPorts(vni uint32, match func(nearEnd) bool) error {
 		if !match(near) {
 			continue
 		}
-		index := near.link.Index
+		index := near.link.Attrs().Index
 		errs = append(errs, w.forget(vni, w.ports[uint32(index)].MAC, index), w.remove(overlayMapPorts, uint32(index)))
 		if err := w.host.conn.LinkDel(near.link); err != nil && !isGone(err) {
-			errs = append(errs, fmt.Errorf("delete link %s: %w", near.link.Name, err))
+			errs = append(errs, fmt.Errorf("delete link %s: %w", near.link.Attrs().Name, err))
 		}
 	}
 	w.near[vni] = slices.DeleteFunc(w.near[vni], match)
@@ -351,9 +353,9 @@ func (w *writer) delStale(vni uint32) error {
 			return false
 		}
 		if near.leg != "" {
-			return near.link.Name == weft.PortVethName(w.e.cfg.Node, n.ID)
+			return near.link.Attrs().Name == weft.PortVethName(w.e.cfg.Node, n.ID)
 		}
-		return near.link.Name == weft.PortVethName(near.port.Task, n.ID) &&
+		return near.link.Attrs().Name == weft.PortVethName(near.port.Task, n.ID) &&
 			slices.ContainsFunc(n.Ports, func(p vxlan.Port) bool { return p.Task == near.port.Task })
 	}
 	if isOther {

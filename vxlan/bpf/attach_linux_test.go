@@ -37,15 +37,17 @@ func qdiscOf(t testing.TB, name string) string {
 func (h *testHost) attached() []string {
 	h.t.Helper()
 	var out []string
-	pins, err := h.engine().linkPins()
-	must(h.t, err)
-	for _, pin := range pins {
-		l, err := link.LoadPinnedLink(h.engine().path("links", pin), nil)
+	for dir, way := range map[string]string{tcxDir: AttachTCX, netkitDir: PortsNetkit} {
+		pins, err := h.engine().pinsIn(dir)
 		must(h.t, err)
-		info, err := l.Info()
-		must(h.t, err)
-		out = append(out, fmt.Sprintf("tcx %s link %d program %d", pin, info.ID, info.Program))
-		must(h.t, l.Close())
+		for _, pin := range pins {
+			l, err := link.LoadPinnedLink(h.engine().path(dir, pin), nil)
+			must(h.t, err)
+			info, err := l.Info()
+			must(h.t, err)
+			out = append(out, fmt.Sprintf("%s %s link %d program %d", way, pin, info.ID, info.Program))
+			must(h.t, l.Close())
+		}
 	}
 	must(h.t, h.ns.Do(func() error {
 		ls, err := netlink.LinkList()
@@ -85,7 +87,7 @@ func (h *testHost) detach(name string) error {
 			return netlink.FilterDel(fs[0].BpfFilter)
 		}
 		for _, pin := range []string{name, underlayHook(l.Attrs().Index, false).pin, tunnelHook(l.Attrs().Index).pin} {
-			found, err := filepath.Glob(h.engine().path("links", pin))
+			found, err := filepath.Glob(h.engine().path("*", pin)) // of either kind of link
 			if err != nil || len(found) == 0 {
 				continue
 			}
@@ -208,6 +210,9 @@ func TestOthersFiltersStay(t *testing.T) {
 // it is a repair.
 func TestOneWayAtATime(t *testing.T) {
 	eachWay(t, func(t *testing.T, way string) {
+		if way == PortsNetkit {
+			return // TestPortsKeepTheirKind has the ports that stay
+		}
 		from := map[string]string{AttachTCX: AttachClsact, AttachClsact: AttachTCX}[way]
 		needWay(t, from)
 		m := newMesh(t, plan{way: from, hosts: 2}, false)

@@ -253,7 +253,7 @@ func (c *clsact) standing() ([]hook, error) {
 			}
 			switch f.prog {
 			case overlayProgFromTask:
-				out = append(out, portHook(l.Attrs().Name, index))
+				out = append(out, portHook(l))
 			case overlayProgFromUnderlay, overlayProgFromNative:
 				out = append(out, underlayHook(index, f.prog == overlayProgFromNative))
 			case overlayProgFromTunnel:

@@ -33,6 +33,10 @@ type Config struct {
 	// Attach forces how programs are attached: AttachTCX or AttachClsact. "" is
 	// the first of them that works on this host.
 	Attach string
+	// Ports forces what tasks' new ports are made of: PortsNetkit or PortsVeth.
+	// "" is netkit where it works on this host. A port that stands stays what
+	// it is as long as its task.
+	Ports string
 	// Repaired, when set, gets every repair before the Apply returns that
 	// made it. It must not block.
 	Repaired func(weft.Repair)
@@ -69,7 +73,10 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Attach != "" && cfg.Attach != AttachTCX && cfg.Attach != AttachClsact {
 		return nil, fmt.Errorf("configure overlay engine ebpf: programs can be attached by %s or %s, not %q: %w", AttachTCX, AttachClsact, cfg.Attach, weft.ErrInvalid)
 	}
-	return &Engine{cfg: cfg, build: sync.OnceValues(func() (build, error) { return newBuild(cfg.Attach) })}, nil
+	if cfg.Ports != "" && cfg.Ports != PortsNetkit && cfg.Ports != PortsVeth {
+		return nil, fmt.Errorf("configure overlay engine ebpf: ports can be made of %s or %s, not %q: %w", PortsNetkit, PortsVeth, cfg.Ports, weft.ErrInvalid)
+	}
+	return &Engine{cfg: cfg, build: sync.OnceValues(func() (build, error) { return newBuild(cfg.Attach, cfg.Ports) })}, nil
 }
 
 // Name is "ebpf".
@@ -100,7 +107,7 @@ func (e *Engine) Read(ctx context.Context) (vxlan.State, error) {
 
 // Apply implements vxlan.Kernel. Without networks nothing stays, neither pins
 // nor mount.
-func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
+func (e *Engine) Apply(ctx context.Context, want vxlan.State) (err error) {
 	b, err := e.build()
 	if err != nil {
 		return err
@@ -125,6 +132,10 @@ func (e *Engine) Apply(ctx context.Context, want vxlan.State) error {
 		return err
 	}
 	defer s.close()
+	if err := endEpoch(o.maps[overlayMapEpoch]); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, beginEpoch(o.maps[overlayMapEpoch])) }()
 	adopted := errors.Join(s.adopt(), s.reroute(e.ways))
 	e.ways = s.host.hops // complete when Apply returns
 	have, err := s.state(ctx, want)
@@ -192,10 +203,18 @@ func (e *Engine) hasLeft() (bool, error) {
 // Note says what this host's kernel makes the engine do otherwise than it would
 // choose; "" = nothing. It may block as long as Probe does.
 func (e *Engine) Note() string {
-	if b, err := e.build(); err == nil && b.attach == AttachClsact && e.cfg.Attach == "" {
-		return "its programs are attached by filters of clsact qdiscs, as this kernel has no tcx"
+	b, err := e.build()
+	if err != nil {
+		return ""
 	}
-	return ""
+	var notes []string
+	if b.attach == AttachClsact && e.cfg.Attach == "" {
+		notes = append(notes, "its programs are attached by filters of clsact qdiscs, as this kernel has no tcx")
+	}
+	if b.noNetkit != "" {
+		notes = append(notes, "new ports of tasks are veth pairs, as no netkit pair works here ("+b.noNetkit+")")
+	}
+	return strings.Join(notes, "; ")
 }
 
 // Drops reads how many packets were dropped or refused since the maps were

@@ -63,7 +63,7 @@ func testPacketsCross(t *testing.T, way string) {
 		{"with the bridge engine", plan{way: way, hosts: 2, bridges: []int{2}}, false},
 		{"with the bridge engine over ipv6", plan{way: way, hosts: 2, under6: true, bridges: []int{2}}, false},
 	} {
-		if way == AttachClsact && i > 3 {
+		if way != AttachTCX && i > 3 {
 			break // the programs are the same
 		}
 		t.Run(c.name, func(t *testing.T) {
@@ -91,8 +91,8 @@ func testProbe(t *testing.T, way string) {
 	must(t, h.ns.Do(func() error { return h.engine().Probe(context.Background()) }))
 }
 
-// TestChoice: without a wish it is tcx where that works, and the reason for the
-// other way is told.
+// TestChoice: without a wish it is tcx and netkit where those work, and the reason
+// for anything else is told.
 func TestChoice(t *testing.T) {
 	netnstest.NeedRoot(t)
 	e, err := New(Config{Node: "n", Dir: "/run/none", Log: slog.New(slog.DiscardHandler)})
@@ -100,12 +100,23 @@ func TestChoice(t *testing.T) {
 	must(t, e.Probe(t.Context()))
 	b, err := e.build()
 	must(t, err)
-	want, note := AttachTCX, ""
+	attach, ports, notes := AttachTCX, PortsNetkit, []string{}
 	if isTooOld(t, AttachTCX) {
-		want, note = AttachClsact, "no tcx"
+		attach, notes = AttachClsact, append(notes, "no tcx")
 	}
-	if b.attach != want || !strings.Contains(e.Note(), note) || note == "" && e.Note() != "" {
-		t.Errorf("chosen is %s (%q), want %s", b.attach, e.Note(), want)
+	if isTooOld(t, PortsNetkit) {
+		ports, notes = PortsVeth, append(notes, "no netkit pair works here")
+	}
+	if b.attach != attach || b.ports != ports {
+		t.Errorf("chosen are %s and %s, want %s and %s", b.attach, b.ports, attach, ports)
+	}
+	for _, n := range notes {
+		if !strings.Contains(e.Note(), n) {
+			t.Errorf("the note is %q, want one with %q", e.Note(), n)
+		}
+	}
+	if len(notes) == 0 && e.Note() != "" {
+		t.Errorf("the note is %q, want none", e.Note())
 	}
 }
 
@@ -280,7 +291,7 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 
 func TestConfigIsChecked(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	for _, c := range []Config{{}, {Node: "n", Dir: "relative", Log: log}, {Node: "a.b", Dir: "/run/x", Log: log}, {Node: "n", Dir: "/run/x"}, {Node: "n", Dir: "/run/x", Log: log, Attach: "glue"}} {
+	for _, c := range []Config{{}, {Node: "n", Dir: "relative", Log: log}, {Node: "a.b", Dir: "/run/x", Log: log}, {Node: "n", Dir: "/run/x"}, {Node: "n", Dir: "/run/x", Log: log, Attach: "glue"}, {Node: "n", Dir: "/run/x", Log: log, Ports: "glue"}} {
 		if _, err := New(c); !errors.Is(err, weft.ErrInvalid) {
 			t.Errorf("%+v: got %v, want ErrInvalid", c, err)
 		}

@@ -27,7 +27,7 @@ type lastPass struct {
 // note files a pass that had no fault.
 func (e *Engine) note(o *objects) {
 	e.last = lastPass{at: time.Now(), maps: map[string]ebpf.MapID{}}
-	for _, name := range []string{overlayMapMacs, overlayMapEps} {
+	for _, name := range []string{overlayMapMacs, overlayMapEps, overlayMapEpoch} {
 		info, err := o.maps[name].Info()
 		if id, ok := infoID(info); err == nil && ok {
 			e.last.maps[name] = id
@@ -51,11 +51,9 @@ func (e *Engine) express(want vxlan.State) bool {
 	if x.open() != nil || !x.plan(ops, was, want) {
 		return false
 	}
-	for _, c := range x.changes {
-		if c.make() != nil {
-			e.audit.Unsure(ops)
-			return false
-		}
+	if !x.make() {
+		e.audit.Unsure(ops)
+		return false
 	}
 	e.audit.Left(want)
 	return true
@@ -66,6 +64,20 @@ type expressway struct {
 	e       *Engine
 	maps    map[string]*ebpf.Map
 	changes []change
+}
+
+// make makes the changes. If it reports false, some may be made, and no epoch has
+// begun: the pass that follows begins one.
+func (x *expressway) make() bool {
+	if endEpoch(x.maps[overlayMapEpoch]) != nil {
+		return false
+	}
+	for _, c := range x.changes {
+		if c.make() != nil {
+			return false
+		}
+	}
+	return beginEpoch(x.maps[overlayMapEpoch]) == nil
 }
 
 // change is one entry; a nil value removes it.

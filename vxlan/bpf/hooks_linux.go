@@ -6,22 +6,32 @@ import (
 	"slices"
 	"strconv"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+
+	"github.com/weftnet/weft/vxlan/linux"
 )
 
-// hook is a program at the ingress of a link of the host's namespace.
+// hook is a program at the ingress of a link of the host's namespace, or where the
+// far end of a netkit pair sends.
 type hook struct {
 	pin     string // its name, of the link's pin where there is one
-	ifindex int
+	ifindex int    // of the host's end
 	prog    string
+	netkit  bool
 }
 
-func portHook(name string, ifindex int) hook { return hook{name, ifindex, overlayProgFromTask} }
+// portHook is that of a port, whose near end is l.
+func portHook(l netlink.Link) hook {
+	return hook{l.Attrs().Name, l.Attrs().Index, overlayProgFromTask, linux.IsNetkit(l)}
+}
 
 // Hooks at devices are named by index, as a device may be renamed; ports' by
 // their link ("wp…").
 func underlayHook(ifindex int, native bool) hook {
-	h := hook{"u" + strconv.Itoa(ifindex), ifindex, overlayProgFromUnderlay}
+	h := hook{pin: "u" + strconv.Itoa(ifindex), ifindex: ifindex, prog: overlayProgFromUnderlay}
 	if native {
 		h.prog = overlayProgFromNative
 	}
@@ -29,10 +39,11 @@ func underlayHook(ifindex int, native bool) hook {
 }
 
 func tunnelHook(ifindex int) hook {
-	return hook{"t" + strconv.Itoa(ifindex), ifindex, overlayProgFromTunnel}
+	return hook{pin: "t" + strconv.Itoa(ifindex), ifindex: ifindex, prog: overlayProgFromTunnel}
 }
 
-// The two ways in which the kernel runs a program at a link's ingress.
+// The two ways in which the kernel runs a program at a link's ingress. Those of
+// netkit pairs are attached in a third one, which is theirs alone.
 const (
 	// AttachTCX is a link of the BPF subsystem, pinned beside the maps (Linux
 	// 6.6).
@@ -41,7 +52,7 @@ const (
 	AttachClsact = "clsact"
 )
 
-// attacher attaches programs in one of the two ways. What is attached outlives
+// attacher attaches programs in one way. What is attached outlives
 // the process. It belongs to one snapshot and is used by one goroutine.
 type attacher interface {
 	// isAttached reports whether the hook is there and runs the program of
@@ -61,23 +72,57 @@ type attacher interface {
 // attachers are the way of this build and kernel, and the other one, of which
 // nothing may stay.
 func (s *snapshot) attachers(way string) (via, other attacher) {
-	t, c := &tcx{e: s.e, o: s.o}, &clsact{e: s.e, o: s.o, host: s.host}
+	t, c, n := &tcx{e: s.e, o: s.o}, &clsact{e: s.e, o: s.o, host: s.host}, &netkit{e: s.e, o: s.o, host: s.host}
 	if way == AttachClsact {
-		return c, t
+		return split{n, c}, t
 	}
-	return t, c
+	return split{n, t}, c
+}
+
+// split is one attacher for netkit pairs and another one for all else.
+type split struct{ netkit, others attacher }
+
+func (s split) of(h hook) attacher {
+	if h.netkit {
+		return s.netkit
+	}
+	return s.others
+}
+
+func (s split) isAttached(h hook) bool { return s.of(h).isAttached(h) }
+func (s split) attach(h hook) error    { return s.of(h).attach(h) }
+
+func (s split) standing() ([]hook, error) {
+	a, err := s.netkit.standing()
+	if err != nil {
+		return nil, err
+	}
+	b, err := s.others.standing()
+	return append(a, b...), err
+}
+
+func (s split) sweep(keep map[string]hook) error {
+	each := map[bool]map[string]hook{true: {}, false: {}}
+	for pin, h := range keep {
+		each[h.netkit][pin] = h
+	}
+	return errors.Join(s.netkit.sweep(each[true]), s.others.sweep(each[false]))
 }
 
 // adopt makes what another build of weft attached, perhaps in the other way, run
-// the programs of this one. That is an upgrade and no repair.
+// the programs of this one. That is an upgrade and no repair. A link may go
+// meanwhile, as those of a task that ends do: then there is nothing to adopt.
 func (s *snapshot) adopt() error {
 	var errs []error
 	for _, a := range []attacher{s.via, s.other} {
 		hooks, err := a.standing()
 		errs = append(errs, err)
 		for _, h := range hooks {
-			if !s.via.isAttached(h) {
-				errs = append(errs, s.via.attach(h))
+			if s.via.isAttached(h) {
+				continue
+			}
+			if err := s.via.attach(h); !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENOLINK) {
+				errs = append(errs, err)
 			}
 		}
 	}

@@ -38,11 +38,11 @@ func readNatives(m *ebpf.Map) (map[uint32]map[addr16]nativeValue, error) {
 // hasNatives reports whether a port's addresses are those by which it gets
 // packets without encapsulation; a leg, and a port of another network, has none.
 func (s *snapshot) hasNatives(near nearEnd, head netValue, mac vxlan.MAC, addrs []netip.Addr) bool {
-	has := s.natives[uint32(near.link.Index)]
+	has := s.natives[uint32(near.link.Attrs().Index)]
 	if !head.isNative() || near.leg != "" {
 		return len(has) == 0
 	}
-	want := nativeValue{VNI: near.vni, IfIndex: uint32(near.link.Index), MAC: mac}
+	want := nativeValue{VNI: near.vni, IfIndex: uint32(near.link.Attrs().Index), MAC: mac}
 	for _, a := range addrs {
 		if has[addrOf(a)] != want {
 			return false

@@ -18,17 +18,22 @@ import (
 const (
 	overlayMapCounts          = "counts"
 	overlayMapEchoes          = "echoes"
+	overlayMapEpoch           = "epoch"
 	overlayMapEps             = "eps"
+	overlayMapGots            = "gots"
 	overlayMapHooks           = "hooks"
 	overlayMapMacs            = "macs"
 	overlayMapNatives         = "natives"
 	overlayMapNets            = "nets"
+	overlayMapPlains          = "plains"
 	overlayMapPorts           = "ports"
+	overlayMapSents           = "sents"
 	overlayProgForward        = "forward"
 	overlayProgFromNative     = "from_native"
 	overlayProgFromTask       = "from_task"
 	overlayProgFromTunnel     = "from_tunnel"
 	overlayProgFromUnderlay   = "from_underlay"
+	overlayProgProbeNetkit    = "probe_netkit"
 	overlayProgProbeSwitch    = "probe_switch"
 	overlayVarCanSwitchFamily = "can_switch_family"
 	overlayVarIds             = "ids"
@@ -81,6 +86,7 @@ type overlayProgramSpecs struct {
 	FromTask     *ebpf.ProgramSpec `ebpf:"from_task"`
 	FromTunnel   *ebpf.ProgramSpec `ebpf:"from_tunnel"`
 	FromUnderlay *ebpf.ProgramSpec `ebpf:"from_underlay"`
+	ProbeNetkit  *ebpf.ProgramSpec `ebpf:"probe_netkit"`
 	ProbeSwitch  *ebpf.ProgramSpec `ebpf:"probe_switch"`
 }
 
@@ -90,12 +96,16 @@ type overlayProgramSpecs struct {
 type overlayMapSpecs struct {
 	Counts  *ebpf.MapSpec `ebpf:"counts"`
 	Echoes  *ebpf.MapSpec `ebpf:"echoes"`
+	Epoch   *ebpf.MapSpec `ebpf:"epoch"`
 	Eps     *ebpf.MapSpec `ebpf:"eps"`
+	Gots    *ebpf.MapSpec `ebpf:"gots"`
 	Hooks   *ebpf.MapSpec `ebpf:"hooks"`
 	Macs    *ebpf.MapSpec `ebpf:"macs"`
 	Natives *ebpf.MapSpec `ebpf:"natives"`
 	Nets    *ebpf.MapSpec `ebpf:"nets"`
+	Plains  *ebpf.MapSpec `ebpf:"plains"`
 	Ports   *ebpf.MapSpec `ebpf:"ports"`
+	Sents   *ebpf.MapSpec `ebpf:"sents"`
 }
 
 // overlayVariableSpecs contains global variables before they are loaded into the kernel.
@@ -128,24 +138,32 @@ func (o *overlayObjects) Close() error {
 type overlayMaps struct {
 	Counts  *ebpf.Map `ebpf:"counts"`
 	Echoes  *ebpf.Map `ebpf:"echoes"`
+	Epoch   *ebpf.Map `ebpf:"epoch"`
 	Eps     *ebpf.Map `ebpf:"eps"`
+	Gots    *ebpf.Map `ebpf:"gots"`
 	Hooks   *ebpf.Map `ebpf:"hooks"`
 	Macs    *ebpf.Map `ebpf:"macs"`
 	Natives *ebpf.Map `ebpf:"natives"`
 	Nets    *ebpf.Map `ebpf:"nets"`
+	Plains  *ebpf.Map `ebpf:"plains"`
 	Ports   *ebpf.Map `ebpf:"ports"`
+	Sents   *ebpf.Map `ebpf:"sents"`
 }
 
 func (m *overlayMaps) Close() error {
 	return _OverlayClose(
 		m.Counts,
 		m.Echoes,
+		m.Epoch,
 		m.Eps,
+		m.Gots,
 		m.Hooks,
 		m.Macs,
 		m.Natives,
 		m.Nets,
+		m.Plains,
 		m.Ports,
+		m.Sents,
 	)
 }
 
@@ -166,6 +184,7 @@ type overlayPrograms struct {
 	FromTask     *ebpf.Program `ebpf:"from_task"`
 	FromTunnel   *ebpf.Program `ebpf:"from_tunnel"`
 	FromUnderlay *ebpf.Program `ebpf:"from_underlay"`
+	ProbeNetkit  *ebpf.Program `ebpf:"probe_netkit"`
 	ProbeSwitch  *ebpf.Program `ebpf:"probe_switch"`
 }
 
@@ -176,6 +195,7 @@ func (p *overlayPrograms) Close() error {
 		p.FromTask,
 		p.FromTunnel,
 		p.FromUnderlay,
+		p.ProbeNetkit,
 		p.ProbeSwitch,
 	)
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
@@ -89,6 +90,12 @@ func testAddressesAreAnswered(t *testing.T, way string) {
 // rawSend sends one frame from a link of a namespace.
 func rawSend(t *testing.T, path, name string, frame []byte) {
 	t.Helper()
+	rawSendAs(t, path, name, frame, 0)
+}
+
+// rawSendAs tells the kernel another protocol than the frame's own; 0 is that.
+func rawSendAs(t *testing.T, path, name string, frame []byte, protocol uint16) {
+	t.Helper()
 	must(t, netns.Do(path, func() error {
 		l, err := netlink.LinkByName(name)
 		if err != nil {
@@ -99,8 +106,48 @@ func rawSend(t *testing.T, path, name string, frame []byte) {
 			return err
 		}
 		defer unix.Close(fd)
-		return unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index})
+		err = unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index, Protocol: protocol<<8 | protocol>>8})
+		if err == unix.ENOBUFS && linux.IsNetkit(l) {
+			return nil // dropped: the sender is told at once
+		}
+		return err
 	}))
+}
+
+// TestForgedProtocol: a frame that is IP by its header and ARP by the word of the
+// socket that sends it does not come to another task as ARP, by which it could
+// take over an address there.
+func TestForgedProtocol(t *testing.T) { eachWay(t, testForgedProtocol) }
+
+func testForgedProtocol(t *testing.T, way string) {
+	m := newMesh(t, plan{way: way, hosts: 1}, false)
+	h := m.hosts[0]
+	me, victim := m.ports[h][0], m.ports[h][1]
+	var heard net.PacketConn
+	fd := -1
+	must(t, netns.Do(victim.NetNS, func() (err error) {
+		if heard, err = net.ListenPacket("udp4", netip.AddrPortFrom(victim.Addr.Addr(), 7003).String()); err != nil {
+			return err
+		}
+		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK, unix.ETH_P_ARP<<8)
+		return err
+	}))
+	defer heard.Close()
+	defer unix.Close(fd)
+	for range 2 { // the second one is remembered
+		rawSendAs(t, me.NetNS, "eth0", ipv4Frame(vxlan.MACOf(me.MAC), vxlan.MACOf(victim.MAC), 60), unix.ETH_P_ARP)
+		rawSend(t, me.NetNS, "eth0", udpFrame(me, victim, 7003, "after it", 20))
+		heard.SetReadDeadline(time.Now().Add(limit))
+		if _, _, err := heard.ReadFrom(make([]byte, 100)); err != nil {
+			t.Fatalf("what is honest: %v; %v", err, h.drops())
+		}
+	}
+	if n, _, err := unix.Recvfrom(fd, make([]byte, 100), 0); err != unix.EAGAIN {
+		t.Errorf("%d bytes came as ARP, %v", n, err)
+	}
+	if n := h.drops()["other protocol"]; way == PortsNetkit && n != 2 {
+		t.Errorf("%d are counted, want 2: %v", n, h.drops())
+	}
 }
 
 // TestWhatIsNotCarried: each kind of unwanted packet is dropped under its own

@@ -23,12 +23,13 @@ import (
 //	<node>/v<abi>/<map>               the maps, by their names in c/overlay.h
 //	<node>/v<abi>/progs/<prog>-<hash> the programs of one build
 //	<node>/v<abi>/links/<name>        a port's veth, or "u<ifindex>" of a device
+//	<node>/v<abi>/netkit/<name>       a port's netkit
 //	<node>/v<abi>/balance/…           those of package ingress/bpf
 //	<node>/qdiscs/<ifindex>           an empty folder: that link's qdisc is ours
 //
 // A pin's name has no dot: the kernel keeps those for itself.
 
-var mapNames = []string{overlayMapMacs, overlayMapEps, overlayMapPorts, overlayMapNets, overlayMapCounts, overlayMapHooks, overlayMapNatives, overlayMapEchoes}
+var mapNames = []string{overlayMapMacs, overlayMapEps, overlayMapPorts, overlayMapNets, overlayMapCounts, overlayMapHooks, overlayMapNatives, overlayMapEchoes, overlayMapEpoch}
 
 var progNames = []string{overlayProgFromTask, overlayProgForward, overlayProgFromUnderlay, overlayProgFromNative, overlayProgFromTunnel}
 
@@ -38,11 +39,15 @@ type build struct {
 	hash string // names the pins: another build's programs are replaced
 	// attach is AttachTCX or AttachClsact.
 	attach string
+	// ports is PortsNetkit or PortsVeth; noNetkit is why it is not the former,
+	// "" unless the kernel was asked.
+	ports, noNetkit string
 }
 
 // newBuild parses the object file and asks the kernel what may be switched on,
-// and unless attach says it, how programs are attached.
-func newBuild(attach string) (build, error) {
+// and unless attach and ports say it, how programs are attached and what ports
+// are made of.
+func newBuild(attach, ports string) (build, error) {
 	spec, err := loadOverlay()
 	if err != nil {
 		return build{}, fmt.Errorf("read overlay programs: %w", err)
@@ -61,6 +66,15 @@ func newBuild(attach string) (build, error) {
 			return build{}, err
 		}
 	}
+	why := ""
+	if ports == "" {
+		back, err := ebpf.NewProgram(spec.Programs[overlayProgProbeNetkit])
+		if err != nil {
+			return build{}, unsupported("load a classifier program", err)
+		}
+		defer back.Close()
+		ports, why = choosePorts(func() error { return tryNetkit(back) })
+	}
 	v := uint8(0)
 	if canSwitch {
 		v = 1
@@ -69,8 +83,9 @@ func newBuild(attach string) (build, error) {
 		return build{}, fmt.Errorf("configure overlay programs: %w", err)
 	}
 	delete(spec.Programs, overlayProgProbeSwitch)
+	delete(spec.Programs, overlayProgProbeNetkit)
 	sum := sha256.Sum256(append([]byte{v}, _OverlayBytes...))
-	return build{spec: spec, hash: hex.EncodeToString(sum[:8]), attach: attach}, nil
+	return build{spec: spec, hash: hex.EncodeToString(sum[:8]), attach: attach, ports: ports, noNetkit: why}, nil
 }
 
 // objects are the open pins. A nil map or program is not there, or not usable.

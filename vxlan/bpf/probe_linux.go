@@ -203,9 +203,19 @@ type skbuff struct {
 // runAt runs a classifier once as if packet had come in at a link of the
 // calling thread's namespace, 0 for none in particular.
 func runAt(p *ebpf.Program, ifindex uint32, packet []byte) (uint32, []byte, error) {
+	return runFrom(p, ifindex, false, packet)
+}
+
+// runFrom is runAt for a packet that the far end of that link has just sent, if
+// it is a netkit pair: no device has received it yet.
+func runFrom(p *ebpf.Program, ifindex uint32, isNetkit bool, packet []byte) (uint32, []byte, error) {
 	opts := &ebpf.RunOptions{Data: packet, DataOut: make([]byte, len(packet)+512)}
 	if ifindex != 0 {
-		opts.Context = &skbuff{IfIndex: ifindex}
+		c := &skbuff{Ingress: ifindex, IfIndex: ifindex}
+		if isNetkit {
+			c.Ingress = 0
+		}
+		opts.Context = c
 	}
 	ret, err := p.Run(opts)
 	return ret, opts.DataOut, err

@@ -35,6 +35,8 @@ type snapshot struct {
 	near map[uint32][]nearEnd
 	// via attaches programs; other is the way in which none may be.
 	via, other attacher
+	// newPorts is what ports are made of that are not there.
+	newPorts string
 	// detached are the underlay devices whose program was gone, and whether
 	// that is a network's DeviceFault.
 	detached map[int]bool
@@ -44,7 +46,7 @@ type snapshot struct {
 
 type nearEnd struct {
 	owned
-	link *netlink.Veth
+	link netlink.Link // a veth or a netkit
 }
 
 func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, error) {
@@ -72,6 +74,7 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 		return nil, err
 	}
 	s.via, s.other = s.attachers(b.attach)
+	s.newPorts = b.ports
 	s.locals = make(map[uint32][]macKey)
 	for k, d := range s.dests {
 		if d.Kind.isLocal() {
@@ -79,13 +82,13 @@ func (e *Engine) look(ctx context.Context, b build, o *objects) (*snapshot, erro
 		}
 	}
 	for _, l := range s.host.byIndex {
-		if v, ok := l.(*netlink.Veth); ok {
-			own, ok := parseAlias(e.cfg.Node, v.Alias)
+		v, isVeth := l.(*netlink.Veth)
+		if own, ok := parseAlias(e.cfg.Node, l.Attrs().Alias); ok && (isVeth || linux.IsNetkit(l)) {
 			switch {
-			case ok && own.isUplink && v.Name == weft.UplinkName(own.vni):
+			case !own.isUplink:
+				s.near[own.vni] = append(s.near[own.vni], nearEnd{own, l})
+			case isVeth && v.Name == weft.UplinkName(own.vni):
 				s.uplinks[own.vni] = v
-			case ok && !own.isUplink:
-				s.near[own.vni] = append(s.near[own.vni], nearEnd{own, v})
 			}
 		}
 	}
@@ -311,13 +314,13 @@ func detachedReason(device string) string { return "the program of " + device + 
 // network's tables: what is left there is of others, or stray. A port that is
 // not as it should be has a Fault and nothing else.
 func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables) linux.Far {
-	l := near.link
+	l := near.link.Attrs()
 	fault := func(format string, args ...any) linux.Far { return linux.Far{Fault: fmt.Sprintf(format, args...)} }
 	name := near.leg
 	if name == "" {
 		name = near.port.IfName
 	}
-	f, err := linux.ReadFar(l, near.port.NetNS, name)
+	f, err := linux.ReadFar(near.link, near.port.NetNS, name)
 	val, ok := s.ports[uint32(l.Index)]
 	addrs := s.takeOut(near, val.MAC, vxlan.MACOf(f.MAC), t)
 	if tunnel == 0 { // which is the device's fault: its repair renews the entry (an encrypted network has none)
@@ -337,7 +340,9 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 		return fault("%s was down", l.Name)
 	case l.MTU != int(head.MTU):
 		return fault("%s had an MTU of %d instead of %d", l.Name, l.MTU, head.MTU)
-	case !s.via.isAttached(portHook(l.Name, l.Index)):
+	case linux.PairFault(near.link) != "":
+		return fault("%s", linux.PairFault(near.link))
+	case !s.via.isAttached(portHook(near.link)):
 		return fault("the program of %s was detached", l.Name)
 	}
 	if err != nil {
@@ -367,7 +372,7 @@ func (s *snapshot) port(near nearEnd, head netValue, tunnel int, t *vxlan.Tables
 // does. It returns the addresses that are answered with them.
 func (s *snapshot) takeOut(near nearEnd, mac, far vxlan.MAC, t *vxlan.Tables) []netip.Addr {
 	var macs []vxlan.MAC
-	for _, k := range s.locals[uint32(near.link.Index)] {
+	for _, k := range s.locals[uint32(near.link.Attrs().Index)] {
 		if k.VNI == near.vni {
 			macs = append(macs, k.MAC)
 		}

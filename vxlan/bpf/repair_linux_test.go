@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -85,7 +86,7 @@ func testRepair(t *testing.T, way string) {
 		spoil func() error
 		want  string // kinds of the repairs, with commas
 	}
-	ways := map[string][]damage{
+	own := map[string][]damage{
 		AttachTCX: {
 			{"link of a port unpinned", unpin("links", near), "port wrong"},
 			{"all links unpinned", unpin("links", "*"), "device wrong,device wrong,port wrong,port wrong"},
@@ -98,6 +99,19 @@ func testRepair(t *testing.T, way string) {
 			{"qdisc of a port gone", func() error { return h.inHost(near, h.delQdisc) }, "port wrong"},
 			{"program of the underlay replaced", func() error { return h.inHost("under0", h.replaceFilter) }, "device wrong"},
 			{"program of a port replaced", func() error { return h.inHost(near, h.replaceFilter) }, "port wrong"},
+		},
+		PortsNetkit: {
+			{"link of a port unpinned", unpin("netkit", near), "port wrong"},
+			{"all links unpinned", func() error { return errors.Join(unpin("links", "*")(), unpin("netkit", "*")()) }, "device wrong,device wrong,port wrong,port wrong"},
+			{"link of another pair pinned", func() error { return h.pinAnother(near) }, "port wrong"},
+			{"program of a port replaced", func() error {
+				l, err := link.LoadPinnedLink(h.engine().path("netkit", near), nil)
+				if err != nil {
+					return err
+				}
+				return errors.Join(l.Update(stranger(t)), l.Close())
+			}, "port wrong"},
+			{"what no program has seen let through", func() error { return h.inHost(near, letThrough) }, "port wrong"},
 		},
 	}
 	for _, c := range append([]damage{
@@ -144,7 +158,7 @@ func testRepair(t *testing.T, way string) {
 		{"a program unpinned", unpin("progs", "from_task-*"), "program missing"},
 		{"a map unpinned", unpin("macs"), "map missing"},
 		{"all maps unpinned", func() error {
-			return errors.Join(unpin("macs")(), unpin("eps")(), unpin("ports")(), unpin("nets")(), unpin("hooks")(), unpin("counts")(), unpin("natives")(), unpin("echoes")())
+			return errors.Join(unpin("macs")(), unpin("eps")(), unpin("ports")(), unpin("nets")(), unpin("hooks")(), unpin("counts")(), unpin("natives")(), unpin("echoes")(), unpin("epoch")())
 		}, "map missing"},
 		{"forward unhooked", func() error { return h.pinnedMap("hooks").Delete(uint32(hookForward)) }, "hook wrong"},
 		{"bpffs unmounted", func() error { return unix.Unmount(h.engine().cfg.Dir, unix.MNT_DETACH) }, "map missing"},
@@ -163,7 +177,7 @@ func testRepair(t *testing.T, way string) {
 		{"port address", far(func(l netlink.Link) error {
 			return netlink.AddrReplace(l, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 100, 0, 250), Mask: net.CIDRMask(24, 32)}})
 		}), "port wrong"},
-	}, ways[way]...) {
+	}, own[way]...) {
 		t.Run(c.name, func(t *testing.T) {
 			must(t, c.spoil())
 			if ops := vxlan.Diff(h.read(), m.want[h]); len(ops) == 0 {
@@ -355,7 +369,7 @@ func testUpgrade(t *testing.T, way string) {
 	again, err := New(h.engine().cfg)
 	must(t, err)
 	again.build = func() (build, error) {
-		b, err := newBuild("")
+		b, err := newBuild(inWay(Config{}, way).Attach, inWay(Config{}, way).Ports)
 		b.hash = "anotherbuild"
 		return b, err
 	}

@@ -59,15 +59,31 @@ type plan struct {
 	under6 bool
 	mtu    int    // of the underlay
 	direct bool   // two hosts on one veth, without the bridge
-	way    string // in which programs are attached; "" = as the engine chooses
+	way    string // one of ways; "" = as the engine chooses
 	// bridges has the numbers of hosts that run the bridge engine.
 	bridges []int
+}
+
+// ways are those in which programs are attached, and the first of them with tasks'
+// ports of netkit.
+var ways = []string{AttachTCX, AttachClsact, PortsNetkit}
+
+// inWay makes an engine's configuration that of a way.
+func inWay(cfg Config, way string) Config {
+	cfg.Attach, cfg.Ports = way, PortsVeth
+	switch way {
+	case "":
+		cfg.Ports = ""
+	case PortsNetkit:
+		cfg.Attach, cfg.Ports = AttachTCX, PortsNetkit
+	}
+	return cfg
 }
 
 // eachWay runs a test with programs attached in each way.
 func eachWay(t *testing.T, f func(t *testing.T, way string)) {
 	netnstest.NeedRoot(t)
-	for _, way := range []string{AttachTCX, AttachClsact} {
+	for _, way := range ways {
 		t.Run(way, func(t *testing.T) {
 			needWay(t, way)
 			f(t, way)
@@ -92,17 +108,20 @@ func isTooOld(t *testing.T, way string) bool {
 			return err
 		}
 		defer p.Close()
-		if way == AttachTCX {
+		switch way {
+		case AttachTCX:
 			l, err := link.AttachTCX(link.TCXOptions{Interface: 1, Program: p, Attach: ebpf.AttachTCXIngress})
 			if err != nil {
 				return err
 			}
 			return l.Close()
+		case PortsNetkit:
+			return netlink.LinkAdd(&netlink.Netkit{LinkAttrs: netlink.LinkAttrs{Name: "any0"}})
 		}
 		return netlink.QdiscAdd(&netlink.GenericQdisc{QdiscType: "clsact",
 			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: 1, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
 	})
-	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOENT) {
+	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
 		return true
 	}
 	must(t, err)
@@ -217,7 +236,7 @@ func (h *testHost) start() {
 	if h.bridge {
 		h.k, err = linux.New(linux.Config{Node: h.node, NetNSDir: h.dir, Log: log})
 	} else {
-		h.k, err = New(Config{Node: h.node, Dir: h.dir + "-bpf", NetNSDir: h.dir, Log: log, Attach: h.way, Repaired: h.note})
+		h.k, err = New(inWay(Config{Node: h.node, Dir: h.dir + "-bpf", NetNSDir: h.dir, Log: log, Repaired: h.note}, h.way))
 	}
 	must(t, err)
 	t.Cleanup(func() {
@@ -275,9 +294,7 @@ func (h *testHost) read() vxlan.State {
 // restart makes the host's engine anew, as the next daemon would.
 func (h *testHost) restart(way string) {
 	h.t.Helper()
-	cfg := h.engine().cfg
-	cfg.Attach = way
-	e, err := New(cfg)
+	e, err := New(inWay(h.engine().cfg, way))
 	must(h.t, err)
 	h.k, h.way = e, way
 }

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
@@ -42,6 +43,18 @@ type MACValue = epValue
 
 // ValueOf makes the value of a hardware address.
 func ValueOf(m vxlan.MAC) MACValue { return MACValue{MAC: m} }
+
+// PortValue is what the programs know of the port at the far end of a veth, by
+// whose index MapPorts has it (struct port).
+type PortValue = portValue
+
+// AttachByTCX attaches a program to a link of the calling namespace by tcx, behind
+// those that are there. The link is the caller's to pin or close.
+func AttachByTCX(ifindex int, p *ebpf.Program, at ebpf.AttachType) (link.Link, error) {
+	return patiently(func() (link.Link, error) {
+		return link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: at})
+	})
+}
 
 // Dump reads a whole map. Entries that change meanwhile may be seen or not.
 func Dump[K comparable, V any](m *ebpf.Map) (map[K]V, error) { return dump[K, V](m) }

@@ -95,7 +95,7 @@ func (w *writer) sweepHooks(needed map[string]hook) error {
 	}
 	for _, l := range links {
 		if _, ok := parseAlias(w.e.cfg.Node, l.Attrs().Alias); ok {
-			h := portHook(l.Attrs().Name, l.Attrs().Index)
+			h := portHook(l)
 			needed[h.pin] = h
 		}
 	}

@@ -11,7 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tcx is the attacher of pinned links.
+// Folders of the pins of links.
+const (
+	tcxDir    = "links"
+	netkitDir = "netkit"
+)
+
+// tcx is the attacher of pinned links at the ingress of devices.
 type tcx struct {
 	e *Engine
 	o *objects
@@ -24,7 +30,7 @@ func (t *tcx) isAttached(h hook) bool {
 }
 
 func (t *tcx) look(pin string) (ifindex int, prog ebpf.ProgramID) {
-	l, err := link.LoadPinnedLink(t.e.path("links", pin), nil)
+	l, err := link.LoadPinnedLink(t.e.path(tcxDir, pin), nil)
 	if err != nil {
 		return 0, 0
 	}
@@ -47,7 +53,7 @@ func attachment(l link.Link) (ifindex int, prog ebpf.ProgramID) {
 }
 
 func (t *tcx) attach(h hook) error {
-	path := t.e.path("links", h.pin)
+	path := t.e.path(tcxDir, h.pin)
 	if l, err := link.LoadPinnedLink(path, nil); err == nil {
 		defer l.Close()
 		at, prog := attachment(l)
@@ -81,8 +87,14 @@ const (
 )
 
 func attachTCX(ifindex int, p *ebpf.Program) (link.Link, error) {
+	return patiently(func() (link.Link, error) {
+		return link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: ebpf.AttachTCXIngress})
+	})
+}
+
+func patiently(attach func() (link.Link, error)) (link.Link, error) {
 	for try := 1; ; try++ {
-		l, err := link.AttachTCX(link.TCXOptions{Interface: ifindex, Program: p, Attach: ebpf.AttachTCXIngress})
+		l, err := attach()
 		if !errors.Is(err, unix.EEXIST) || try == attachTries {
 			return l, err
 		}
@@ -91,7 +103,7 @@ func attachTCX(ifindex int, p *ebpf.Program) (link.Link, error) {
 }
 
 func (t *tcx) standing() ([]hook, error) {
-	pins, err := t.e.linkPins()
+	pins, err := t.e.pinsIn(tcxDir)
 	if err != nil {
 		return nil, err
 	}
@@ -99,15 +111,18 @@ func (t *tcx) standing() ([]hook, error) {
 	for _, pin := range pins {
 		at, id := t.look(pin)
 		if prog := t.o.ours(id); at != 0 && prog != "" {
-			out = append(out, hook{pin, at, prog})
+			out = append(out, hook{pin: pin, ifindex: at, prog: prog})
 		}
 	}
 	return out, nil
 }
 
-// sweep unpins: a link without a pin goes.
-func (t *tcx) sweep(keep map[string]hook) error {
-	pins, err := t.e.linkPins()
+func (t *tcx) sweep(keep map[string]hook) error { return t.e.unpin(tcxDir, keep) }
+
+// unpin removes the pins of links in a folder but those to keep: a link without a
+// pin goes.
+func (e *Engine) unpin(dir string, keep map[string]hook) error {
+	pins, err := e.pinsIn(dir)
 	if err != nil {
 		return err
 	}
@@ -116,16 +131,16 @@ func (t *tcx) sweep(keep map[string]hook) error {
 		if _, ok := keep[pin]; ok {
 			continue
 		}
-		if err := os.Remove(t.e.path("links", pin)); err != nil && !isAbsent(err) {
+		if err := os.Remove(e.path(dir, pin)); err != nil && !isAbsent(err) {
 			errs = append(errs, fmt.Errorf("remove link %s: %w", pin, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// linkPins lists the pins of links.
-func (e *Engine) linkPins() ([]string, error) {
-	entries, err := os.ReadDir(e.path("links"))
+// pinsIn lists the pins of links in a folder.
+func (e *Engine) pinsIn(dir string) ([]string, error) {
+	entries, err := os.ReadDir(e.path(dir))
 	if isAbsent(err) {
 		return nil, nil
 	}

@@ -38,10 +38,11 @@ func (w *writer) setUplink(vni uint32, mtu int) error {
 		}
 	}
 	p := linux.Pair{Name: name, Alias: alias, MTU: mtu, NetNS: w.e.cryptPath(), FarName: weft.RouterName(vni), FarMAC: weft.RouterMAC(vni)}
-	index, err := p.Set()
+	near, err := p.Set()
 	if err != nil {
 		return err
 	}
+	index := near.Attrs().Index
 	if err := w.host.refresh(); err != nil {
 		return err
 	}
@@ -49,7 +50,7 @@ func (w *writer) setUplink(vni uint32, mtu int) error {
 	if err := w.put(overlayMapPorts, uint32(index), uplinkPort(vni)); err != nil {
 		return err
 	}
-	return w.via.attach(portHook(name, index))
+	return w.via.attach(portHook(near))
 }
 
 // delUplink removes the uplink, if there is one. Entries that lead there go with
@@ -81,7 +82,7 @@ func (s *snapshot) uplinkFault(vni uint32, head netValue) string {
 		return fmt.Sprintf("%s had an MTU of %d instead of %d", up.Name, up.MTU, head.MTU)
 	case s.ports[uint32(up.Index)] != uplinkPort(vni):
 		return "the entry of " + up.Name + " was gone or damaged"
-	case !s.via.isAttached(portHook(up.Name, up.Index)):
+	case !s.via.isAttached(portHook(up)):
 		return detachedReason(up.Name)
 	}
 	fault, err := linux.RouterFault(s.e.cryptPath(), vni, up)

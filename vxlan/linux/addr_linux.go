@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -111,6 +112,22 @@ func HostPrefixes() ([]netip.Prefix, error) {
 		return a.Bits() - b.Bits()
 	})
 	return slices.Compact(out), nil
+}
+
+// HostAddrs returns the addresses of the host's own links that a published port can
+// be bound to: not the loopback's own (127.0.0.1, ::1), which every host has, not
+// those of one link only, and not those of weft's links. Sorted.
+func HostAddrs() ([]weft.HostAddr, error) {
+	var out []weft.HostAddr
+	err := eachAddr(func(l netlink.Link, p netip.Prefix) {
+		if a := p.Addr().Unmap(); !isOurs(l) && !a.IsLoopback() && !(a.Is6() && a.IsLinkLocalUnicast()) {
+			out = append(out, weft.HostAddr{Interface: l.Attrs().Name, Addr: a})
+		}
+	})
+	slices.SortFunc(out, func(a, b weft.HostAddr) int {
+		return cmp.Or(cmp.Compare(a.Interface, b.Interface), a.Addr.Compare(b.Addr))
+	})
+	return slices.Compact(out), err
 }
 
 // AddrCandidates returns the global unicast addresses of the host's own links

@@ -58,14 +58,8 @@ func (w *writer) inside(op vxlan.Op) error {
 		return w.setNetwork(h, *op.Network)
 	case vxlan.OpSetDevice:
 		return w.setDevice(h, *op.Network)
-	case vxlan.OpSetFDB:
-		return w.setFDB(h, op)
-	case vxlan.OpDelFDB:
-		return w.delFDB(h, op)
-	case vxlan.OpSetNeigh:
-		return h.conn.NeighSet(&netlink.Neigh{LinkIndex: h.bridge, State: netlink.NUD_PERMANENT, IP: op.Addr.AsSlice(), HardwareAddr: op.MAC})
-	case vxlan.OpDelNeigh:
-		return unlessGone(h.conn.NeighDel(&netlink.Neigh{LinkIndex: h.bridge, IP: op.Addr.AsSlice()}))
+	case vxlan.OpSetFDB, vxlan.OpDelFDB, vxlan.OpSetNeigh, vxlan.OpDelNeigh:
+		return h.conn.write(h.writes(op))
 	case vxlan.OpSetPort:
 		return w.setPort(h, op.VNI, *op.Port)
 	case vxlan.OpDelPort:
@@ -76,13 +70,6 @@ func (w *writer) inside(op vxlan.Op) error {
 		return h.conn.remove(legPeer)
 	}
 	return fmt.Errorf("operation %s is not known", op.Kind)
-}
-
-func unlessGone(err error) error {
-	if gone(err) {
-		return nil
-	}
-	return err
 }
 
 // net opens the network's namespace once per Apply.
@@ -322,47 +309,47 @@ func (w *writer) setNetwork(h *hidden, n vxlan.Network) error {
 // bridge itself.
 const staticState = netlink.NUD_NOARP | netlink.NUD_REACHABLE
 
-func (w *writer) setFDB(h *hidden, op vxlan.Op) error {
-	e := netlink.Neigh{LinkIndex: h.tunnel, Family: unix.AF_BRIDGE, State: staticState, Flags: netlink.NTF_MASTER, HardwareAddr: op.MAC}
-	if op.VTEP.IsValid() {
-		// One message writes both the bridge's and the device's entry.
-		e.Flags |= netlink.NTF_SELF
-		e.IP = op.VTEP.AsSlice()
-		return h.conn.NeighSet(&e)
+// writes are the entries that an operation on one forwarding entry or one neighbour
+// comes down to.
+func (d devices) writes(op vxlan.Op) []write {
+	neigh := netlink.Neigh{LinkIndex: d.bridge, Family: familyOf(op.Addr.Unmap().AsSlice()), IP: op.Addr.Unmap().AsSlice()}
+	entry := netlink.Neigh{LinkIndex: d.tunnel, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: op.MAC}
+	switch op.Kind {
+	case vxlan.OpSetNeigh:
+		neigh.State, neigh.HardwareAddr = netlink.NUD_PERMANENT, op.MAC
+		return []write{{Neigh: neigh}}
+	case vxlan.OpDelNeigh:
+		return []write{{neigh, true}}
+	case vxlan.OpDelFDB:
+		return append([]write{{entry, true}}, d.delSelf(op.MAC)...)
+	case vxlan.OpSetFDB:
+		entry.State = staticState
+		if op.VTEP.IsValid() {
+			// One message writes both the bridge's and the device's entry.
+			entry.Flags |= netlink.NTF_SELF
+			entry.IP = op.VTEP.Unmap().AsSlice()
+			return []write{{Neigh: entry}}
+		}
+		// The bridge answers only for what is behind a port with suppression, so
+		// a service address points at the tunnel, which drops what it does not know.
+		return append([]write{{Neigh: entry}}, d.delSelf(op.MAC)...)
 	}
-	// The bridge answers only for what is behind a port with suppression, so
-	// a service address points at the tunnel, which drops what it does not know.
-	if err := h.conn.NeighSet(&e); err != nil {
-		return err
-	}
-	return w.delSelf(h, op.MAC)
-}
-
-func (w *writer) delFDB(h *hidden, op vxlan.Op) error {
-	e := netlink.Neigh{LinkIndex: h.tunnel, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, HardwareAddr: op.MAC}
-	if err := unlessGone(h.conn.NeighDel(&e)); err != nil {
-		return err
-	}
-	return w.delSelf(h, op.MAC)
+	return nil
 }
 
 // delSelf removes the device's own entry whatever it points at (address 0). An
 // uplink has none.
-func (w *writer) delSelf(h *hidden, mac net.HardwareAddr) error {
-	if h.isUplink {
+func (d devices) delSelf(mac net.HardwareAddr) []write {
+	if d.isUplink || d.tunnel == 0 {
 		return nil
 	}
-	return unlessGone(h.conn.NeighDel(&netlink.Neigh{
-		LinkIndex: h.tunnel, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, HardwareAddr: mac, IP: net.IPv4zero,
-	}))
+	return []write{{netlink.Neigh{
+		LinkIndex: d.tunnel, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, HardwareAddr: mac, IP: net.IPv4zero.To4(),
+	}, true}}
 }
 
 // setLocal points a MAC at a local port.
-func (w *writer) setLocal(h *hidden, link int, mac net.HardwareAddr) error {
-	if h.tunnel != 0 {
-		if err := w.delSelf(h, mac); err != nil {
-			return err
-		}
-	}
-	return h.conn.NeighSet(&netlink.Neigh{LinkIndex: link, Family: unix.AF_BRIDGE, State: staticState, Flags: netlink.NTF_MASTER, HardwareAddr: mac})
+func (h *hidden) setLocal(link int, mac net.HardwareAddr) error {
+	return h.conn.write(append(h.delSelf(mac),
+		write{Neigh: netlink.Neigh{LinkIndex: link, Family: unix.AF_BRIDGE, State: staticState, Flags: netlink.NTF_MASTER, HardwareAddr: mac}}))
 }

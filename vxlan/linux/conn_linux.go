@@ -20,7 +20,7 @@ const linkGroup = 0x7766
 // inside and stay there whichever thread uses them.
 type conn struct {
 	*netlink.Handle
-	raw map[int]*nl.SocketHandle
+	socket
 }
 
 // AnswerLimit bounds the wait for the kernel's answer to one request: one that
@@ -32,19 +32,17 @@ func dial() (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
 	}
-	// -1, -1: stay in the thread's namespace.
-	s, err := nl.GetNetlinkSocketAt(-1, -1, unix.NETLINK_ROUTE)
+	s, err := openSocket()
 	if err != nil {
 		h.Close()
-		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
+		return nil, err
 	}
-	limit := unix.NsecToTimeval(AnswerLimit.Nanoseconds())
-	if err := errors.Join(h.SetSocketTimeout(AnswerLimit), s.SetSendTimeout(&limit), s.SetReceiveTimeout(&limit)); err != nil {
+	if err := h.SetSocketTimeout(AnswerLimit); err != nil {
 		h.Close()
-		s.Close()
+		s.shut()
 		return nil, fmt.Errorf("bound the wait of rtnetlink sockets: %w", err)
 	}
-	return &conn{Handle: h, raw: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+	return &conn{Handle: h, socket: s}, nil
 }
 
 // dialAt opens a connection inside ns.
@@ -58,13 +56,7 @@ func dialAt(ns *netns.Handle) (c *conn, err error) {
 
 func (c *conn) close() {
 	c.Handle.Close()
-	c.raw[unix.NETLINK_ROUTE].Close()
-}
-
-func (c *conn) request(proto, flags int) *nl.NetlinkRequest {
-	req := nl.NewNetlinkRequest(proto, flags)
-	req.Sockets = c.raw
-	return req
+	c.shut()
 }
 
 // portFlags are the IFLA_BRPORT_* switches of a bridge port that matter here.

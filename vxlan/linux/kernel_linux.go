@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/vxlan"
@@ -29,11 +30,12 @@ type Config struct {
 }
 
 // Kernel is the bridge engine. It implements vxlan.Kernel. What is wanted and
-// what is there comes from outside; what it keeps is the audit alone, which
-// tells repairs from changes. Owned by Apply.
+// what is there comes from outside; what it keeps is the audit, which tells
+// repairs from changes, and when it last saw everything. Owned by Apply.
 type Kernel struct {
 	cfg   Config
 	audit vxlan.Audit
+	whole time.Time // of the last pass over everything; zero: it had a fault, or there was none
 }
 
 var _ vxlan.Kernel = (*Kernel)(nil)
@@ -48,6 +50,10 @@ func New(cfg Config) (*Kernel, error) {
 
 // Apply implements vxlan.Kernel.
 func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
+	if k.express(ctx, want) {
+		return nil
+	}
+	k.whole = time.Time{}
 	have, err := k.Read(ctx)
 	if err != nil {
 		return err
@@ -65,6 +71,9 @@ func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
 			k.cfg.Repaired(r)
 		}
 	}
+	if err == nil {
+		k.whole = time.Now()
+	}
 	return err
 }
 
@@ -72,6 +81,11 @@ func (k *Kernel) Apply(ctx context.Context, want vxlan.State) error {
 type hidden struct {
 	ns   *netns.Handle
 	conn *conn
+	devices
+}
+
+// devices are those that a network's entries are about.
+type devices struct {
 	// bridge and tunnel are link indexes, 0 until looked up.
 	bridge, tunnel int
 	// isUplink: tunnel is an encrypted network's uplink, no VXLAN device.

@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -448,6 +450,10 @@ func TestHostFacts(t *testing.T) {
 		if err != nil || !found {
 			t.Errorf("HostPrefixes: %v, %v", ps, err)
 		}
+		bindable, err := HostAddrs()
+		if err != nil || len(bindable) != 1 || bindable[0].Addr != h.vtep() || bindable[0].Interface == "" {
+			t.Errorf("HostAddrs: %v, %v", bindable, err)
+		}
 		as, err := AddrCandidates()
 		if err != nil || len(as) != 1 || as[0] != h.vtep() {
 			t.Errorf("AddrCandidates: %v, %v", as, err)
@@ -472,6 +478,21 @@ func BenchmarkApply1000Peers(b *testing.B) {
 			b.StartTimer()
 			must(b, h.apply(state(full)))
 		}
+	})
+	b.Run("change-1", func(b *testing.B) {
+		must(b, h.apply(state(full)))
+		var took []time.Duration
+		for i := 0; b.Loop(); i++ {
+			n := full
+			n.Peers = append([]vxlan.Peer(nil), full.Peers...)
+			n.Peers[500].MAC = weft.EndpointMAC(weft.ID(fmt.Sprint(i)), n.Peers[500].Addr)
+			start := time.Now()
+			must(b, h.apply(state(n)))
+			took = append(took, time.Since(start))
+		}
+		// The mean has the whole pass that is due every expressFor.
+		slices.Sort(took)
+		b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "median-ms")
 	})
 	b.Run("nothing-to-do", func(b *testing.B) {
 		must(b, h.apply(state(full)))

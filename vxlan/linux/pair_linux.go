@@ -14,9 +14,21 @@ import (
 // LinkGroup marks the links that weft makes beside bridges (IFLA_GROUP).
 const LinkGroup = linkGroup
 
-// Pair is a veth without a bridge, for an engine that hooks into its near end:
+// PairKind is what a Pair is made of.
+type PairKind string
+
+const (
+	PairVeth PairKind = "veth"
+	// PairNetkit runs a program where the far end sends, and drops what it sends
+	// while there is none (Linux 6.7).
+	PairNetkit PairKind = "netkit"
+)
+
+// Pair is two links without a bridge, for an engine that hooks into the near one:
 // that one is in the namespace of the calling thread, the host's.
 type Pair struct {
+	// Kind of a pair that is made; one that stands keeps its own. "" is PairVeth.
+	Kind PairKind
 	// Name of the near end, Alias its ifalias, at most 255 bytes.
 	Name, Alias string
 	MTU         int // of both ends, bytes
@@ -31,47 +43,48 @@ type Pair struct {
 	FarAlias string
 }
 
-// Set makes the pair, or repairs it in place, and returns the near end's index.
+// Set makes the pair, or repairs it in place, and returns the near end as it was
+// before the last changes: its name, index and kind are as they are.
 // The far end is as wanted when it returns, the near end is up.
-func (p Pair) Set() (int, error) {
+func (p Pair) Set() (netlink.Link, error) {
 	if err := aliasFits(p.Alias); err != nil {
-		return 0, err
+		return nil, err
 	}
 	near, err := dial()
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer near.close()
 	ns, err := p.open()
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer ns.Close()
 	far, err := dialAt(ns)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	defer far.close()
-	if p.FarAlias == "" {
-		if err := loopbackUp(far); err != nil {
-			return 0, err
+	if p.FarAlias != "" {
+		if err := p.refuseForeign(near, far); err != nil {
+			return nil, err
 		}
-	} else if err := p.refuseForeign(near, far); err != nil {
-		return 0, err
 	}
 	w, h := &writer{}, &hidden{conn: near}
-	v := veth{name: p.Name, alias: p.Alias, ns: ns, far: far,
+	v := veth{kind: p.Kind, name: p.Name, alias: p.Alias, ns: ns, far: far,
 		end: end{name: p.FarName, mac: p.FarMAC, addrs: p.FarAddrs, mtu: p.MTU, alias: p.FarAlias}}
 	a, b, err := w.pair(h, v)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	if a == nil {
-		if a, b, err = w.addVeth(h, v); err != nil {
-			return 0, err
+	if a != nil {
+		if err := near.setPolicies(a); err != nil {
+			return nil, err
 		}
+	} else if a, b, err = w.addPair(h, v); err != nil {
+		return nil, err
 	}
-	return a.Attrs().Index, p.setUp(near, far, a, b, v.end)
+	return a, p.setUp(near, far, a, b, v.end)
 }
 
 func (p Pair) setUp(near, far *conn, a, b netlink.Link, e end) error {
@@ -123,17 +136,6 @@ func (p Pair) refuseForeign(near, far *conn) error {
 	return nil
 }
 
-func loopbackUp(c *conn) error {
-	lo, err := c.find("lo")
-	if err != nil {
-		return err
-	}
-	if err := c.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set lo up: %w", err)
-	}
-	return nil
-}
-
 // Far is what the far end of a pair has: the addresses as vxlan.Port has them.
 type Far struct {
 	MAC         net.HardwareAddr
@@ -145,7 +147,7 @@ type Far struct {
 // ReadFar looks at the far end of near, which is called name in the namespace
 // at path ("" for the calling thread's own). A namespace that is gone is
 // weft.ErrNotFound.
-func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
+func ReadFar(near netlink.Link, path, name string) (Far, error) {
 	ns, err := Pair{NetNS: path}.open()
 	if err != nil {
 		return Far{}, err
@@ -156,7 +158,7 @@ func ReadFar(near *netlink.Veth, path, name string) (Far, error) {
 		return Far{}, err
 	}
 	defer c.close()
-	e, err := readEnd(c, name, near)
+	e, err := readEnd(c, name, near.Attrs())
 	return Far{MAC: e.mac, Addr: e.addr, Addr6: e.addr6, Fault: e.fault}, err
 }
 

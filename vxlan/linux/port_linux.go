@@ -59,11 +59,6 @@ func (w *writer) setPort(h *hidden, vni uint32, p vxlan.Port) error {
 		return err
 	}
 	defer task.close()
-	if lo, err := task.find("lo"); err != nil {
-		return err
-	} else if err := task.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("set lo up: %w", err)
-	}
 	v := veth{name: weft.PortVethName(p.Task, id), alias: alias, ns: ns, far: task,
 		end: end{name: p.IfName, mac: p.MAC, addrs: p.Addrs(), mtu: br.Attrs().MTU}}
 	return w.setVeth(h, v)
@@ -119,8 +114,9 @@ func (w *writer) setLeg(h *hidden, leg vxlan.HostLeg) error {
 		end: end{name: leg.Name, mac: leg.MAC, addrs: leg.Addrs(), mtu: br.Attrs().MTU, alias: weft.LinkAlias(w.k.cfg.Node)}})
 }
 
-// veth is a pair with its near end on a hidden bridge.
+// veth is a pair with its near end on a hidden bridge, or that of a Pair.
 type veth struct {
+	kind        PairKind
 	name, alias string // of the near end
 	ns          *netns.Handle
 	far         *conn // into ns
@@ -149,7 +145,7 @@ func (w *writer) setVeth(h *hidden, v veth) error {
 		return err
 	}
 	if near == nil {
-		if near, far, err = w.addVeth(h, v); err != nil {
+		if near, far, err = w.addPair(h, v); err != nil {
 			return err
 		}
 	}
@@ -172,7 +168,7 @@ func (w *writer) setVeth(h *hidden, v veth) error {
 	if err := h.conn.LinkSetMTU(near, v.end.mtu); err != nil {
 		return fmt.Errorf("set MTU of %s to %d: %w", v.name, v.end.mtu, err)
 	}
-	if err := w.setLocal(h, near.Attrs().Index, v.end.mac); err != nil {
+	if err := h.setLocal(near.Attrs().Index, v.end.mac); err != nil {
 		return fmt.Errorf("add fdb %s on %s: %w", v.end.mac, v.name, err)
 	}
 	if err := h.conn.LinkSetUp(near); err != nil {
@@ -195,7 +191,7 @@ func (w *writer) pair(h *hidden, v veth) (near, far netlink.Link, err error) {
 	if far, err = v.far.find(v.end.name); err != nil {
 		return nil, nil, err
 	}
-	if near != nil && far != nil && near.Attrs().ParentIndex == far.Attrs().Index && far.Attrs().ParentIndex == near.Attrs().Index {
+	if near != nil && far != nil && near.Attrs().ParentIndex == far.Attrs().Index && far.Attrs().ParentIndex == near.Attrs().Index && isUsable(near) {
 		return near, far, nil
 	}
 	if near != nil {
@@ -213,25 +209,34 @@ func (w *writer) pair(h *hidden, v veth) (near, far netlink.Link, err error) {
 	return nil, nil, nil
 }
 
-// addVeth creates both ends where they belong in one message: moving a link
+// addPair creates both ends where they belong in one message: moving a link
 // between namespaces costs grace periods of the kernel.
-func (w *writer) addVeth(h *hidden, v veth) (near, far netlink.Link, err error) {
+func (w *writer) addPair(h *hidden, v veth) (near, far netlink.Link, err error) {
+	kind := PairVeth
+	if v.kind == PairNetkit {
+		kind, err = PairNetkit, h.conn.addNetkit(v)
+	} else {
+		err = h.conn.addVeth(v)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("add %s %s with peer %s: %w", kind, v.name, v.end.name, err)
+	}
+	if near, err = h.conn.LinkByName(v.name); err != nil {
+		return nil, nil, fmt.Errorf("look up %s %s: %w", kind, v.name, err)
+	}
+	if far, err = v.far.LinkByName(v.end.name); err != nil {
+		return nil, nil, fmt.Errorf("look up %s peer %s: %w", kind, v.end.name, err)
+	}
+	return near, far, nil
+}
+
+func (c *conn) addVeth(v veth) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.Group = v.name, v.end.mtu, linkGroup
-	err = h.conn.LinkAdd(&netlink.Veth{
+	return c.LinkAdd(&netlink.Veth{
 		LinkAttrs: attrs, PeerName: v.end.name, PeerHardwareAddr: v.end.mac, PeerMTU: uint32(v.end.mtu),
 		PeerNamespace: netlink.NsFd(v.ns.FD()),
 	})
-	if err != nil {
-		return nil, nil, fmt.Errorf("add veth %s with peer %s: %w", v.name, v.end.name, err)
-	}
-	if near, err = h.conn.LinkByName(v.name); err != nil {
-		return nil, nil, fmt.Errorf("look up veth %s: %w", v.name, err)
-	}
-	if far, err = v.far.LinkByName(v.end.name); err != nil {
-		return nil, nil, fmt.Errorf("look up veth peer %s: %w", v.end.name, err)
-	}
-	return near, far, nil
 }
 
 // setEnd gives the far end its MTU, MAC and addresses, and nothing else.

@@ -226,7 +226,7 @@ func (k *Kernel) readPort(p vxlan.Port, v *netlink.Veth, fault string, local map
 		return p
 	}
 	err := withNS(p.NetNS, func(c *conn) error {
-		e, err := readEnd(c, p.IfName, v)
+		e, err := readEnd(c, p.IfName, v.Attrs())
 		p.Fault = cmp.Or(e.fault, entryFault(v, local, e))
 		if err == nil && p.Fault == "" {
 			p.MAC, p.Addr, p.Addr6 = e.mac, e.addr, e.addr6
@@ -255,7 +255,7 @@ func (k *Kernel) readLeg(v *netlink.Veth, fault string, local map[int][]vxlan.MA
 		return leg
 	}
 	leg.Name = l.Attrs().Name
-	e, err := readEnd(c, leg.Name, v)
+	e, err := readEnd(c, leg.Name, v.Attrs())
 	if leg.Fault = cmp.Or(fault, e.fault, entryFault(v, local, e)); err != nil && leg.Fault == "" {
 		leg.Fault = err.Error()
 	}
@@ -281,8 +281,8 @@ type farEnd struct {
 	fault       string // why it is not as it should be; "" = it is
 }
 
-// readEnd reads the other end of a veth.
-func readEnd(c *conn, name string, peer *netlink.Veth) (farEnd, error) {
+// readEnd reads the other end of a pair.
+func readEnd(c *conn, name string, peer *netlink.LinkAttrs) (farEnd, error) {
 	l, err := c.find(name)
 	if err != nil {
 		return farEnd{}, err

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/weftnet/weft"
 )
 
 var (
@@ -95,9 +97,18 @@ func TestCoreTellsPeers(t *testing.T) {
 	}
 }
 
+// ringOf is a ring of keys, the first of which sends.
+func ringOf(keys ...string) weft.GossipRing {
+	var all []weft.GossipKey
+	for i, k := range keys {
+		all = append(all, weft.GossipKey{Epoch: uint64(i), Key: []byte(k)})
+	}
+	return weft.GossipRing{Sends: all[0], Reads: all[1:]}
+}
+
 // TestFrameIsStable: the format of version 1 does not change.
 func TestFrameIsStable(t *testing.T) {
-	s, err := newSigner([]byte("0123456789abcdef0123456789abcdef"))
+	s, err := newSigner(ringOf("0123456789abcdef0123456789abcdef"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,14 +130,39 @@ func TestFrameIsStable(t *testing.T) {
 	}
 }
 
+// TestFrameOfEachKey: while keys change, probes of nodes that send by either are
+// answered, each by the key that its receiver sends by.
+func TestFrameOfEachKey(t *testing.T) {
+	f := frame{kind: kindProbe, size: 1500, id: 7}
+	for _, c := range []struct {
+		from, to weft.GossipRing
+		want     bool
+	}{
+		{ringOf("a"), ringOf("a", "b"), true}, {ringOf("a", "b"), ringOf("b", "a"), true}, {ringOf("b", "a"), ringOf("a", "b"), true},
+		{ringOf("b"), ringOf("b", "a"), true}, {ringOf("a"), ringOf("b"), false}, {ringOf("b", "a"), ringOf("a"), false},
+	} {
+		from, err := newSigner(c.from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to, err := newSigner(c.to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, ok := to.parse(from.marshal(f, 40)); ok != c.want || ok && got != f {
+			t.Errorf("made by %s, read by %s: %v", c.from.Sends.Key, c.to.Sends.Key, ok)
+		}
+	}
+}
+
 // TestFrameIsAuthentic: no change of a header passes, nor another key; padding is
 // free.
 func TestFrameIsAuthentic(t *testing.T) {
-	s, err := newSigner([]byte("key"))
+	s, err := newSigner(ringOf("key"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := newSigner([]byte("kez"))
+	other, err := newSigner(ringOf("kez"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,9 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"slices"
+
+	"github.com/weftnet/weft"
 )
 
 // A frame is a datagram between two nodes:
@@ -46,19 +49,24 @@ type frame struct {
 	id   uint64
 }
 
-// signer makes and checks frames. It may be used by several goroutines.
-type signer struct{ key []byte }
+// signer makes frames by the first key and checks them by all. It may be used by
+// several goroutines.
+type signer struct{ keys [][]byte }
 
-func newSigner(secret []byte) (signer, error) {
-	key, err := hkdf.Key(sha256.New, secret, nil, "weft path probe 1", sha256.Size)
-	if err != nil {
-		return signer{}, fmt.Errorf("derive key of path probes: %w", err)
+func newSigner(r weft.GossipRing) (signer, error) {
+	var s signer
+	for _, k := range r.Keys() {
+		key, err := hkdf.Key(sha256.New, k.Key, nil, "weft path probe 1", sha256.Size)
+		if err != nil {
+			return signer{}, fmt.Errorf("derive key of path probes: %w", err)
+		}
+		s.keys = append(s.keys, key)
 	}
-	return signer{key}, nil
+	return s, nil
 }
 
-func (s signer) mac(signed []byte) []byte {
-	h := hmac.New(sha256.New, s.key)
+func mac(key, signed []byte) []byte {
+	h := hmac.New(sha256.New, key)
 	h.Write(signed)
 	return h.Sum(nil)[:headerBytes-signedBytes]
 }
@@ -69,7 +77,7 @@ func (s signer) marshal(f frame, n int) []byte {
 	b[0], b[1], b[2] = Magic, version, byte(f.kind)
 	binary.BigEndian.PutUint16(b[4:], uint16(f.size))
 	binary.BigEndian.PutUint64(b[8:], f.id)
-	copy(b[signedBytes:], s.mac(b[:signedBytes]))
+	copy(b[signedBytes:], mac(s.keys[0], b[:signedBytes]))
 	return b
 }
 
@@ -80,8 +88,10 @@ func (s signer) parse(b []byte) (frame, bool) {
 		return frame{}, false
 	}
 	f := frame{kind: kind(b[2]), size: int(binary.BigEndian.Uint16(b[4:])), id: binary.BigEndian.Uint64(b[8:])}
-	if f.kind < kindProbe || f.kind > kindAgain || !hmac.Equal(b[signedBytes:headerBytes], s.mac(b[:signedBytes])) {
+	if f.kind < kindProbe || f.kind > kindAgain {
 		return frame{}, false
 	}
-	return f, true
+	return f, slices.ContainsFunc(s.keys, func(key []byte) bool {
+		return hmac.Equal(b[signedBytes:headerBytes], mac(key, b[:signedBytes]))
+	})
 }

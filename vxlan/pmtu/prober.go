@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -38,8 +39,9 @@ type Config struct {
 	// Listen has the Prober open that port on VTEP itself. Without it,
 	// whoever has the port gives Receive what begins with Magic.
 	Listen bool
-	// Key is the cluster's secret for traffic between members.
-	Key []byte
+	// Keys are the cluster's secrets for traffic between members. SetKeys changes
+	// them.
+	Keys weft.GossipRing
 	// Limit is the largest packet in bytes that this host's own link and
 	// route take towards a peer.
 	Limit func(peer netip.Addr) (int, error)
@@ -57,7 +59,7 @@ type Config struct {
 // the other methods may be called from any goroutine, before Run, too.
 type Prober struct {
 	cfg  Config
-	sign signer
+	sign atomic.Pointer[signer]
 	wake chan struct{} // capacity 1: the core was changed; never closed
 
 	// mu guards: core, mtus, changed.
@@ -74,18 +76,29 @@ func New(cfg Config) (*Prober, error) {
 		return nil, fmt.Errorf("path probes: no tunnel address: %w", weft.ErrInvalid)
 	case cfg.Port == 0:
 		return nil, fmt.Errorf("path probes: no port: %w", weft.ErrInvalid)
-	case len(cfg.Key) == 0 || cfg.Limit == nil || cfg.Proven == nil || cfg.Log == nil:
-		return nil, fmt.Errorf("path probes: key, limit, proven and log are needed: %w", weft.ErrInvalid)
+	case cfg.Limit == nil || cfg.Proven == nil || cfg.Log == nil:
+		return nil, fmt.Errorf("path probes: limit, proven and log are needed: %w", weft.ErrInvalid)
 	}
 	cfg.VTEP = cfg.VTEP.Unmap()
-	sign, err := newSigner(cfg.Key)
-	if err != nil {
-		return nil, err
-	}
-	return &Prober{
-		cfg: cfg, sign: sign, wake: make(chan struct{}, 1), core: newCore(drawID),
+	p := &Prober{
+		cfg: cfg, wake: make(chan struct{}, 1), core: newCore(drawID),
 		mtus: map[netip.Addr]int{}, changed: make(chan struct{}),
-	}, nil
+	}
+	return p, p.SetKeys(cfg.Keys)
+}
+
+// SetKeys changes the keys of probes. When it returns nil, what comes is taken if
+// it is by one of these. An invalid ring is weft.ErrInvalid and changes nothing.
+func (p *Prober) SetKeys(r weft.GossipRing) error {
+	if err := r.Validate(); err != nil {
+		return fmt.Errorf("path probes: %w", err)
+	}
+	sign, err := newSigner(r)
+	if err != nil {
+		return err
+	}
+	p.sign.Store(&sign)
+	return nil
 }
 
 func drawID() uint64 {
@@ -114,14 +127,14 @@ func (p *Prober) MTUs() (map[netip.Addr]int, <-chan struct{}) {
 // Receive takes a datagram that came to the port and returns what to send back
 // to from, nil for nothing. It does not block.
 func (p *Prober) Receive(from netip.AddrPort, b []byte) []byte {
-	f, ok := p.sign.parse(b)
+	f, ok := p.sign.Load().parse(b)
 	if !ok {
 		return nil
 	}
 	peer := from.Addr().Unmap()
 	switch {
 	case f.kind == kindProbe && len(b)+headers(peer) == f.size:
-		return p.sign.marshal(frame{kind: kindAnswer, size: f.size, id: f.id}, 0)
+		return p.sign.Load().marshal(frame{kind: kindAnswer, size: f.size, id: f.id}, 0)
 	case f.kind == kindAgain:
 		p.mu.Lock()
 		p.core.ask(time.Now(), peer)
@@ -209,7 +222,7 @@ func (p *Prober) read(c *net.UDPConn) {
 			continue // an ICMP message about a probe (ECONNREFUSED, EMSGSIZE)
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		if f, ok := p.sign.parse(buf[:n]); ok && f.kind == kindAnswer {
+		if f, ok := p.sign.Load().parse(buf[:n]); ok && f.kind == kindAnswer {
 			p.mu.Lock()
 			p.core.answered(time.Now(), f)
 			p.mu.Unlock()
@@ -294,7 +307,7 @@ func (p *Prober) send(conn *net.UDPConn) time.Duration {
 	next := p.core.next()
 	p.mu.Unlock()
 	for _, k := range packets {
-		b := p.sign.marshal(k.frame, k.size-headers(k.to))
+		b := p.sign.Load().marshal(k.frame, k.size-headers(k.to))
 		_, err := conn.WriteToUDPAddrPort(b, netip.AddrPortFrom(k.to, p.cfg.Port))
 		if errors.Is(err, unix.EMSGSIZE) {
 			p.mu.Lock()

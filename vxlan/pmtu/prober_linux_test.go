@@ -54,7 +54,7 @@ func pair(t *testing.T, a, b string) (nodes [2]*node) {
 		n := &node{ns: path, vtep: netip.MustParseAddr(addr), link: make(chan struct{}, 1)}
 		n.limit.Store(1500)
 		n.Prober, err = New(Config{
-			VTEP: n.vtep, Port: testPort, Listen: true, Key: []byte("secret"), Changed: n.link,
+			VTEP: n.vtep, Port: testPort, Listen: true, Keys: ringOf(strings.Repeat("s", 32)), Changed: n.link,
 			Proven: func(_ netip.Addr, bytes int) error { n.proven.Store(int64(bytes)); return nil },
 			Limit:  func(netip.Addr) (int, error) { return int(n.limit.Load()), nil },
 			Log:    slog.New(slog.NewTextHandler(io.Discard, nil)),
@@ -148,18 +148,18 @@ func TestReceiveIsStrict(t *testing.T) {
 	nodes := pair(t, "10.99.8.1", "10.99.8.2")
 	n := nodes[0]
 	from := netip.MustParseAddrPort("10.99.8.2:4000")
-	good := n.sign.marshal(frame{kind: kindProbe, size: 1300, id: 7}, 1300-28)
+	good := n.sign.Load().marshal(frame{kind: kindProbe, size: 1300, id: 7}, 1300-28)
 	answer := n.Receive(from, good)
-	if f, ok := n.sign.parse(answer); !ok || f != (frame{kind: kindAnswer, size: 1300, id: 7}) || len(answer) != headerBytes {
+	if f, ok := n.sign.Load().parse(answer); !ok || f != (frame{kind: kindAnswer, size: 1300, id: 7}) || len(answer) != headerBytes {
 		t.Fatalf("the answer is %x", answer)
 	}
-	stranger, err := newSigner([]byte("another secret"))
+	stranger, err := newSigner(ringOf("another secret"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range map[string][]byte{
 		"cut": good[:1000], "nothing": nil, "a stranger's": stranger.marshal(frame{kind: kindProbe, size: 1300, id: 7}, 1300-28),
-		"an answer": answer, "a hint": n.sign.marshal(frame{kind: kindAgain}, 0),
+		"an answer": answer, "a hint": n.sign.Load().marshal(frame{kind: kindAgain}, 0),
 	} {
 		if got := n.Receive(from, b); got != nil {
 			t.Errorf("%s is answered with %x", name, got)

@@ -2,12 +2,14 @@ package containerd
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -174,6 +176,9 @@ func (d *Driver) describe(ctx context.Context, c *client.Client, records []image
 		return weft.Image{}, wrap(err, "read image %s", familiar(records[0].Name))
 	}
 	w := weft.Image{ID: id, Size: m.Config.Size, Labels: cfg.Config.Labels, Arch: cfg.Architecture, OS: cfg.OS, Config: imageConfig(cfg.Config)}
+	if err := addHealth(ctx, c, m.Config, &w.Config); err != nil {
+		return weft.Image{}, wrap(err, "read image %s", familiar(records[0].Name))
+	}
 	if cfg.Created != nil {
 		w.Created = *cfg.Created
 	}
@@ -206,6 +211,32 @@ func imageConfig(c ocispec.ImageConfig) weft.ImageConfig {
 	}
 	slices.Sort(out.ExposedPorts)
 	return out
+}
+
+// addHealth reads what Docker adds to an image's configuration: OCI's has no room
+// for it. A check that no service could have is as none.
+func addHealth(ctx context.Context, c *client.Client, d ocispec.Descriptor, to *weft.ImageConfig) error {
+	b, err := content.ReadBlob(ctx, c.ContentStore(), d)
+	if err != nil {
+		return err
+	}
+	return decodeHealth(b, to)
+}
+
+func decodeHealth(b []byte, to *weft.ImageConfig) error {
+	var in struct {
+		Config struct {
+			Healthcheck *weft.HealthCheck // the fields have Docker's names and units
+			Shell       []string
+		} `json:"config"`
+	}
+	if err := json.Unmarshal(b, &in); err != nil {
+		return fmt.Errorf("decode configuration: %w", err)
+	}
+	if h := in.Config.Healthcheck; h != nil && h.Validate("Healthcheck") == nil {
+		to.Health, to.Shell = *h, in.Config.Shell
+	}
+	return nil
 }
 
 // Images implements runtime.Images; newest first.

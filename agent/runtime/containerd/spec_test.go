@@ -190,3 +190,27 @@ func TestConfig(t *testing.T) {
 		t.Errorf("list without a server: %v", err)
 	}
 }
+
+// TestDecodeHealth reads Docker's additions to an image's configuration; a check
+// that cannot be run is as none.
+func TestDecodeHealth(t *testing.T) {
+	for text, want := range map[string]weft.ImageConfig{
+		`{"config":{"Healthcheck":{"Test":["CMD-SHELL","true"],"Interval":30000000000,"Timeout":5000000000,"StartPeriod":1000000000,"StartInterval":2000000000,"Retries":4},"Shell":["/bin/bash","-c"]}}`: {
+			Health: weft.HealthCheck{Test: []string{"CMD-SHELL", "true"}, Interval: 30 * time.Second, Timeout: 5 * time.Second, StartPeriod: time.Second, StartInterval: 2 * time.Second, Retries: 4},
+			Shell:  []string{"/bin/bash", "-c"},
+		},
+		`{"config":{"Healthcheck":{"Test":["NONE"]}}}`:                    {Health: weft.HealthCheck{Test: []string{"NONE"}}},
+		`{"config":{"Healthcheck":{"Test":["RUN","x"]}}}`:                 {},
+		`{"config":{"Healthcheck":{"Test":["CMD","x"],"Retries":-1}}}`:    {},
+		`{"config":{"Env":["A=b"],"Shell":["/bin/bash","-c"]}}`:           {},
+		`{"architecture":"amd64","config":{"Healthcheck":null},"x":true}`: {},
+	} {
+		var got weft.ImageConfig
+		if err := decodeHealth([]byte(text), &got); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %+v, %v", text, got, err)
+		}
+	}
+	if err := decodeHealth([]byte(`{"config":{"Healthcheck":{"Test":"x"}}}`), &weft.ImageConfig{}); err == nil {
+		t.Error("no error about a test that is no list")
+	}
+}

@@ -4,6 +4,7 @@ package sandboxtest
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -85,6 +86,21 @@ func (m *Maker) Destroy(ctx context.Context, task weft.ID) error {
 	delete(m.made, task)
 	delete(m.specs, task)
 	return nil
+}
+
+// Keep implements sandbox.Maker: sandboxes that are there take the spec.
+func (m *Maker) Keep(ctx context.Context, specs []sandbox.Spec) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	errs := []error{cmp.Or(ctx.Err(), m.err)}
+	for _, s := range specs {
+		if err := s.Validate(); err != nil {
+			errs = append(errs, err)
+		} else if _, ok := m.made[s.Task]; ok && errs[0] == nil {
+			m.specs[s.Task] = s
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // List implements sandbox.Maker, sorted by task.

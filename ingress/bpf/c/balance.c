@@ -6,27 +6,16 @@
  * answers the client directly.
  */
 #include "../../../vxlan/bpf/c/answer.h"
+#include "rings.h"
 
-#define MAX_SERVICES 16384
-#define MAX_SLOTS (1 << 20)
 #define MAX_FLOWS (1 << 16)
+#define MAX_PASSING (1 << 15)
+#define MAX_PIECES (1 << 12)
 
+#define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
-
-/* A ring is named after its contents; size is a power of two, 0 = nobody. */
-struct service {
-	u64 ring;
-	u32 size;
-	u32 zero;
-};
-
-struct slot {
-	u64 ring;
-	u32 index;
-	u32 zero;
-};
 
 struct flow {
 	u32 vni;
@@ -36,27 +25,48 @@ struct flow {
 };
 
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_SERVICES);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct ep_key);
-	__type(value, struct service);
-} services SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_SLOTS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct slot);
-	__type(value, struct ep);
-} slots SEC(".maps");
-
-struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_FLOWS);
 	__type(key, struct flow);
 	__type(value, struct ep);
 } flows SEC(".maps");
+
+/*
+ * Flows that pass: what is no TCP, and TCP of which the client has closed its half.
+ * Short ones crowd out each other here, and no open connection that is silent.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_PASSING);
+	__type(key, struct flow);
+	__type(value, struct ep);
+} passing SEC(".maps");
+
+/* Datagrams in pieces under way, by their identification in the place of the ports. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_PIECES);
+	__type(key, struct flow);
+	__type(value, struct ep);
+} pieces SEC(".maps");
+
+struct fragment { /* RFC 8200 section 4.5 */
+	u8 next, zero;
+	u16 off;
+	u32 id;
+};
+
+#define IPPROTO_FRAGMENT 44
+#define MORE 0x2000	   /* RFC 791: another piece follows */
+#define OFFSET 0x1fff	   /* where in the datagram this one begins */
+#define OFFSET6 0xfff8	   /* RFC 8200 */
+#define ICMP_HEADER 8	   /* RFC 792, RFC 4443: what an error quotes begins behind it */
+#define ICMP_TIME 11	   /* RFC 792: time exceeded */
+#define ICMP_PARAMETER 12  /* RFC 792: the last of the errors */
+#define ICMPV6_PARAMETER 4 /* RFC 4443: likewise */
+
+/* What of a datagram a packet is. */
+enum part { WHOLE, FIRST, LATER };
 
 /* The finaliser of splitmix64 over the words of a flow. */
 static inline_always u32 spread(const struct flow *f)
@@ -181,32 +191,15 @@ static inline_always int refuse(struct __sk_buff *skb, int v4, u32 proto)
 	return drop(NO_BALANCER);
 }
 
-/*
- * choose takes the backend of a new flow from its service's ring. The ring may
- * be replaced between the two lookups: then the second try sees the new one.
- */
+/* choose takes the backend of a new flow from its service's ring. */
 static inline_always struct ep *choose(const struct flow *f)
 {
 	struct ep_key key = {.vni = f->vni, .addr = f->dst};
-	struct slot at = {};
-	struct service *s;
-	struct ep *ep;
 
-#pragma unroll
-	for (int try = 0; try < 2; try++) {
-		s = bpf_map_lookup_elem(&services, &key);
-		if (!s || !s->size)
-			return 0;
-		at.ring = s->ring;
-		at.index = spread(f) & (s->size - 1);
-		ep = bpf_map_lookup_elem(&slots, &at);
-		if (ep)
-			return ep;
-	}
-	return 0;
+	return pick(&key, spread(f));
 }
 
-/* ports reads those of TCP and UDP. A fragment has none: all of one datagram must go one way. */
+/* ports reads those of TCP and UDP. */
 static inline_always int ports_of(struct __sk_buff *skb, void *l4, struct flow *f, u8 *flags)
 {
 	struct udp *udp = l4;
@@ -227,15 +220,123 @@ static inline_always int ports_of(struct __sk_buff *skb, void *l4, struct flow *
 	return 0;
 }
 
+/*
+ * quoted4 reads the flow that an ICMP error is about: of the quoted packet, which
+ * was an answer, the two ends the other way round. 0: it is no error, or quotes
+ * nothing with ports.
+ */
+static inline_always int quoted4(struct __sk_buff *skb, struct flow *f)
+{
+	const u32 at = sizeof(struct eth) + sizeof(struct ipv4);
+	struct {
+		u8 icmp[ICMP_HEADER];
+		struct ipv4 ip;
+		u16 src, dst;
+	} *q;
+
+	if (linear(skb, at + sizeof(*q)))
+		return 0;
+	q = bytes(skb) + at;
+	if ((void *)(q + 1) > end(skb) || q->ip.vihl != 0x45)
+		return 0;
+	if (q->icmp[0] != ICMP_UNREACH && q->icmp[0] != ICMP_TIME && q->icmp[0] != ICMP_PARAMETER)
+		return 0;
+	f->src = mapped(q->ip.dst);
+	f->dst = mapped(q->ip.src);
+	f->proto = q->ip.proto;
+	f->sport = q->dst;
+	f->dport = q->src;
+	return f->proto == IPPROTO_TCP || f->proto == IPPROTO_UDP;
+}
+
+static inline_always int quoted6(struct __sk_buff *skb, struct flow *f)
+{
+	const u32 at = sizeof(struct eth) + sizeof(struct ipv6);
+	struct {
+		u8 icmp[ICMP_HEADER];
+		struct ipv6 ip;
+		u16 src, dst;
+	} *q;
+
+	if (linear(skb, at + sizeof(*q)))
+		return 0;
+	q = bytes(skb) + at;
+	if ((void *)(q + 1) > end(skb) || !q->icmp[0] || q->icmp[0] > ICMPV6_PARAMETER)
+		return 0;
+	memcpy(f->src.w, q->ip.dst, 16);
+	memcpy(f->dst.w, q->ip.src, 16);
+	f->proto = q->ip.next;
+	f->sport = q->dst;
+	f->dport = q->src;
+	return f->proto == IPPROTO_TCP || f->proto == IPPROTO_UDP;
+}
+
+/* piece6 reads a fragment header, and the ports behind it, which only the first has. */
+static inline_always int piece6(struct __sk_buff *skb, struct flow *f, u8 *flags, u32 *id)
+{
+	const u32 at = sizeof(struct eth) + sizeof(struct ipv6);
+	struct fragment *fr;
+
+	if (linear(skb, at + sizeof(*fr) + sizeof(struct tcp)))
+		return -1;
+	fr = bytes(skb) + at;
+	if ((void *)(fr + 1) > end(skb))
+		return -1;
+	f->proto = fr->next;
+	*id = fr->id;
+	if (fr->off & htons(OFFSET6))
+		return LATER;
+	return ports_of(skb, fr + 1, f, flags) ? -1 : FIRST;
+}
+
+/* known is where a flow went last. */
+static inline_always struct ep *known(const struct flow *f)
+{
+	struct ep *ep = 0;
+
+	if (f->proto == IPPROTO_TCP)
+		ep = bpf_map_lookup_elem(&flows, f);
+	return ep ? ep : bpf_map_lookup_elem(&passing, f);
+}
+
+/* to_backend gives the packet back with the hardware address of a backend. */
+static inline_always int to_backend(struct __sk_buff *skb, const struct ep *ep)
+{
+	struct eth *eth = bytes(skb);
+
+	if ((void *)(eth + 1) > end(skb))
+		return drop(MALFORMED);
+	eth->dst = ep->mac;
+	bpf_tail_call(skb, &hooks, HOOK_FORWARD);
+	return drop(NO_BALANCER);
+}
+
+/*
+ * A later piece goes where the first one went. One that has overtaken it is chosen
+ * by addresses; nobody is told that it goes nowhere (RFC 1122 section 3.2.2).
+ */
+static inline_always int later(struct __sk_buff *skb, const struct flow *key, const struct flow *f)
+{
+	struct ep chosen, *ep = bpf_map_lookup_elem(&pieces, key);
+
+	if (!ep)
+		ep = choose(f);
+	if (!ep)
+		return drop(NO_BALANCER);
+	chosen = *ep;
+	return to_backend(skb, &chosen);
+}
+
 SEC("tc/balance")
 int balance(struct __sk_buff *skb)
 {
 	u32 ifindex = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
-	struct flow f = {};
+	struct flow f = {}, key;
 	struct eth *eth;
 	struct ep *ep, chosen;
-	int v4;
+	int v4, part = WHOLE;
+	u32 id = 0;
 	u8 flags = 0;
 
 	eth = bytes(skb);
@@ -251,7 +352,11 @@ int balance(struct __sk_buff *skb)
 		f.src = mapped(ip->src);
 		f.dst = mapped(ip->dst);
 		f.proto = ip->proto;
-		if (ip->vihl == 0x45 && !(ip->frag & htons(0x3fff)) && ports_of(skb, ip + 1, &f, &flags))
+		if (unlikely(ip->frag & htons(MORE | OFFSET))) {
+			part = ip->frag & htons(OFFSET) ? LATER : FIRST;
+			id = ip->id;
+		}
+		if (ip->vihl == 0x45 && part != LATER && ports_of(skb, ip + 1, &f, &flags))
 			return drop(MALFORMED);
 	} else {
 		struct ipv6 *ip = (void *)(eth + 1);
@@ -261,29 +366,58 @@ int balance(struct __sk_buff *skb)
 		memcpy(f.src.w, ip->src, 16);
 		memcpy(f.dst.w, ip->dst, 16);
 		f.proto = ip->next;
-		if (ports_of(skb, ip + 1, &f, &flags))
+		if (unlikely(f.proto == IPPROTO_FRAGMENT)) {
+			part = piece6(skb, &f, &flags, &id);
+			if (part < 0)
+				return drop(MALFORMED);
+		} else if (ports_of(skb, ip + 1, &f, &flags)) {
 			return drop(MALFORMED);
+		}
+	}
+	if (unlikely(part)) {
+		key = f;
+		key.sport = id;
+		key.dport = id >> 16;
+		if (part == LATER)
+			return later(skb, &key, &f);
+	} else if (v4 ? f.proto == IPPROTO_ICMP : f.proto == IPPROTO_ICMPV6) {
+		struct flow about = {.vni = f.vni};
+
+		/* One about an unknown flow goes where that flow would. */
+		if (v4 ? quoted4(skb, &about) : quoted6(skb, &about)) {
+			ep = known(&about);
+			if (!ep)
+				ep = choose(&about);
+			if (!ep)
+				return drop(NO_BALANCER);
+			chosen = *ep;
+			return to_backend(skb, &chosen);
+		}
 	}
 	ep = 0;
 	if ((flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
-		ep = bpf_map_lookup_elem(&flows, &f);
+		ep = known(&f);
+	else
+		bpf_map_delete_elem(&passing, &f);
 	if (!ep) {
 		ep = choose(&f);
-		if (!ep)
-			return refuse(skb, v4, f.proto);
+		if (!ep) /* an answer is made of what stands behind the IP header */
+			return v4 || !part ? refuse(skb, v4, f.proto) : drop(NO_BALANCER);
 		chosen = *ep;
-		bpf_map_update_elem(&flows, &f, &chosen, 0);
+		if (f.proto == IPPROTO_TCP)
+			bpf_map_update_elem(&flows, &f, &chosen, 0);
+		else
+			bpf_map_update_elem(&passing, &f, &chosen, 0);
 	} else {
 		chosen = *ep;
 	}
-	if (flags & TCP_RST)
+	if (flags & TCP_FIN)
+		bpf_map_update_elem(&passing, &f, &chosen, 0);
+	if (flags & (TCP_FIN | TCP_RST))
 		bpf_map_delete_elem(&flows, &f);
-	eth = bytes(skb);
-	if ((void *)(eth + 1) > end(skb))
-		return drop(MALFORMED);
-	eth->dst = chosen.mac;
-	bpf_tail_call(skb, &hooks, HOOK_FORWARD);
-	return drop(NO_BALANCER);
+	if (unlikely(part))
+		bpf_map_update_elem(&pieces, &key, &chosen, 0);
+	return to_backend(skb, &chosen);
 }
 
 char _license[] SEC("license") = "Apache-2.0";

@@ -5,7 +5,7 @@
  * addresses alone must tell the receiver what VXLAN's headers would: is_plain.
  */
 #pragma once
-#include "overlay.h"
+#include "recent.h"
 
 #define MAX_ECHOES 65536
 
@@ -160,9 +160,11 @@ static inline_always int probed(struct __sk_buff *skb, u32 vni, const struct des
  */
 static inline_always int received_native(struct __sk_buff *skb)
 {
-	u32 proto = skb->protocol;
+	u32 proto = skb->protocol, slot = 0;
+	u64 now = this_epoch();
 	struct mac_key from = {};
 	struct ep_key key = {};
+	struct plain *r;
 	struct native *n;
 	struct addr dst;
 	struct eth *eth;
@@ -182,9 +184,15 @@ static inline_always int received_native(struct __sk_buff *skb)
 
 		if ((void *)(ip + 1) > end(skb))
 			return ACT_NEXT;
+		next = ip->proto;
+		slot = recent(ip->src, ip->dst, 0);
+		r = bpf_map_lookup_elem(&plains, &slot);
+		if (r && now && r->epoch == now && r->src == ip->src && r->dst == ip->dst && next != PROTO_PROBE) {
+			put(eth, &r->frame);
+			return bpf_redirect_peer(r->ifindex, 0);
+		}
 		dst = mapped(ip->dst);
 		key.addr = mapped(ip->src);
-		next = ip->proto;
 	} else {
 		struct ipv6 *ip = (void *)(eth + 1);
 
@@ -194,6 +202,7 @@ static inline_always int received_native(struct __sk_buff *skb)
 		memcpy(key.addr.w, ip->src, 16);
 		next = ip->next;
 	}
+	settle();
 	n = bpf_map_lookup_elem(&natives, &dst);
 	if (likely(!n))
 		return ACT_NEXT;
@@ -210,5 +219,10 @@ static inline_always int received_native(struct __sk_buff *skb)
 		return probed(skb, n->vni, d, proto);
 	eth->dst = n->mac;
 	eth->src = ep->mac;
+	if (proto == htons(ETH_P_IP)) {
+		r = bpf_map_lookup_elem(&plains, &slot);
+		if (r)
+			*r = (struct plain){.epoch = now, .frame = keep(eth), .src = key.addr.w[3], .dst = dst.w[3], .ifindex = n->ifindex};
+	}
 	return bpf_redirect_peer(n->ifindex, 0);
 }

@@ -2,7 +2,8 @@
 /*
  * The overlay's data path.
  *
- * from_task     at the host's end of a task's veth, ingress
+ * from_task     at the host's end of a task's veth, ingress, or at the task's end
+ *               of a netkit pair, where what the task sends begins
  * from_underlay at the device that has the VTEP's address, ingress; it shares
  *               the device, so what is not ours goes on to the next program
  * from_native   instead of it while a network of this node may go without VXLAN
@@ -12,6 +13,7 @@
  */
 #include "answer.h"
 #include "native.h"
+#include "recent.h"
 
 #define OUTER4 (sizeof(struct ipv4) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
 #define OUTER6 (sizeof(struct ipv6) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
@@ -20,6 +22,7 @@
 #define IP_FRAGMENT 0x3fff /* more fragments, and the offset */
 #define ECN_CE 3	   /* RFC 3168 */
 #define MIN_MTU6 1280
+#define UNKNOWN -2 /* no verdict */
 
 /* Set when the programs are loaded: the kernel switches the protocol on decapsulation (6.3). */
 const volatile u8 can_switch_family = 0;
@@ -87,25 +90,6 @@ static inline_always u32 inner_size(struct __sk_buff *skb, u16 proto)
 	return l3 + l4 + skb->gso_size;
 }
 
-/* frame is an Ethernet header that is kept while the packet is changed. */
-struct frame {
-	u64 low;
-	u32 high;
-	u16 proto;
-};
-
-static inline_always struct frame keep(const struct eth *eth)
-{
-	return (struct frame){at64(eth), at32((void *)eth + 8), eth->proto};
-}
-
-static inline_always void put(struct eth *eth, const struct frame *f)
-{
-	at64(eth) = f->low;
-	at32((void *)eth + 8) = f->high;
-	eth->proto = f->proto;
-}
-
 /* by_tunnel lets the kernel's VXLAN device carry the packet, fragments and all. */
 static inline_always int by_tunnel(struct __sk_buff *skb, const struct port *p, const struct dest *d)
 {
@@ -130,22 +114,17 @@ static inline_always int by_tunnel(struct __sk_buff *skb, const struct port *p, 
  * Segment sizes stay as they are (ADJ_FIXED_GSO): the port's MTU has left the
  * room for the outer headers already.
  */
-static inline_always int encap4(struct __sk_buff *skb, const struct port *p, const struct dest *d, u8 tos)
+static inline_always int encap4(struct __sk_buff *skb, struct sent *to, u8 tos)
 {
-	struct bpf_redir_neigh nh = {.nh_family = AF_INET, .nh = {d->nh[0]}};
 	u16 port = 0xc000 | (bpf_get_hash_recalc(skb) & 0x3fff);
 	u32 len = skb->len;
-	struct eth *eth = bytes(skb), *in;
-	struct frame was;
+	struct eth *eth, *in;
 	struct ipv4 *ip;
 	struct udp *udp;
 	struct vxlan *vx;
 	u16 id = outer_id(), size;
-	u32 sum, src, dst;
+	u32 sum;
 
-	if ((void *)(eth + 1) > end(skb))
-		return drop(MALFORMED);
-	was = keep(eth);
 	if (bpf_skb_adjust_room(skb, OUTER4, ADJ_ROOM_MAC,
 				ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET | ADJ_ENCAP_L3_IPV4 | ADJ_ENCAP_L4_UDP | ADJ_ENCAP_L2_ETH |
 					ADJ_ENCAP_L2(sizeof(struct eth))))
@@ -157,22 +136,132 @@ static inline_always int encap4(struct __sk_buff *skb, const struct port *p, con
 	in = (void *)(vx + 1);
 	if ((void *)(in + 1) > end(skb))
 		return drop(REFUSED);
+	at64(in) = to->low;
+	at32((void *)in + 8) = to->high;
+	in->proto = eth->proto;
 	eth->proto = htons(ETH_P_IP);
 	size = htons(len + OUTER4 - sizeof(struct eth));
-	src = p->vtep.w[3];
-	dst = d->vtep.w[3];
 	/* From registers: what was just stored in other widths is slow to load. */
-	sum = (htons(0x4500) + htons(tos)) + size + id + htons(64 << 8 | IPPROTO_UDP);
-	sum += (src & 0xffff) + (src >> 16) + (dst & 0xffff) + (dst >> 16);
+	sum = to->sum + htons(tos) + size + id;
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (u16) ~((sum & 0xffff) + (sum >> 16));
 	at64(ip) = htons(0x4500 | tos) | (u32)size << 16 | (u64)id << 32;
-	at64((void *)ip + 8) = htons(64 << 8 | IPPROTO_UDP) | sum << 16 | (u64)src << 32;
-	ip->dst = dst;
-	at64(udp) = htons(port) | (u32)d->udp << 16 | (u64)htons(len + sizeof(*udp) + sizeof(*vx)) << 32;
-	at64(vx) = htonl(VXLAN_VALID) | (u64)htonl(p->vni << 8) << 32;
-	put(in, &was);
-	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
+	at64((void *)ip + 8) = htons(64 << 8 | IPPROTO_UDP) | sum << 16 | (u64)to->src << 32;
+	ip->dst = to->dst;
+	at64(udp) = htons(port) | (u32)to->udp << 16 | (u64)htons(len + sizeof(*udp) + sizeof(*vx)) << 32;
+	at64(vx) = to->vxlan;
+	return bpf_redirect_neigh(to->ifindex, &to->nh, sizeof(to->nh), 0);
+}
+
+/*
+ * is_netkit: a task's end of a netkit pair runs the program when it sends, before
+ * any device has received the packet, and shows the host's end as the device.
+ */
+static inline_always int is_netkit(struct __sk_buff *skb)
+{
+	return !skb->ingress_ifindex;
+}
+
+/* to_task gives a packet to a local task, or to the router, whose hardware address is mac. */
+static inline_always int to_task(struct __sk_buff *skb, u32 ifindex, const struct mac *mac)
+{
+	struct eth *eth;
+
+	if (is_netkit(skb)) {
+		/* No device receives here: the host's end there sends it to the far one. */
+		asm volatile("" : "+r"(skb) : : "memory"); /* as in is_plain */
+		eth = bytes(skb);
+		if ((void *)(eth + 1) > end(skb))
+			return drop(MALFORMED);
+		at32(&eth->dst) = at32(mac);
+		at16((void *)&eth->dst + 4) = at16((void *)mac + 4);
+		return bpf_redirect(ifindex, 0);
+	}
+	/* The router takes frames to the hardware addresses of all who are elsewhere. */
+	if (bpf_skb_change_type(skb, PACKET_HOST))
+		return drop(REFUSED);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+/*
+ * by_recent sends a packet as the last one of its kind was sent. UNKNOWN: there
+ * was none, or it is not of a kind.
+ */
+static inline_always int by_recent(struct __sk_buff *skb)
+{
+	struct eth *eth = bytes(skb);
+	struct ipv4 *ip = (void *)(eth + 1);
+	u32 slot, size, port = skb->ifindex;
+	u64 now = this_epoch();
+	struct sent *to;
+	struct frame f;
+	u8 tos;
+
+	if ((void *)(ip + 1) > end(skb) || skb->vlan_present)
+		return UNKNOWN;
+	f = keep(eth);
+	/* What a task sends by a packet socket may be of another protocol to the kernel. */
+	if (f.proto != skb->protocol)
+		return UNKNOWN;
+	if (f.proto == htons(ETH_P_IP)) {
+		tos = ip->tos;
+	} else {
+		struct ipv6 *ip6 = (void *)(eth + 1);
+
+		/* ICMPv6 may ask the program itself. */
+		if (f.proto != htons(ETH_P_IPV6) || (void *)(ip6 + 1) > end(skb) || ip6->next == IPPROTO_ICMPV6)
+			return UNKNOWN;
+		tos = ntohl(ip6->flow) >> 20;
+	}
+	slot = recent(f.low, f.high, port);
+	to = bpf_map_lookup_elem(&sents, &slot);
+	if (!to || !now || to->epoch != now || to->low != f.low || to->high != f.high || to->port != port)
+		return UNKNOWN;
+	if (to->kind == SENT_LOCAL)
+		return to_task(skb, to->ifindex, &to->mac);
+	size = inner_size(skb, f.proto);
+	if (!size || size > to->mtu)
+		return UNKNOWN;
+	if (to->kind == SENT_VXLAN)
+		return encap4(skb, to, outer_ecn(tos));
+	if (f.proto != htons(ETH_P_IP) || ip->src != to->src || ip->dst != to->dst || ip->proto == PROTO_PROBE)
+		return UNKNOWN;
+	return bpf_redirect_neigh(to->ifindex, &to->nh, sizeof(to->nh), 0);
+}
+
+/* sending is the entry of a packet's kind, made anew. */
+static inline_always struct sent *sending(struct __sk_buff *skb, u64 now, u16 kind, const struct dest *d)
+{
+	struct bpf_redir_neigh nh = {.nh_family = d->nh_family, .nh = {d->nh[0], d->nh[1], d->nh[2], d->nh[3]}};
+	u32 slot, port = skb->ifindex;
+	struct eth *eth;
+	struct sent *to;
+	struct frame f;
+
+	asm volatile("" : "+r"(skb) : : "memory"); /* as in is_plain */
+	eth = bytes(skb);
+	if ((void *)(eth + 1) > end(skb))
+		return 0;
+	f = keep(eth);
+	slot = recent(f.low, f.high, port);
+	to = bpf_map_lookup_elem(&sents, &slot);
+	if (to)
+		*to = (struct sent){.epoch = now, .low = f.low, .high = f.high, .port = port, .ifindex = d->ifindex, .kind = kind, .mtu = d->mtu, .nh = nh};
+	return to;
+}
+
+static inline_always int by_vxlan4(struct __sk_buff *skb, u64 now, const struct port *p, const struct dest *d, u8 tos)
+{
+	struct sent *to = sending(skb, now, SENT_VXLAN, d);
+
+	if (!to)
+		return drop(MALFORMED);
+	to->src = p->vtep.w[3];
+	to->dst = d->vtep.w[3];
+	to->sum = htons(0x4500) + htons(64 << 8 | IPPROTO_UDP) + (to->src & 0xffff) + (to->src >> 16) + (to->dst & 0xffff) + (to->dst >> 16);
+	to->udp = d->udp;
+	to->vxlan = htonl(VXLAN_VALID) | (u64)htonl(p->vni << 8) << 32;
+	return encap4(skb, to, tos);
 }
 
 /* The outer checksum is zero, as RFC 6935 allows tunnels. */
@@ -214,7 +303,21 @@ static inline_always int encap6(struct __sk_buff *skb, const struct port *p, con
 	return bpf_redirect_neigh(d->ifindex, &nh, sizeof(nh), 0);
 }
 
-static inline_always int to_node(struct __sk_buff *skb, const struct port *p, const struct dest *d, u16 proto)
+/* note_plain files that packets between these addresses go as they are. */
+static inline_always void note_plain(struct __sk_buff *skb, u64 now, const struct dest *d)
+{
+	struct sent *to = sending(skb, now, SENT_PLAIN, d);
+	struct ipv4 *ip;
+
+	asm volatile("" : "+r"(skb) : : "memory");
+	ip = bytes(skb) + sizeof(struct eth);
+	if (!to || (void *)(ip + 1) > end(skb))
+		return;
+	to->src = ip->src;
+	to->dst = ip->dst;
+}
+
+static inline_always int to_node(struct __sk_buff *skb, const struct port *p, const struct dest *d, u16 proto, u64 now)
 {
 	u32 size = inner_size(skb, proto);
 	void *l3 = bytes(skb) + sizeof(struct eth);
@@ -251,10 +354,16 @@ static inline_always int to_node(struct __sk_buff *skb, const struct port *p, co
 	}
 	if (unlikely(d->kind == DEST_TUNNEL))
 		return by_tunnel(skb, p, d);
-	if (d->flags == (WAY_NATIVE | WAY_ON_LINK) && is_plain(skb, p, d, proto))
-		return as_it_is(d);
+	if (d->flags == (WAY_NATIVE | WAY_ON_LINK)) {
+		if (is_plain(skb, p, d, proto)) {
+			if (proto == htons(ETH_P_IP))
+				note_plain(skb, now, d);
+			return as_it_is(d);
+		}
+		now = 0; /* the next packet may be */
+	}
 	if (likely(d->nh_family == AF_INET && is_mapped(&d->vtep)))
-		return encap4(skb, p, d, outer_ecn(tos));
+		return by_vxlan4(skb, now, p, d, outer_ecn(tos));
 	return encap6(skb, p, d, outer_ecn(tos));
 }
 
@@ -360,15 +469,34 @@ static inline_always int answer_solicit(struct __sk_buff *skb, const struct port
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+/* to_local gives a packet for dst to the port that d leads to, under the hardware address of its far end. */
+static inline_always int to_local(struct __sk_buff *skb, u64 now, const struct dest *d, const struct mac *dst)
+{
+	u32 ifindex = d->ifindex;
+	struct port *far = bpf_map_lookup_elem(&ports, &ifindex);
+	struct mac mac = *dst;
+	struct sent *to;
+
+	if (likely(far))
+		mac = far->mac;
+	to = sending(skb, now, SENT_LOCAL, d);
+	if (to)
+		to->mac = mac;
+	return to_task(skb, ifindex, &mac);
+}
+
 static inline_always int route(struct __sk_buff *skb, int balanced)
 {
+	u64 now = this_epoch();
 	u32 ifindex = skb->ifindex;
-	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
 	struct mac_key key = {};
+	struct port *p;
 	struct dest *d;
 	struct eth *eth;
 	u16 proto;
 
+	settle();
+	p = bpf_map_lookup_elem(&ports, &ifindex);
 	if (!p || skb->vlan_present)
 		return drop(OTHER_PROTO);
 	/*
@@ -383,6 +511,9 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 	if (unlikely(!same_mac(eth->src, p->mac)))
 		return drop(SPOOFED);
 	proto = eth->proto;
+	/* A task's packet socket names the protocol by which the kernel goes: a forged answer of ARP must not be called IP. */
+	if (unlikely(proto != skb->protocol))
+		return drop(OTHER_PROTO);
 	if (proto == htons(ETH_P_IPV6)) {
 		struct ipv6 *ip;
 		u8 *type;
@@ -409,13 +540,10 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 	switch (d->kind) {
 	case DEST_DIRECT:
 	case DEST_TUNNEL:
-		return to_node(skb, p, d, proto);
+		return to_node(skb, p, d, proto, now);
 	case DEST_TASK:
 	case DEST_SEALED_TASK:
-		/* The router takes frames to the hardware addresses of all who are elsewhere. */
-		if (bpf_skb_change_type(skb, PACKET_HOST))
-			return drop(REFUSED);
-		return bpf_redirect_peer(d->ifindex, 0);
+		return to_local(skb, now, d, &key.mac);
 	case DEST_LEG:
 	case DEST_SEALED_LEG:
 		return bpf_redirect(d->ifindex, 0);
@@ -430,13 +558,17 @@ static inline_always int route(struct __sk_buff *skb, int balanced)
 SEC("tc/from_task")
 int from_task(struct __sk_buff *skb)
 {
-	return route(skb, 0);
+	int verdict = by_recent(skb);
+
+	return verdict != UNKNOWN ? verdict : route(skb, 0);
 }
 
 SEC("tc/forward")
 int forward(struct __sk_buff *skb)
 {
-	return route(skb, 1);
+	int verdict = by_recent(skb);
+
+	return verdict != UNKNOWN ? verdict : route(skb, 1);
 }
 
 /* is_from reports whether mac of the network lives behind this VTEP. */
@@ -489,7 +621,7 @@ static inline_always int congestion(struct eth *in, void *stop)
 }
 
 /* deliver takes outer bytes off and gives the packet to the local task. */
-static inline_always int deliver(struct __sk_buff *skb, const struct dest *d, const struct frame *in, u32 outer, int family)
+static inline_always int deliver(struct __sk_buff *skb, u32 ifindex, const struct frame *in, u32 outer, int family)
 {
 	u64 flags = ADJ_FIXED_GSO | ADJ_NO_CSUM_RESET;
 	struct eth *eth;
@@ -506,7 +638,32 @@ static inline_always int deliver(struct __sk_buff *skb, const struct dest *d, co
 	put(eth, in);
 	/* A checksum that the device has verified is now the inner one. */
 	bpf_csum_level(skb, CSUM_LEVEL_DEC);
-	return bpf_redirect_peer(d->ifindex, 0);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+/* receiver finds the local task that a frame is for. 0: there is none, and verdict is what becomes of it. */
+static inline_always u32 receiver(const struct eth *in, u32 wire, u16 udp, const struct addr *src, const struct addr *dst, int *verdict)
+{
+	struct mac_key key = {.vni = ntohl(wire) >> 8, .mac = in->dst};
+	struct dest *d = bpf_map_lookup_elem(&macs, &key);
+
+	if (unlikely(!d)) {
+		*verdict = not_here(key.vni, udp, dst, RX_UNKNOWN_MAC);
+		return 0;
+	}
+	if (unlikely(d->kind >= DEST_SEALED_TASK)) {
+		*verdict = not_here(key.vni, udp, dst, UNENCRYPTED);
+		return 0;
+	}
+	if (d->kind != DEST_TASK || d->udp != udp || !same_addr(&d->vtep, dst)) {
+		*verdict = ACT_NEXT; /* to the host leg, or not for this VTEP: the kernel knows */
+		return 0;
+	}
+	if (unlikely(!is_from(key.vni, &in->src, src))) {
+		*verdict = drop(RX_SOURCE);
+		return 0;
+	}
+	return d->ifindex;
 }
 
 static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, struct addr src, struct addr dst, int family)
@@ -514,31 +671,34 @@ static inline_always int received(struct __sk_buff *skb, void *l3, u32 len, stru
 	struct udp *udp = l3 + len;
 	struct vxlan *vx = (void *)(udp + 1);
 	struct eth *in = (void *)(vx + 1);
-	struct mac_key key = {};
 	struct frame was;
-	struct dest *d;
+	int verdict;
+	u32 ifindex;
+	u64 now;
 	u8 tos;
 
 	if ((void *)(in + 1) > end(skb) || vx->flags != htonl(VXLAN_VALID))
 		return ACT_NEXT;
-	key.vni = ntohl(vx->vni) >> 8;
-	key.mac = in->dst;
-	d = bpf_map_lookup_elem(&macs, &key);
-	if (unlikely(!d))
-		return not_here(key.vni, udp->dst, &dst, RX_UNKNOWN_MAC);
-	if (unlikely(d->kind >= DEST_SEALED_TASK))
-		return not_here(key.vni, udp->dst, &dst, UNENCRYPTED);
-	if (d->kind != DEST_TASK || d->udp != udp->dst || !same_addr(&d->vtep, &dst))
-		return ACT_NEXT; /* to the host leg, or not for this VTEP: the kernel knows */
-	if (unlikely(!is_from(key.vni, &in->src, &src)))
-		return drop(RX_SOURCE);
+	now = this_epoch();
+	settle();
+	ifindex = receiver(in, vx->vni, udp->dst, &src, &dst, &verdict);
+	if (!ifindex)
+		return verdict;
+	was = keep(in);
+	if (family == AF_INET) {
+		u64 addrs = at64(&((struct ipv4 *)l3)->src);
+		u32 slot = recent(at64(vx) ^ was.low, was.high, addrs);
+		struct got *g = bpf_map_lookup_elem(&gots, &slot);
+
+		if (g)
+			*g = (struct got){.epoch = now, .frame = was, .vxlan = at64(vx), .addrs = addrs, .ifindex = ifindex, .udp = udp->dst};
+	}
 	if (in->proto != htons(ETH_P_IP) && in->proto != htons(ETH_P_IPV6))
 		return drop(RX_PROTO);
 	tos = family == AF_INET ? ((struct ipv4 *)l3)->tos : ntohl(((struct ipv6 *)l3)->flow) >> 20;
 	if (unlikely((tos & ECN_CE) == ECN_CE) && !congestion(in, end(skb)))
 		return drop(REFUSED);
-	was = keep(in);
-	return deliver(skb, d, &was, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
+	return deliver(skb, ifindex, &was, len + sizeof(*udp) + sizeof(*vx) + sizeof(*in), family);
 }
 
 static inline_always int encapsulated(struct __sk_buff *skb)
@@ -587,17 +747,54 @@ static inline_always int encapsulated(struct __sk_buff *skb)
 	return ACT_NEXT;
 }
 
+/* expected delivers a packet as the last one of its kind. UNKNOWN: there was none. */
+static inline_always int expected(struct __sk_buff *skb)
+{
+	struct ipv4 *ip = bytes(skb) + sizeof(struct eth);
+	struct udp *udp = (void *)(ip + 1);
+	struct vxlan *vx = (void *)(udp + 1);
+	struct eth *in = (void *)(vx + 1);
+	struct frame was;
+	struct got *g;
+	u64 now, addrs, vxlan;
+	u32 slot;
+
+	if ((void *)(in + 1) > end(skb) || skb->protocol != htons(ETH_P_IP))
+		return UNKNOWN;
+	if (ip->proto != IPPROTO_UDP || ip->vihl != 0x45 || ip->frag & htons(IP_FRAGMENT) || (ip->tos & ECN_CE) == ECN_CE)
+		return UNKNOWN;
+	if (skb->vlan_present || skb->pkt_type != PACKET_HOST)
+		return UNKNOWN;
+	now = this_epoch();
+	vxlan = at64(vx);
+	addrs = at64(&ip->src);
+	was = keep(in);
+	slot = recent(vxlan ^ was.low, was.high, addrs);
+	g = bpf_map_lookup_elem(&gots, &slot);
+	if (!g || !now || g->epoch != now || g->vxlan != vxlan || g->addrs != addrs || g->frame.low != was.low || g->frame.high != was.high ||
+	    g->udp != udp->dst)
+		return UNKNOWN;
+	if (in->proto != htons(ETH_P_IP) && in->proto != htons(ETH_P_IPV6))
+		return UNKNOWN;
+	return deliver(skb, g->ifindex, &was, OUTER4, AF_INET);
+}
+
 SEC("tc/from_underlay")
 int from_underlay(struct __sk_buff *skb)
 {
-	return encapsulated(skb);
+	int verdict = expected(skb);
+
+	return verdict != UNKNOWN ? verdict : encapsulated(skb);
 }
 
 SEC("tc/from_native")
 int from_native(struct __sk_buff *skb)
 {
-	int verdict = encapsulated(skb);
+	int verdict = expected(skb);
 
+	if (verdict != UNKNOWN)
+		return verdict;
+	verdict = encapsulated(skb);
 	return verdict == ACT_NEXT ? received_native(skb) : verdict;
 }
 
@@ -634,9 +831,17 @@ int from_tunnel(struct __sk_buff *skb)
 		return drop(RX_SOURCE);
 	if (d->kind == DEST_LEG)
 		return bpf_redirect(d->ifindex, 0);
-	if (bpf_skb_change_type(skb, PACKET_HOST))
-		return drop(REFUSED);
-	return bpf_redirect_peer(d->ifindex, 0);
+	return to_task(skb, d->ifindex, &key.mac);
+}
+
+/*
+ * probe_netkit sends back what the task's end of a netkit pair sends, if it looks
+ * there as is_netkit wants it.
+ */
+SEC("tc/probe_netkit")
+int probe_netkit(struct __sk_buff *skb)
+{
+	return is_netkit(skb) ? bpf_redirect(skb->ifindex, 0) : ACT_DROP;
 }
 
 /* probe_switch tells whether can_switch_family may be set: 0 if the kernel takes the flag. */

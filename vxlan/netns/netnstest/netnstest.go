@@ -28,6 +28,7 @@ const inside = "WEFT_TEST_INSIDE"
 //	vm      QEMU, Debian's kernel, static busybox
 //	tcx     programs attached to links (Linux 6.6)
 //	clsact  filters that are BPF programs
+//	ipvs    the IP virtual server
 //	soak    the long forms of tests
 const require = "WEFT_TEST_REQUIRE"
 

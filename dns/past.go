@@ -1,0 +1,88 @@
+package dns
+
+import (
+	"maps"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Our own choices for names that are no more.
+const (
+	// pastFor is how long a name of our making stays one after its service is
+	// gone: clients ask on for it, and the outside need not hear of it.
+	pastFor = 10 * time.Minute
+	// maxPast bounds how many are kept. At 100 bytes a name it is 6 MiB.
+	maxPast = 1 << 16
+	// sweepPast is how often those are forgotten whose time is over.
+	sweepPast = 10 * time.Second
+)
+
+// past are names that a former Snapshot had: the derived ones, and services and
+// aliases with their network behind.
+type past struct {
+	// mu guards names and swept.
+	mu    sync.Mutex
+	names map[string]time.Time // until when
+	swept time.Time
+}
+
+// turn takes over what was in before and is not in now. What both share is not
+// looked at.
+func (p *past) turn(before, now *Snapshot, at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if at.Sub(p.swept) >= sweepPast {
+		maps.DeleteFunc(p.names, func(_ string, until time.Time) bool { return !at.Before(until) })
+		p.swept = at
+	}
+	for id, old := range before.networks {
+		z := now.networks[id]
+		for i, s := range old.shards {
+			if z != nil && z.suffix == old.suffix && len(z.shards) == len(old.shards) && z.shards[i].sets == s.sets {
+				continue
+			}
+			for name, set := range s.byName {
+				if set.derived && !now.isDerived([]byte(name)) {
+					p.addLocked(name, at)
+				}
+			}
+			for name := range s.srv {
+				if old.suffix != "" && (z == nil || z.suffix != old.suffix || z.offered([]byte(name)) == nil) {
+					p.addLocked(name+old.suffix, at)
+				}
+			}
+		}
+	}
+}
+
+// addLocked makes room where there is none: any other name goes.
+func (p *past) addLocked(name string, at time.Time) {
+	if len(p.names) >= maxPast {
+		for victim := range p.names {
+			delete(p.names, victim)
+			break
+		}
+	}
+	p.names[name] = at.Add(pastFor)
+}
+
+// has reports whether name (folded), in full or without one of the domains
+// (each with its dot), was a derived name a short while ago.
+func (p *past) has(name string, domains []string, at time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.names) == 0 {
+		return false
+	}
+	isPast := func(name string) bool { return at.Before(p.names[name]) }
+	if isPast(name) {
+		return true
+	}
+	for _, d := range domains {
+		if host, ok := strings.CutSuffix(name, d); ok && isPast(host) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,395 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"reflect"
+	"strconv"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// The ways back in a task's namespace: by rule, then by the one route of their
+// table.
+const (
+	wayTable = 4096 // of routes; our own choice
+	// ruleMarked: what bears an entry node's mark, wherever it seems to go. It
+	// stands behind the rule of local addresses, which a sandbox moves to 100
+	// (agent/sandbox): what comes in bears the mark, too.
+	ruleMarked = 200
+	// ruleOwn and ruleDatagrams stand behind the main table (32766). A task
+	// without a way out has no route to a client afar, so that no answer would
+	// come to be marked: one from its own port, or a datagram of a socket that
+	// has not said from where. What opens a connection still finds no route.
+	ruleOwn       = 33000
+	ruleDatagrams = 33001
+)
+
+// Kinds of repairs inside a task.
+const (
+	kindRule  = "routing rule wrong"
+	kindRoute = "route wrong"
+)
+
+// insideMaxGap is how old the last look into a task may be while other things
+// change; a pass that brings nothing new looks at everything.
+const insideMaxGap = 5 * time.Second
+
+// inside is what the engine has made in tasks' namespaces. Owned by Apply.
+type inside struct {
+	tasks map[string]*insideTask // by path of the namespace
+	nodes []ingress.EntryNode
+}
+
+type insideTask struct {
+	place *place
+	want  ingress.EntryTask
+	seen  time.Time
+	leg   [2]netip.Prefix
+	mtu   int
+	// link is the port's index at the last look: another one has the kernel's
+	// settings, which is nobody's fault.
+	link int
+}
+
+// applyInside makes the ways back of all tasks. It goes before the host's table,
+// so that no answer is sent before it knows where to. audit says to look at tasks
+// of which nothing has changed, too.
+func (e *Engine) applyInside(t ingress.Table, audit bool) error {
+	was := e.within
+	leg := [2]netip.Prefix{t.Ingress.Addr, t.Ingress.Addr6}
+	now := inside{tasks: map[string]*insideTask{}, nodes: t.Ingress.Nodes}
+	same := reflect.DeepEqual(was.nodes, now.nodes)
+	var errs []error
+	for _, task := range t.Ingress.Tasks {
+		k := was.tasks[task.NetNS]
+		if same && !audit && k != nil && k.want == task && k.leg == leg && k.mtu == t.Ingress.MTU && time.Since(k.seen) < insideMaxGap {
+			now.tasks[task.NetNS] = k
+			continue
+		}
+		k, err := e.applyTask(t.Ingress, task, k)
+		if errors.Is(err, weft.ErrNotFound) || errors.Is(err, unix.ENOENT) {
+			continue // it has ended, or a power cut has taken it: no way leads there
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("way back from task %s: %w", task.Task.Short(), err))
+			continue
+		}
+		now.tasks[task.NetNS] = k
+	}
+	e.within = now
+	return errors.Join(errs...)
+}
+
+func (e *Engine) applyTask(entry ingress.Entry, t ingress.EntryTask, was *insideTask) (*insideTask, error) {
+	ns, err := netns.Open(t.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	p, err := newPlace(t.NetNS, "task "+t.Task.Short())
+	if err != nil {
+		return nil, err
+	}
+	now := &insideTask{place: p, want: t, seen: time.Now(), leg: [2]netip.Prefix{entry.Addr, entry.Addr6}, mtu: entry.MTU}
+	if was != nil && was.place.inode == p.inode {
+		now.place, now.link = was.place, was.link
+	} else {
+		was = nil
+	}
+	return now, ns.Do(func() error {
+		l, err := netlink.LinkByName(t.Link)
+		if err != nil {
+			return fmt.Errorf("look up link %s: %w", t.Link, err)
+		}
+		// Only what was made by this engine, in the same namespace and for the
+		// same wish, can have been broken by others.
+		audit := was != nil && was.want == t && was.leg == now.leg && was.mtu == now.mtu && now.link == l.Attrs().Index
+		now.link = l.Attrs().Index
+		conn, err := open()
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		if err := e.setWaySysctls(now, audit); err != nil {
+			return err
+		}
+		for _, f := range families(e.ip6) {
+			own, via := f.addrs(entry, t)
+			if !own.IsValid() || !via.IsValid() {
+				continue
+			}
+			if err := e.setWay(f, now, f.way(own, via, entry.MTU), audit); err != nil {
+				return err
+			}
+			if err := e.converge(now.place, conn, f.insideRules(entry, t)); err != nil {
+				return err
+			}
+		}
+		return e.converge(now.place, conn, insideLink(entry, t))
+	})
+}
+
+// setWaySysctls lets packets of clients afar come in by the port, although the
+// route to them without a mark leads elsewhere: the reverse path is looked for
+// with the mark, which only those have that an entry node brings. Sockets that accept
+// their connections route by it from the first packet on.
+func (e *Engine) setWaySysctls(t *insideTask, audit bool) error {
+	for _, kv := range [][2]string{
+		{"net/ipv4/conf/" + t.want.Link + "/rp_filter", "2"},
+		{"net/ipv4/conf/" + t.want.Link + "/src_valid_mark", "1"},
+		// As on the host, where a policy says it (times.go).
+		{"net/netfilter/nf_conntrack_tcp_timeout_fin_wait", e.closing()},
+		{"net/netfilter/nf_conntrack_tcp_timeout_close_wait", e.closing()},
+		{"net/ipv4/tcp_fwmark_accept", "1"},
+	} {
+		was, err := readSysctl(kv[0])
+		if err != nil {
+			return err
+		}
+		if was == kv[1] {
+			continue
+		}
+		if err := writeSysctl(kv[0], kv[1]); err != nil {
+			return err
+		}
+		if audit {
+			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0] + " of " + t.place.name, Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
+		}
+	}
+	return nil
+}
+
+// closing is closingTimeout as a sysctl.
+func (e *Engine) closing() string {
+	return strconv.FormatUint(uint64(seconds(closingTimeout/time.Duration(max(1, e.hurry)))), 10)
+}
+
+// way is how answers of one family leave a task.
+type way struct {
+	own netip.Prefix // of its port
+	via netip.Addr
+	mtu int // 0 = the port's
+}
+
+// leastIPv6 is what every link of IPv6 carries (RFC 8200 section 5).
+const leastIPv6 = 1280
+
+func (f *family) way(own netip.Prefix, via netip.Addr, mtu int) way {
+	if f.is6 && mtu > 0 {
+		mtu = max(mtu, leastIPv6)
+	}
+	return way{own, via, mtu}
+}
+
+func (f *family) netlinkFamily() int {
+	if f.is6 {
+		return netlink.FAMILY_V6
+	}
+	return netlink.FAMILY_V4
+}
+
+// rules are the wanted routing rules, by priority.
+func (w way) rules(f *family) map[int]netlink.Rule {
+	out := map[int]netlink.Rule{}
+	for _, priority := range []int{ruleMarked, ruleOwn, ruleDatagrams} {
+		r := *netlink.NewRule()
+		r.Family, r.Priority, r.Table = f.netlinkFamily(), priority, wayTable
+		out[priority] = r
+	}
+	r, mask := out[ruleMarked], ingress.EntryMarkMask
+	r.Mark, r.Mask = ingress.EntryMark, &mask
+	out[ruleMarked] = r
+	r = out[ruleOwn]
+	r.Src = &net.IPNet{IP: w.own.Addr().AsSlice(), Mask: net.CIDRMask(w.own.Addr().BitLen(), w.own.Addr().BitLen())}
+	out[ruleOwn] = r
+	r = out[ruleDatagrams]
+	r.IPProto = unix.IPPROTO_UDP
+	out[ruleDatagrams] = r
+	return out
+}
+
+// sameRule compares what the kernel keeps of a rule of ours.
+func sameRule(a, b netlink.Rule) bool {
+	mask := func(r netlink.Rule) uint32 {
+		if r.Mask == nil {
+			return 0
+		}
+		return *r.Mask
+	}
+	src := func(r netlink.Rule) string {
+		if r.Src == nil {
+			return ""
+		}
+		return r.Src.String()
+	}
+	return a.Priority == b.Priority && a.Table == b.Table && a.Mark == b.Mark && mask(a) == mask(b) && src(a) == src(b) && a.IPProto == b.IPProto && a.IifName == b.IifName
+}
+
+// setWay makes the rules and the route of one family right.
+func (e *Engine) setWay(f *family, t *insideTask, w way, audit bool) error {
+	have, err := listRules(f.netlinkFamily())
+	if err != nil {
+		return fmt.Errorf("list routing rules: %w", err)
+	}
+	want := w.rules(f)
+	missing := maps.Clone(want)
+	for i := range have {
+		r := &have[i]
+		if r.Table != wayTable {
+			continue
+		}
+		if m, ok := missing[r.Priority]; ok && sameRule(*r, m) {
+			delete(missing, r.Priority)
+			continue
+		}
+		r.Family = f.netlinkFamily()
+		if err := netlink.RuleDel(r); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete routing rule %d: %w", r.Priority, err)
+		}
+	}
+	for priority, r := range missing {
+		if err := netlink.RuleAdd(&r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule %d: %w", priority, err)
+		}
+		if audit {
+			e.report(weft.Repair{Kind: kindRule, Object: fmt.Sprintf("rule %d of %s", priority, t.place.name), Reason: "it was gone"})
+		}
+	}
+	return e.setRoute(f, t, w, audit)
+}
+
+func listRules(family int) ([]netlink.Rule, error) {
+	rules, err := netlink.RuleList(family)
+	for i := 1; errors.Is(err, netlink.ErrDumpInterrupted) && i < dumpTries; i++ {
+		rules, err = netlink.RuleList(family)
+	}
+	return rules, err
+}
+
+// setRoute makes the one route of the table right. It bears the MTU of the
+// narrowest way to an entry node: all answers take it, whichever node they go to.
+func (e *Engine) setRoute(f *family, t *insideTask, w way, audit bool) error {
+	filter := &netlink.Route{Table: wayTable}
+	list := func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(f.netlinkFamily(), filter, netlink.RT_FILTER_TABLE)
+	}
+	have, err := list()
+	for i := 1; errors.Is(err, netlink.ErrDumpInterrupted) && i < dumpTries; i++ {
+		have, err = list()
+	}
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	found, broken := false, "it was gone"
+	for i := range have {
+		r := &have[i]
+		gw, _ := netip.AddrFromSlice(r.Gw)
+		src, _ := netip.AddrFromSlice(r.Src)
+		isDefault := r.Dst == nil || r.Dst.IP.IsUnspecified()
+		if isDefault && r.LinkIndex == t.link && gw.Unmap() == w.via && src.Unmap() == w.own.Addr() {
+			if found = r.MTU == w.mtu; !found {
+				broken = fmt.Sprintf("its MTU was %d instead of %d", r.MTU, w.mtu)
+			}
+			continue // one with another MTU is replaced, without a gap
+		}
+		if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("delete route %s of table %d: %w", r.Dst, wayTable, err)
+		}
+	}
+	if found {
+		return nil
+	}
+	all := &net.IPNet{IP: make(net.IP, w.via.BitLen()/8), Mask: net.CIDRMask(0, w.via.BitLen())}
+	r := &netlink.Route{
+		Table: wayTable, Dst: all, LinkIndex: t.link, Gw: w.via.AsSlice(), Src: w.own.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+		MTU: w.mtu,
+	}
+	if err := netlink.RouteReplace(r); err != nil {
+		return fmt.Errorf("add route by %s: %w", w.via, err)
+	}
+	if audit {
+		e.report(weft.Repair{Kind: kindRoute, Object: "way back of " + t.place.name, Reason: broken})
+	}
+	return nil
+}
+
+// closeInside removes the ways back that this engine has made.
+func (e *Engine) closeInside() error {
+	var errs []error
+	for path, t := range e.within.tasks {
+		err := netns.Do(path, func() error {
+			conn, err := open()
+			if err != nil {
+				return fmt.Errorf("open nftables: %w", err)
+			}
+			var errs []error
+			for fam := range t.place.left {
+				errs = append(errs, removeTable(conn, ruleset{family: fam, name: insideTable}.table()))
+			}
+			for _, f := range families(e.ip6) {
+				errs = append(errs, f.removeWay())
+			}
+			return errors.Join(errs...)
+		})
+		if err != nil && !errors.Is(err, weft.ErrNotFound) {
+			errs = append(errs, fmt.Errorf("remove way back from task %s: %w", t.want.Task.Short(), err))
+		}
+	}
+	e.within = inside{}
+	return errors.Join(errs...)
+}
+
+func (f *family) removeWay() error {
+	rules, err := listRules(f.netlinkFamily())
+	if err != nil {
+		return fmt.Errorf("list routing rules: %w", err)
+	}
+	for i := range rules {
+		r := &rules[i]
+		if r.Table != wayTable {
+			continue
+		}
+		r.Family = f.netlinkFamily()
+		if err := netlink.RuleDel(r); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete routing rule %d: %w", r.Priority, err)
+		}
+	}
+	routes, err := netlink.RouteListFiltered(f.netlinkFamily(), &netlink.Route{Table: wayTable}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	for i := range routes {
+		if err := netlink.RouteDel(&routes[i]); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("delete route of table %d: %w", wayTable, err)
+		}
+	}
+	return nil
+}
+
+// probeInside loads a task's tables in the calling thread's namespace.
+func (e *Engine) probeInside() error {
+	conn, err := open()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	node := ingress.EntryNode{MAC: weft.RouterMAC(weft.IngressVNI), Addr: netip.AddrFrom4([4]byte{10, 255, 0, 2})}
+	entry := ingress.Entry{
+		Addr: netip.PrefixFrom(node.Addr, 16), Addr6: netip.PrefixFrom(netip.IPv6Loopback(), 64), Nodes: []ingress.EntryNode{node},
+	}
+	task := ingress.EntryTask{Link: "lo", Addr: entry.Addr, Addr6: entry.Addr6}
+	for _, f := range families(e.ip6) {
+		if err := loads(conn, f.insideRules(entry, task)); err != nil {
+			return err
+		}
+	}
+	return loads(conn, insideLink(entry, task))
+}

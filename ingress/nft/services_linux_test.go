@@ -1,0 +1,88 @@
+package nft
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+
+	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/sandbox"
+	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
+	"github.com/weftnet/weft/vxlan"
+	"github.com/weftnet/weft/vxlan/linux"
+)
+
+// gaps are the cases of the suite that this engine fails, with the reason.
+var gaps = map[string]string{
+	"udp to a server on all addresses":   "direct return: such a server answers from the task's own address, of which its client knows nothing",
+	"tcp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
+	"udp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
+}
+
+// TestServices runs the suite of all engines for service addresses, on the bridge
+// overlay with real sandboxes.
+func TestServices(t *testing.T) {
+	log, files := slog.New(slog.DiscardHandler), t.TempDir()
+	parts := ingresstest.Parts{
+		Overlay: func(_ int, node weft.ID, dir string) (vxlan.Kernel, error) {
+			return linux.New(linux.Config{Node: node, NetNSDir: dir, Log: log})
+		},
+		Sandbox: func(ctx context.Context, dir string, task weft.ID, vips []netip.Addr) (string, error) {
+			m, err := sandbox.New(sandbox.Config{Node: "tasks", NetNSDir: dir, FilesDir: files, Log: log})
+			if err != nil {
+				return "", err
+			}
+			s, err := m.Make(ctx, sandbox.Spec{Task: task, Hostname: "h", VIPs: vips})
+			return s.NetNS, err
+		},
+	}
+	var path string
+	w := ingresstest.NewWire(t, parts, func(r *ingresstest.Rig) (ingress.Engine, error) {
+		path = r.Network(0).NetNS
+		e := New(r.Dir)
+		t.Cleanup(func() { must(t, e.Close(context.Background())) })
+		return e, e.Probe(t.Context())
+	})
+	w.Remembers = func(from, to netip.AddrPort) (time.Duration, error) { return remembers(path, from, to) }
+	for family, suite := range w.Suites(gaps) {
+		t.Run(family, suite.Run)
+	}
+}
+
+// remembers reads how long the flow has left in the maps of flows.
+func remembers(path string, from, to netip.AddrPort) (left time.Duration, err error) {
+	f := &ipv4
+	if to.Addr().Is6() {
+		f = &ipv6
+	}
+	var ports []byte // two bytes each, and as many of nothing
+	for _, p := range []uint16{from.Port(), to.Port()} {
+		ports = append(binary.BigEndian.AppendUint16(ports, p), 0, 0)
+	}
+	err = withConn(path, func(conn *nftables.Conn) error {
+		for _, name := range []string{f.flows(), f.ending()} {
+			flows, err := conn.GetSetByName(&nftables.Table{Name: weft.TableName, Family: nftables.TableFamilyBridge}, name)
+			if err != nil {
+				return err
+			}
+			all, err := conn.GetSetElements(flows)
+			if err != nil {
+				return err
+			}
+			for _, e := range all {
+				if bytes.Contains(e.Key, ports) {
+					left = max(left, e.Expires)
+				}
+			}
+		}
+		return nil
+	})
+	return left, err
+}

@@ -1,0 +1,309 @@
+//go:build lab
+
+package lab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	miekg "github.com/miekg/dns"
+
+	"github.com/weftnet/weft/vxlan/netns"
+)
+
+// Addresses that this test makes up: what the nameserver outside answers, and a
+// line of /etc/hosts.
+const (
+	namesOutside = "192.0.2.77"
+	namesHost    = "192.0.2.78"
+)
+
+// outside is the one nameserver of all hosts. It stands with the client, outside the
+// cluster, so what it hears is what left the nodes.
+type outside struct {
+	mu    sync.Mutex // guards all below
+	heard []string   // names
+	mode  string     // "", "dead", "garbage", "lying"
+}
+
+func newOutside(t *testing.T, r *rig) *outside {
+	p, err := newPlan(r.name, DefaultConfig().RunDir, DefaultConfig().DataDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pc net.PacketConn
+	var ln net.Listener
+	if err := netns.Do(p.netnsFile(clientName), func() error {
+		at := netip.AddrPortFrom(ClientAddr, 53).String()
+		if pc, err = net.ListenPacket("udp", at); err != nil {
+			return err
+		}
+		ln, err = net.Listen("tcp", at)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	o := &outside{}
+	var wg sync.WaitGroup
+	servers := []*miekg.Server{{PacketConn: pc, Handler: o}, {Listener: ln, Handler: o}}
+	for _, s := range servers {
+		started := make(chan struct{})
+		s.NotifyStartedFunc = func() { close(started) }
+		wg.Go(func() { s.ActivateAndServe() })
+		<-started
+	}
+	t.Cleanup(func() {
+		for _, s := range servers {
+			s.Shutdown()
+		}
+		wg.Wait()
+	})
+	return o
+}
+
+func (o *outside) set(mode string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.mode = mode
+}
+
+func (o *outside) names() []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Clone(o.heard)
+}
+
+// ServeDNS answers every question with namesOutside, or as the mode says.
+func (o *outside) ServeDNS(w miekg.ResponseWriter, q *miekg.Msg) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.heard = append(o.heard, strings.ToLower(q.Question[0].Name))
+	m := new(miekg.Msg)
+	m.SetReply(q)
+	if q.Question[0].Qtype == miekg.TypeA {
+		m.Answer = []miekg.RR{&miekg.A{Hdr: miekg.RR_Header{Name: q.Question[0].Name, Rrtype: miekg.TypeA, Class: miekg.ClassINET, Ttl: 1}, A: net.ParseIP(namesOutside)}}
+	}
+	switch o.mode {
+	case "dead":
+	case "garbage":
+		w.Write([]byte("this is no answer at all, and it is long enough for a header"))
+	case "lying":
+		m.Id++
+		w.WriteMsg(m)
+	default:
+		w.WriteMsg(m)
+	}
+}
+
+// question asks the resolver of a container from inside; it gives the code and the
+// data of the answer in one line, and the time that took.
+func (p replica) question(name string, qtype uint16) (string, time.Duration, error) {
+	var conn net.Conn
+	if err := netns.Do(p.ns(), func() (err error) {
+		conn, err = net.Dial("udp", "127.0.0.11:53")
+		return err
+	}); err != nil {
+		return "", 0, err
+	}
+	defer conn.Close()
+	m := new(miekg.Msg)
+	m.SetQuestion(name, qtype)
+	c := &miekg.Client{Timeout: 8 * time.Second}
+	resp, took, err := c.ExchangeWithConn(m, &miekg.Conn{Conn: conn})
+	if err != nil {
+		return "", took, fmt.Errorf("%s: %w", name, err)
+	}
+	words := []string{miekg.RcodeToString[resp.Rcode]}
+	for _, rr := range resp.Answer {
+		if ttl := rr.Header().Ttl; ttl > 5 {
+			return "", took, fmt.Errorf("%s: TTL %d, want at most 5", name, ttl)
+		}
+		words = append(words, strings.Join(strings.Fields(rr.String())[4:], " "))
+	}
+	slices.Sort(words[1:])
+	return strings.Join(words, " | "), took, nil
+}
+
+// TestLabNames: what services wish of names is honoured by the stock command, no
+// name of the cluster leaves its node, and bad nameservers hurt external names only.
+func TestLabNames(t *testing.T) {
+	r := newRig(t, "t-names", "--hosts", "2")
+	up := newOutside(t, r)
+	hosts := []string{"h1", "h2"}
+	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
+	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "2", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
+		"--dns", ClientAddr.String(), "--dns-search", "corp.example", "--dns-option", "timeout:1", "--host", "extra:"+namesHost, "--hostname", "box", "weft/whoami")...)
+	r.must(r.on("h1", "service", "create", "-d", "--name", "agent", "--mode", "global", "--network", "front", "--endpoint-mode", "dnsrr", "weft/whoami")...)
+	for _, bad := range [][]string{{"--dns-option", "ndots:x"}, {"--dns-search", "a..b"}, {"--network", "name=front,alias=a.b"}} {
+		args := append(append([]string{"service", "create", "-d", "--name", "bad"}, bad...), "weft/whoami")
+		if out, err := r.run(t.Context(), r.on("h1", args...)...); err == nil {
+			t.Errorf("%q is taken: %s", bad, out)
+		}
+	}
+	var agents, dbs []replica
+	r.eventually("all tasks", func() (err error) {
+		if agents, err = r.replicas("agent", hosts...); err == nil {
+			dbs, err = r.replicas("db", hosts...)
+		}
+		if err == nil && (len(agents) != 2 || len(dbs) != 2) {
+			err = fmt.Errorf("%d agents and %d dbs run", len(agents), len(dbs))
+		}
+		return err
+	})
+	began := time.Now()
+	db, agent := dbs[0], agents[0]
+	both := func(f func(replica) string) string {
+		words := []string{f(dbs[0]), f(dbs[1])}
+		slices.Sort(words)
+		return strings.Join(words, " | ")
+	}
+	addr := func(p replica) string { return p.addrs["front"] }
+	target := func(p replica) string {
+		return "0 1 8080 " + strings.TrimSpace(strings.TrimPrefix(r.must(r.on(p.host, "inspect", "-f", "{{.Name}}", p.id)...), "/")) + ".front."
+	}
+	for file, want := range map[string]string{
+		"resolv.conf": "nameserver 127.0.0.11\nsearch corp.example\noptions timeout:1 ndots:0\n", "hostname": "box\n", "hosts": namesHost + "\textra\n",
+	} {
+		if b, err := os.ReadFile(filepath.Join("/proc", db.pid, "root/etc", file)); err != nil || !strings.Contains(string(b), want) {
+			t.Errorf("/etc/%s is %q, %v, want %q in it", file, b, err, want)
+		}
+	}
+	type question struct {
+		from  replica
+		name  string
+		qtype uint16
+		want  string
+	}
+	internal := []question{
+		{agent, "tasks.db.", miekg.TypeA, "NOERROR | " + both(addr)},
+		{agent, "Tasks.DB.front.", miekg.TypeA, "NOERROR | " + both(addr)},
+		{agent, "_8080._tcp.db.", miekg.TypeSRV, "NOERROR | " + both(target)},
+		{agent, "_8080._tcp.store.", miekg.TypeSRV, "NOERROR | " + both(target)},
+		{agent, "db.", miekg.TypeAAAA, "NOERROR"},
+		{agent, agent.host + ".agent.", miekg.TypeA, "NOERROR | " + addr(agent)},
+		{db, "box.", miekg.TypeA, "NOERROR | " + both(addr)}, // both have it on this host
+		{db, agent.host + ".agent.corp.example.", miekg.TypeA, "NOERROR | " + addr(agent)},
+		{db, "db.corp.example.", miekg.TypeAAAA, "NOERROR"},
+		{agent, "nonsense.", miekg.TypeA, "NXDOMAIN"},
+		{agent, "_80._tcp.nonsense.", miekg.TypeSRV, "NXDOMAIN"},
+	}
+	ask := func(q question) time.Duration {
+		t.Helper()
+		got, took, err := q.from.question(q.name, q.qtype)
+		if err != nil || got != q.want {
+			t.Errorf("%s %s on %s: %q, %v, want %q", q.name, miekg.TypeToString[q.qtype], q.from.host, got, err, q.want)
+		}
+		return took
+	}
+	// Gossip may be behind what docker ps says.
+	r.eventually("tasks.db everywhere", func() error {
+		for _, a := range agents {
+			if got, _, err := a.question("tasks.db.", miekg.TypeA); err != nil || got != internal[0].want {
+				return fmt.Errorf("%s: %q, %v", a.host, got, err)
+			}
+		}
+		return nil
+	})
+	for _, q := range internal {
+		ask(q)
+	}
+	ask(question{agent, "www.example.com.", miekg.TypeA, "NOERROR | " + namesOutside})
+	ask(question{db, "nonsense.corp.example.", miekg.TypeA, "NOERROR | " + namesOutside})
+
+	for _, mode := range []string{"dead", "garbage", "lying"} {
+		up.set(mode)
+		var external sync.WaitGroup
+		for i := range 8 {
+			external.Go(func() { agent.question(fmt.Sprintf("n%d.%s.example.com.", i, mode), miekg.TypeA) })
+		}
+		best := time.Hour
+		for range 10 {
+			for _, q := range internal {
+				best = min(best, ask(q))
+			}
+		}
+		external.Wait()
+		if best > 5*time.Millisecond {
+			t.Errorf("with a nameserver that is %s an internal name took %v at best, want under 5 ms", mode, best)
+		}
+	}
+	up.set("")
+	r.successor(agents, dbs)
+
+	// What has gone stays here, too.
+	r.must(r.on("h1", "service", "rm", "db")...)
+	for _, name := range []string{"tasks.db.", "1.db.", "db.front.", "_80._tcp.db."} {
+		r.eventually(name+" is gone", func() error {
+			if got, _, err := agent.question(name, miekg.TypeA); err != nil || got != "NXDOMAIN" {
+				return fmt.Errorf("%q, %v", got, err)
+			}
+			return nil
+		})
+	}
+	for _, name := range up.names() {
+		if !strings.HasSuffix(name, ".example.com.") && name != "nonsense.corp.example." {
+			t.Errorf("%s has left its node", name)
+		}
+	}
+	if n := len(up.names()); n < 10 {
+		t.Errorf("only %d questions came out: the capture shows nothing", n)
+	}
+	t.Logf("%d questions came out; took %.1f s with all tasks up", len(up.names()), time.Since(began).Seconds())
+}
+
+// successor kills the second task of db and waits, on all nodes, for 2.db to be the
+// one in its place.
+func (r *rig) successor(agents, dbs []replica) {
+	r.t.Helper()
+	old, _, err := agents[0].question("2.db.", miekg.TypeA)
+	if err != nil || !strings.HasPrefix(old, "NOERROR | ") {
+		r.t.Fatalf("2.db is %q, %v", old, err)
+	}
+	for _, p := range dbs {
+		if strings.HasSuffix(old, " "+p.addrs["front"]) {
+			r.must("kill", "-9", p.pid)
+		}
+	}
+	var mu sync.Mutex
+	seen := map[string]time.Time{}
+	var wg sync.WaitGroup
+	for _, a := range agents {
+		wg.Go(func() {
+			for end := time.Now().Add(settle); time.Now().Before(end); pause(r.t.Context(), time.Millisecond) {
+				if now, _, err := a.question("2.db.", miekg.TypeA); err == nil && now != old && strings.HasPrefix(now, "NOERROR | ") {
+					mu.Lock()
+					seen[a.host] = time.Now()
+					mu.Unlock()
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if len(seen) != len(agents) {
+		r.t.Fatalf("2.db has a successor on %d of %d nodes", len(seen), len(agents))
+	}
+	ids := strings.Fields(r.must(r.on("h1", "service", "ps", "-q", "--no-trunc", "--filter", "desired-state=running", "--filter", "name=db.2", "db")...))
+	at, err := time.Parse(time.RFC3339Nano, strings.TrimSpace(r.must(r.on("h1", "inspect", "-f", "{{.Status.Timestamp}}", ids[0])...)))
+	if err != nil {
+		at, err = time.Parse("2006-01-02 15:04:05.999999999 -0700 MST", strings.TrimSpace(r.must(r.on("h1", "inspect", "-f", "{{.Status.Timestamp}}", ids[0])...)))
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for host, when := range seen {
+		late := when.Sub(at)
+		r.t.Logf("2.db is the successor on %s %v after that runs", host, late.Round(time.Millisecond/10))
+		if late > 2*time.Second {
+			r.t.Errorf("2.db is the successor on %s %v after that runs, want 2 s at most", host, late)
+		}
+	}
+}
