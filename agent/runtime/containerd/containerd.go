@@ -88,6 +88,7 @@ type Driver struct {
 	cfg    Config
 	log    *slog.Logger
 	bootID string
+	notes  notes
 
 	// mu guards: everything below. It is never held during a call.
 	mu      sync.Mutex
@@ -123,7 +124,7 @@ func New(cfg Config) (*Driver, error) {
 	}
 	cfg.ExecRoot, cfg.DataRoot = filepath.Clean(cfg.ExecRoot), filepath.Clean(cfg.DataRoot)
 	return &Driver{
-		cfg: cfg, log: cfg.Log,
+		cfg: cfg, log: cfg.Log, notes: notes{dir: filepath.Join(cfg.ExecRoot, "containerd", "exec")},
 		link:    link{change: make(chan struct{})},
 		tasks:   make(map[weft.ID]*taskLock),
 		starts:  make(map[weft.ID]*startGate),

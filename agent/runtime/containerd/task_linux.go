@@ -61,41 +61,6 @@ func decodeSpec(a typeurl.Any) (s runtime.Spec, err error) {
 	return s, nil
 }
 
-// note is what containerd does not keep of a task. It lives below ExecRoot: a
-// reboot ends the task as well.
-type note struct {
-	Version   int       `json:"version"` // 1
-	StartedAt time.Time `json:"startedAt"`
-	PID       int       `json:"pid"`
-	Exit      *exitNote `json:"exit,omitempty"` // once seen
-}
-
-type exitNote struct {
-	Code int       `json:"code"`
-	OOM  bool      `json:"oom,omitempty"`
-	At   time.Time `json:"at"`
-}
-
-func (d *Driver) notePath(task weft.ID) string { return d.execDir("exec", string(task)+".json") }
-
-func (d *Driver) readNote(task weft.ID) (note, bool) {
-	var n note
-	b, err := os.ReadFile(d.notePath(task))
-	if err != nil || json.Unmarshal(b, &n) != nil || n.Version != 1 {
-		return note{}, false
-	}
-	return n, true
-}
-
-func (d *Driver) writeNote(task weft.ID, n note) error {
-	n.Version = 1
-	b, err := json.Marshal(n)
-	if err != nil {
-		return fmt.Errorf("encode task note: %w", err)
-	}
-	return writeFile(d.notePath(task), string(b)+"\n")
-}
-
 // taskLock lets one call at a time change a task.
 type taskLock struct {
 	token chan struct{} // capacity 1
@@ -229,13 +194,13 @@ func (d *Driver) start(ctx context.Context, c *client.Client, ctr client.Contain
 	}
 	// The note goes first: if we die after Start, it says that the task ran.
 	n := note{StartedAt: time.Now(), PID: int(t.Pid())}
-	if err := d.writeNote(s.Task, n); err != nil {
+	if err := d.notes.begin(s.Task, n); err != nil {
 		return 0, errors.Join(err, d.deleteTask(context.WithoutCancel(ctx), c, id))
 	}
 	if err := t.Start(ctx); err != nil {
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		return 0, errors.Join(err, d.deleteTask(rctx, c, id), os.Remove(d.notePath(s.Task)))
+		return 0, errors.Join(err, d.deleteTask(rctx, c, id), d.notes.forget(s.Task))
 	}
 	return n.PID, nil
 }
@@ -347,12 +312,12 @@ func (d *Driver) statusOf(info containers.Container, p *tasktypes.Process) (runt
 		return runtime.Status{}, fmt.Errorf("container %s: %w", info.ID, err)
 	}
 	st := runtime.Status{Task: weft.ID(info.ID), CreatedAt: info.CreatedAt, Spec: spec, LogPath: runtime.LogFile(d.logDir(weft.ID(info.ID)))}
-	n, noted := d.readNote(st.Task)
+	n, noted := d.notes.read(st.Task)
 	st.StartedAt, st.PID = n.StartedAt, n.PID
 	switch {
 	case noted && n.Exit != nil:
 		st.State, st.PID = runtime.Exited, 0
-		st.Exit = runtime.Exit{Code: n.Exit.Code, Known: true, OOM: n.Exit.OOM, At: n.Exit.At}
+		st.Exit = n.Exit.known()
 	case p != nil && p.Status == tasktypes.Status_STOPPED:
 		st.State, st.PID = runtime.Exited, 0
 		st.Exit = runtime.Exit{Code: int(p.ExitStatus), Known: true, At: exitTime(p.ExitedAt)}
@@ -361,10 +326,11 @@ func (d *Driver) statusOf(info containers.Container, p *tasktypes.Process) (runt
 			break
 		}
 		st.Exit.OOM = oomKilled(spec.Cgroup)
-		n.Exit = &exitNote{Code: st.Exit.Code, OOM: st.Exit.OOM, At: st.Exit.At}
-		if err := d.writeNote(st.Task, n); err != nil {
+		exit, err := d.notes.end(st.Task, exitNote{Code: st.Exit.Code, OOM: st.Exit.OOM, At: st.Exit.At})
+		if err != nil {
 			return runtime.Status{}, err
 		}
+		st.Exit = exit.known()
 	case p != nil && noted && p.Status != tasktypes.Status_CREATED:
 		st.State, st.PID = runtime.Running, int(p.Pid)
 	case noted && p == nil, info.Labels[labelBoot] != d.bootID:
@@ -546,10 +512,8 @@ func (d *Driver) remove(ctx context.Context, c *client.Client, task weft.ID) err
 	if err := removeCgroups(ctx, cgroup); err != nil {
 		return err
 	}
-	for _, f := range []string{d.notePath(task), d.dataDir("tasks", id, "volumes")} {
-		if err := os.RemoveAll(f); err != nil {
-			return fmt.Errorf("clean up: %w", err)
-		}
+	if err := errors.Join(d.notes.forget(task), os.RemoveAll(d.dataDir("tasks", id, "volumes"))); err != nil {
+		return fmt.Errorf("clean up: %w", err)
 	}
 	return nil
 }
