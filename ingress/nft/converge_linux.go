@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -40,8 +41,18 @@ func converge(conn *nftables.Conn, want ruleset, left *ruleset) ([]weft.Repair, 
 		if fault != "" {
 			found = append(found, weft.Repair{Kind: kindTable, Object: "table " + table.Name, Reason: fault})
 		}
-		made, err := replace(conn, table, want)
-		return found, made, err
+		var known map[string]map[string]string
+		if misfit != tableGone {
+			if known, err = remembered(conn, table, want); err != nil {
+				return nil, 0, err
+			}
+		}
+		made, err := replace(conn, table, want, known)
+		if err != nil || want.prune == nil {
+			return found, made, err
+		}
+		ended, err := want.endFlows(func(mac string) bool { return !want.prune[mac] })
+		return found, made + ended, err
 	}
 	return convergeSets(want, left)
 }
@@ -252,8 +263,8 @@ func comment(sig string, r rule) string {
 // replace makes the table anew. Rules of zones follow in transactions of their
 // own: without them the shape is not the wanted one, so that what a crash leaves
 // in between is replaced again. So do elements for which one transaction of this
-// process has no room.
-func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) (transactions uint32, err error) {
+// process has no room. known are the elements of dynamic sets.
+func replace(conn *nftables.Conn, table *nftables.Table, want ruleset, known map[string]map[string]string) (transactions uint32, err error) {
 	room, err := sendRoom()
 	if err != nil {
 		return 0, err
@@ -283,8 +294,14 @@ func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) (transact
 	}
 	var later []setDelta
 	for i, s := range want.sets { // behind the chains that they lead to
+		if s.dynamic {
+			s.elements = known[s.name]
+		}
 		if room -= len(s.elements) * elementRoom; room < 0 {
-			later = append(later, setDelta{s, s.diff(nil)})
+			// A flow that a packet brings back meanwhile would fail what comes later.
+			if !s.dynamic {
+				later = append(later, setDelta{s, s.diff(nil)})
+			}
 			continue
 		}
 		obj := s.object(table)
@@ -324,6 +341,32 @@ func replace(conn *nftables.Conn, table *nftables.Table, want ruleset) (transact
 		}
 	}
 	return transactions, nil
+}
+
+// remembered are, by set, what packets have put into the dynamic sets of a table that
+// is made anew, for those that stay what they are: a flow keeps its backend, whatever
+// was wrong with the table. What comes and goes meanwhile is forgotten.
+func remembered(conn *nftables.Conn, table *nftables.Table, want ruleset) (map[string]map[string]string, error) {
+	if !slices.ContainsFunc(want.sets, func(s set) bool { return s.dynamic }) {
+		return nil, nil
+	}
+	have, err := conn.GetSets(table)
+	if err != nil {
+		return nil, fmt.Errorf("read nftables sets: %w", err)
+	}
+	out := map[string]map[string]string{}
+	for _, s := range want.sets {
+		i := slices.IndexFunc(have, func(h *nftables.Set) bool {
+			return h.Name == s.name && h.Dynamic && h.IsMap == s.isMap && h.KeyType.Bytes == s.key.Bytes && h.DataType.Bytes == s.data.Bytes
+		})
+		if !s.dynamic || i < 0 {
+			continue
+		}
+		if out[s.name], err = readElements(s.object(table)); err != nil {
+			return nil, fmt.Errorf("read set %s: %w", s.name, err)
+		}
+	}
+	return out, nil
 }
 
 func change(conn *nftables.Conn, obj *nftables.Set, d delta) error {

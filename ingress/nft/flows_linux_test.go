@@ -207,3 +207,57 @@ func (f *fabric) flowsTo(rules ruleset, b ingress.Backend, want int) {
 	}
 	f.t.Fatal("no flow leads to the other backend")
 }
+
+// TestFlowsOutliveTheirTable: a table that somebody has damaged, or that another build
+// has made, is made anew; connections keep their backends, also those that get no new
+// ones, and ends those of backends that went.
+func TestFlowsOutliveTheirTable(t *testing.T) {
+	f := newFabric(t)
+	e := New(f.dir)
+	b := []ingress.Backend{f.task(11), f.task(12), f.task(13)}
+	s := service(b...)
+	ns := f.client(50, s)
+	f.apply(e, s)
+	open := map[string]net.Conn{}
+	for len(open) < len(b) {
+		name, _, c, err := f.get(ns, vipText+":80")
+		must(t, err)
+		open[name] = c
+	}
+	for i := range b[:2] {
+		b[i].Draining = true
+	}
+	f.apply(e, service(b...))
+	spoil := func() {
+		must(t, withConn(f.br, func(conn *nftables.Conn) error {
+			table := ruleset{family: nftables.TableFamilyBridge}.table()
+			rules, err := conn.GetRules(table, &nftables.Chain{Name: "errors", Table: table})
+			if err != nil {
+				return err
+			}
+			if err := conn.DelRule(rules[0]); err != nil {
+				return err
+			}
+			return conn.Flush()
+		}))
+	}
+	spoil()
+	f.apply(e, service(b...))
+	for name, c := range open {
+		if err := echo(c); err != nil {
+			t.Errorf("connection to %s after the table was made anew: %v", name, err)
+		}
+	}
+	// One that starts now knows nothing, and one backend has gone meanwhile.
+	spoil()
+	f.apply(New(f.dir), service(b[1:]...))
+	have := elements(t, f.br, bridgeRules(ingress.Network{}, false), "flows")
+	for _, mac := range have {
+		if mac == string(b[0].MAC) {
+			t.Error("a flow still leads to a backend that is gone")
+		}
+	}
+	if len(have) == 0 {
+		t.Error("no flow is known any more")
+	}
+}
