@@ -68,7 +68,7 @@ var vipCases = []vipCase{
 
 // The generators are nobody's tasks, so that their sockets are below the top of the
 // cgroup tree and no further.
-func ebpfBalancer(_ *ground, n vipNode) (ingress.Engine, error) {
+func ebpfBalancer(g *ground, n vipNode) (ingress.Engine, error) {
 	top, err := balance.CgroupOf("bench")
 	if err == nil && filepath.Base(top) == "bench" {
 		top = filepath.Dir(filepath.Dir(top)) // TOP/weft/bench
@@ -76,11 +76,17 @@ func ebpfBalancer(_ *ground, n vipNode) (ingress.Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	return balance.New(balance.Config{Node: n.id, Dir: n.bpf, Cgroup: top})
+	return withEnds(g, balance.Config{Node: n.id, Dir: n.bpf, Cgroup: top})
 }
 
-func vethBalancer(_ *ground, n vipNode) (ingress.Engine, error) {
-	return balance.New(balance.Config{Node: n.id, Dir: n.bpf})
+func vethBalancer(g *ground, n vipNode) (ingress.Engine, error) {
+	return withEnds(g, balance.Config{Node: n.id, Dir: n.bpf})
+}
+
+// withEnds is the eBPF engine with what nftables does at the backend's end.
+func withEnds(g *ground, c balance.Config) (ingress.Engine, error) {
+	e, err := balance.New(c)
+	return ingress.Split{Services: e, Published: nft.New(g.dir)}, err
 }
 
 func nftBalancer(g *ground, _ vipNode) (ingress.Engine, error) { return nft.New(g.dir), nil }
@@ -130,7 +136,7 @@ func servicesBench() benchmark {
 		Linked:  true,
 		Away: func(ctx context.Context, o options) (away, error) {
 			s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 2048, DiskMiB: 512},
-				"for m in veth vxlan bridge sch_ingress cls_bpf nf_tables nft_reject_bridge nft_chain_nat nft_nat nft_masq nft_ct nft_fib_inet ip_vs ip_vs_rr; do modprobe $m; done\n"+guestCommand(o))
+				"for m in veth vxlan bridge sch_ingress cls_bpf nf_tables nft_reject_bridge nft_chain_nat nft_nat nft_masq nft_ct nft_fib_inet nft_socket nft_tproxy ip_vs ip_vs_rr; do modprobe $m; done\n"+guestCommand(o))
 			if err != nil {
 				return away{}, err
 			}
@@ -218,6 +224,9 @@ func (g *ground) vipHost(ctx context.Context, c vipPath, i int, ns string) error
 		VNI: n.VNI, NetNS: filepath.Join(g.dir, weft.OverlayNetNS(node.id, n.VNI)), Bridge: weft.BridgeName(n.VNI),
 		Ports: []string{weft.PortVethName(ports[i].Task, c.network)}, Tasks: []string{ports[i].NetNS}, Services: services,
 	}}, Underlay: ingress.Underlay{Port: groundPort, Self: vtep(i), Members: []netip.Addr{vtep(0), vtep(1)}}}
+	if i == 1 {
+		table.Ends = []ingress.End{{Task: ports[i].Task, NetNS: ports[i].NetNS, Addrs: []ingress.EndAddr{{VIP: serviceAddr, Own: taskOn(i)}}}}
+	}
 	undo := context.WithoutCancel(ctx)
 	g.later(func() error {
 		return netns.Do(ns, func() error { return errors.Join(balancer.Close(undo), overlay.Apply(undo, vxlan.State{})) })

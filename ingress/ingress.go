@@ -22,6 +22,8 @@ type Table struct {
 	Published []Published
 	// Ingress is how requests to published ports enter the overlay.
 	Ingress Entry
+	// Ends are this node's tasks that stand for service addresses.
+	Ends []End
 	// Gateway is the tasks' way out of the host.
 	Gateway Gateway
 	// Router is the way of encrypted networks to other nodes.

@@ -27,11 +27,28 @@ type EntryTask struct {
 	Addr, Addr6 netip.Prefix
 }
 
+// End is a local task that takes what is sent to service addresses. By direct
+// return a packet comes in as its client sent it, so that what a server does not
+// know of service addresses is done in the task's namespace.
+type End struct {
+	Task  weft.ID
+	NetNS string // path of the task's namespace
+	// Addrs are the service's addresses in order, each with the task's own one on
+	// that network, of the same family.
+	Addrs []EndAddr
+}
+
+// EndAddr is a service address and the own address of a task that stands for it.
+type EndAddr struct{ VIP, Own netip.Addr }
+
 // Marks in a task's namespace. The upper byte is our own choice (a "W"); it
 // tells the marks of entry nodes from whatever a container marks by itself.
 const (
 	EntryMark     uint32 = 0x57000000
 	EntryMarkMask uint32 = 0xff000000
+	// EndMark is that of connections to a service address which a server takes at
+	// the task's own (a "V").
+	EndMark uint32 = 0x56000000
 )
 
 // Mark is what connections bear that entered by the node: the lower three bytes

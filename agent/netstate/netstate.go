@@ -131,6 +131,7 @@ func Derive(in Input) Output {
 		}
 	}
 	out.Ingress.Published = d.published(out.Ingress.Published)
+	out.Ingress.Ends = d.ends()
 	d.encrypt(&out)
 	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()

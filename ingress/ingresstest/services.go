@@ -35,9 +35,6 @@ type Suite struct {
 	// Wire is the same lane where packets are real; nil = the cases that need them
 	// are left out.
 	Wire *Wire
-	// Gaps are cases that the engine is known to fail, with the reason. One that
-	// passes fails the suite: the list is to be true.
-	Gaps map[string]string
 	// Many is how many services "many services" has. 0 = 1,000.
 	Many int
 }
@@ -63,7 +60,6 @@ const (
 
 // Run runs the suite. Each case begins with web's four backends taking connections.
 func (s *Suite) Run(t *testing.T) {
-	seen := map[string]bool{}
 	for _, c := range []struct {
 		name string
 		wire bool
@@ -96,7 +92,6 @@ func (s *Suite) Run(t *testing.T) {
 		if c.wire && s.Wire == nil {
 			continue
 		}
-		seen[c.name] = true
 		t.Run(c.name, func(t *testing.T) {
 			err := s.Lane.Apply([]ingress.Service{s.web(s.Lane.Backends(0)...)})
 			if err != nil {
@@ -106,21 +101,10 @@ func (s *Suite) Run(t *testing.T) {
 			if r, ok := s.Lane.(interface{ Release() }); ok {
 				r.Release()
 			}
-			gap, known := s.Gaps[c.name]
-			switch {
-			case err != nil && !known:
+			if err != nil {
 				t.Error(err)
-			case err == nil && known:
-				t.Errorf("it passes; it is no gap any more: %s", gap)
-			case known:
-				t.Logf("known gap: %s (%v)", gap, err)
 			}
 		})
-	}
-	for name := range s.Gaps {
-		if !seen[name] {
-			t.Errorf("a gap names the case %q, which is none", name)
-		}
 	}
 }
 

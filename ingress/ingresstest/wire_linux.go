@@ -69,10 +69,10 @@ func NewWire(t testing.TB, parts Parts, make func(*Rig) (ingress.Engine, error))
 }
 
 // Suites are the two runs of the suite, by family.
-func (w *Wire) Suites(gaps map[string]string) map[string]*Suite {
+func (w *Wire) Suites() map[string]*Suite {
 	return map[string]*Suite{
-		"IPv4": {Lane: w, Wire: w, VIP: w.vips[0], Client: address(clientNumber), Gaps: gaps},
-		"IPv6": {Lane: w, Wire: w, VIP: w.vips[1], Client: twin(clientNumber), Gaps: gaps},
+		"IPv4": {Lane: w, Wire: w, VIP: w.vips[0], Client: address(clientNumber)},
+		"IPv6": {Lane: w, Wire: w, VIP: w.vips[1], Client: twin(clientNumber)},
 	}
 }
 
@@ -85,6 +85,9 @@ func (w *Wire) Apply(services ...[]ingress.Service) error {
 			of = services[n]
 		}
 		t.Networks = append(t.Networks, w.rig.Network(n, of...))
+		for _, k := range w.tasks[n] {
+			t.Ends = append(t.Ends, ingress.End{Task: k.Task, NetNS: k.NetNS, Addrs: []ingress.EndAddr{{VIP: w.vips[0], Own: k.Addr}, {VIP: w.vips[1], Own: k.Addr6}}})
+		}
 	}
 	return w.engine.Apply(w.rig.T.Context(), t)
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/ingress"
 	"github.com/weftnet/weft/ingress/ingresstest"
+	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
@@ -38,13 +39,6 @@ func parts(t testing.TB) ingresstest.Parts {
 	}
 }
 
-// gaps are the cases of the suite that this engine fails, with the reason.
-var gaps = map[string]string{
-	"udp to a server on all addresses":   "direct return: such a server answers from the task's own address, of which its client knows nothing",
-	"tcp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
-	"udp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
-}
-
 // TestServices runs the suite of all engines.
 func TestServices(t *testing.T) {
 	need(t)
@@ -53,11 +47,16 @@ func TestServices(t *testing.T) {
 	w := ingresstest.NewWire(t, parts(t), func(r *ingresstest.Rig) (ingress.Engine, error) {
 		path = r.Network(0).NetNS
 		e, err := New(Config{Node: r.Nodes[0], NetNSDir: r.Dir, Repaired: func(r weft.Repair) { repaired = append(repaired, r) }})
-		t.Cleanup(func() { must(t, e.Close(context.Background())) })
-		return e, err
+		if err != nil {
+			return nil, err
+		}
+		// What direct return leaves to the backend's end is the other engine's.
+		both := ingress.Split{Services: e, Published: nft.New(r.Dir)}
+		t.Cleanup(func() { must(t, both.Close(context.Background())) })
+		return both, both.Probe(t.Context())
 	})
 	w.Remembers = func(from, _ netip.AddrPort) (time.Duration, error) { return remembers(path, from) }
-	for family, suite := range w.Suites(gaps) {
+	for family, suite := range w.Suites() {
 		t.Run(family, suite.Run)
 	}
 	if len(repaired) > 0 {

@@ -59,6 +59,9 @@ type Engine struct {
 	// it was given. Owned by Apply.
 	within inside
 	last   ingress.Table
+	// ends are what the last Apply left in the namespaces of tasks that stand for
+	// service addresses, by their paths. Owned by Apply.
+	ends map[string]*taskEnd
 
 	// Repaired, when not nil, gets every repair before the Apply returns that
 	// made it. It is set before the first Apply and must not block.
@@ -103,6 +106,9 @@ func (e *Engine) Probe(ctx context.Context) error {
 			}
 			if err := e.probeInside(); err != nil {
 				return fmt.Errorf("%w: keeping clients' addresses: %w", weft.ErrUnsupported, err)
+			}
+			if err := e.probeEnds(); err != nil {
+				return fmt.Errorf("%w: service addresses in tasks (nft_socket): %w", weft.ErrUnsupported, err)
 			}
 			if _, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET); err != nil {
 				return fmt.Errorf("%w: connection tracking over netlink (nf_conntrack_netlink): %w", weft.ErrUnsupported, err)
@@ -153,6 +159,9 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 	e.last = t
 	if err := e.applyInside(t, audit); err != nil {
 		errs = append(errs, &ingress.NetworkError{VNI: weft.IngressVNI, Err: err})
+	}
+	if err := e.applyEnds(t.Ends, audit); err != nil {
+		errs = append(errs, err)
 	}
 	if err := e.applyHost(t, places); err != nil {
 		errs = append(errs, fmt.Errorf("apply published ports: %w", err))
@@ -310,7 +319,7 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
 	e.host, e.without6, e.places, e.set, e.last = nil, false, nil, legLink{}, ingress.Table{}
-	within := e.closeInside()
+	within := errors.Join(e.closeInside(), e.closeEnds())
 	conn, err := open()
 	if err != nil {
 		return errors.Join(within, fmt.Errorf("open nftables: %w", err))

@@ -168,7 +168,7 @@ func sameHost(a, b *ingress.Table) bool {
 
 // sameTable reports whether two tables are one wish.
 func sameTable(a, b *ingress.Table) bool {
-	if !sameHost(a, b) || !reflect.DeepEqual(a.Ingress, b.Ingress) || !reflect.DeepEqual(a.Router, b.Router) || len(a.Networks) != len(b.Networks) {
+	if !sameHost(a, b) || !reflect.DeepEqual(a.Ingress, b.Ingress) || !reflect.DeepEqual(a.Router, b.Router) || !reflect.DeepEqual(a.Ends, b.Ends) || len(a.Networks) != len(b.Networks) {
 		return false
 	}
 	for i := range a.Networks {

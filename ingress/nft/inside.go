@@ -195,17 +195,22 @@ func (f *family) answerRule() rule {
 	})}
 }
 
-// writeSource writes the source address and what sums it up: IPv4's own sum is at
-// 10 of its header (RFC 791).
-func (f *family) writeSource(register uint32) expr.Any {
-	p := &expr.Payload{
+// writeSource writes the source address and what sums it up.
+func (f *family) writeSource(register uint32) expr.Any { return f.writeAddress(register, f.source) }
+
+// writeAddress writes an address at its offset in the header, and the sums over it:
+// that of the transport's header, and IPv4's own at 10 (RFC 791). IPv6 has none, but the
+// library names no sums at all without one, so it is said to be where the address is:
+// the kernel changes the sums first and then writes the address over it (nft_payload.c).
+func (f *family) writeAddress(register, offset uint32) expr.Any {
+	own := uint32(10)
+	if f.is6 {
+		own = offset
+	}
+	return &expr.Payload{
 		OperationType: expr.PayloadWrite, SourceRegister: register, Base: expr.PayloadBaseNetworkHeader,
-		Offset: f.source, Len: f.bytes, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
+		Offset: offset, Len: f.bytes, CsumType: expr.CsumTypeInet, CsumOffset: own, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
 	}
-	if !f.is6 {
-		p.CsumType, p.CsumOffset = expr.CsumTypeInet, 10
-	}
-	return p
 }
 
 func isUDP() []expr.Any {

@@ -143,29 +143,14 @@ func (e *Engine) applyTask(entry ingress.Entry, t ingress.EntryTask, was *inside
 // with the mark, which only those have that an entry node brings. Sockets that accept
 // their connections route by it from the first packet on.
 func (e *Engine) setWaySysctls(t *insideTask, audit bool) error {
-	for _, kv := range [][2]string{
+	return e.setSysctls([][2]string{
 		{"net/ipv4/conf/" + t.want.Link + "/rp_filter", "2"},
 		{"net/ipv4/conf/" + t.want.Link + "/src_valid_mark", "1"},
 		// As on the host, where a policy says it (times.go).
 		{"net/netfilter/nf_conntrack_tcp_timeout_fin_wait", e.closing()},
 		{"net/netfilter/nf_conntrack_tcp_timeout_close_wait", e.closing()},
 		{"net/ipv4/tcp_fwmark_accept", "1"},
-	} {
-		was, err := readSysctl(kv[0])
-		if err != nil {
-			return err
-		}
-		if was == kv[1] {
-			continue
-		}
-		if err := writeSysctl(kv[0], kv[1]); err != nil {
-			return err
-		}
-		if audit {
-			e.report(weft.Repair{Kind: kindSysctl, Object: kv[0] + " of " + t.place.name, Reason: fmt.Sprintf("it was %s instead of %s", was, kv[1])})
-		}
-	}
-	return nil
+	}, t.place.name, audit)
 }
 
 // closing is closingTimeout as a sysctl.

@@ -19,13 +19,6 @@ import (
 	"github.com/weftnet/weft/vxlan/linux"
 )
 
-// gaps are the cases of the suite that this engine fails, with the reason.
-var gaps = map[string]string{
-	"udp to a server on all addresses":   "direct return: such a server answers from the task's own address, of which its client knows nothing",
-	"tcp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
-	"udp to a server on its own address": "direct return: what comes in bears the service address, on which nobody listens",
-}
-
 // TestServices runs the suite of all engines for service addresses, on the bridge
 // overlay with real sandboxes.
 func TestServices(t *testing.T) {
@@ -51,7 +44,7 @@ func TestServices(t *testing.T) {
 		return e, e.Probe(t.Context())
 	})
 	w.Remembers = func(from, to netip.AddrPort) (time.Duration, error) { return remembers(path, from, to) }
-	for family, suite := range w.Suites(gaps) {
+	for family, suite := range w.Suites() {
 		t.Run(family, suite.Run)
 	}
 }
