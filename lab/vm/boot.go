@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -106,10 +108,31 @@ func (m *Machine) qemuArgs(args []string) []string {
 		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on", "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
 		cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
 	}
-	return append(processor,
+	return slices.Concat(processor, cables(m.cfg.Cables), []string{
 		"-M", "q35", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", m.kernel, "-initrd", m.initrd, "-append", cmdline,
 		// unsafe: the disk outlives the guest, not this machine.
-		"-drive", "file="+m.disk+",if=virtio,format=raw,cache=unsafe", "-device", "virtio-rng-pci",
-	)
+		"-drive", "file=" + m.disk + ",if=virtio,format=raw,cache=unsafe", "-device", "virtio-rng-pci",
+	})
+}
+
+// CardMAC is the hardware address of the card at end 0 or 1 of a cable.
+func CardMAC(cable, end int) net.HardwareAddr {
+	return net.HardwareAddr{0x02, 0x57, 0x45, 0x46, byte(cable), byte(end)}
+}
+
+// cables are QEMU's arguments for n of them. Without ioeventfd and with a timer
+// of the guest's clock that has expired at once, a card sends on the processor's
+// own thread, between two instructions: otherwise another thread of QEMU would,
+// whenever this machine lets it.
+func cables(n int) []string {
+	var out []string
+	for cable := range n {
+		for end := range 2 {
+			id := fmt.Sprintf("cable%d-%d", cable, end)
+			out = append(out, "-netdev", fmt.Sprintf("hubport,id=%s,hubid=%d", id, cable),
+				"-device", fmt.Sprintf("virtio-net-pci,netdev=%s,mac=%s,romfile=,ioeventfd=off,tx=timer,x-txtimer=1", id, CardMAC(cable, end)))
+		}
+	}
+	return out
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -53,6 +54,36 @@ func TestIndex(t *testing.T) {
 	delete(all, "c")
 	if _, err := closure(all, []string{"a"}); err == nil {
 		t.Error("a missing need passed")
+	}
+}
+
+// TestCables: both ends of a cable are on its own hub, each with its own address.
+func TestCables(t *testing.T) {
+	if got := cables(0); len(got) != 0 {
+		t.Errorf("no cables are %q", got)
+	}
+	all := strings.Join(cables(2), "\n")
+	hubs := map[string]int{}
+	for _, m := range regexp.MustCompile(`(?m)^hubport,id=(\S+),(hubid=\d)$`).FindAllStringSubmatch(all, -1) {
+		hubs[m[2]]++
+		if strings.Count(all, "netdev="+m[1]+",") != 1 {
+			t.Errorf("no card, or two, at %s:\n%s", m[1], all)
+		}
+	}
+	if hubs["hubid=0"] != 2 || hubs["hubid=1"] != 2 || len(hubs) != 2 {
+		t.Errorf("ends by hub: %v\n%s", hubs, all)
+	}
+	for cable := range 2 {
+		for end := range 2 {
+			mac := CardMAC(cable, end)
+			if strings.Count(all, mac.String()) != 1 || mac[0]&3 != 2 {
+				t.Errorf("%s is not one card's, or no local address:\n%s", mac, all)
+			}
+		}
+	}
+	m := Machine{cfg: Config{Counted: true, Cables: 1}}
+	if args := strings.Join(m.qemuArgs(nil), "\n"); !strings.Contains(args, strings.Join(cables(1), "\n")) {
+		t.Errorf("a machine with a cable is\n%s", args)
 	}
 }
 
