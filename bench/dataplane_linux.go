@@ -122,7 +122,7 @@ func (g *ground) openers(names []string) []opener {
 // the patterns on each, and the programming of weft's engines. Its Close closes g,
 // too.
 func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string, meter meter) (plan, error) {
-	p := plan{Restless: true, Pairs: slices.Concat(trafficPairs, cryptPairs, servicePairs, dockerPairs, meshPairs)}
+	p := plan{Restless: true, Own: nicOwn(namesOf(list)), Pairs: slices.Concat(trafficPairs, nicPairs, cryptPairs, servicePairs, dockerPairs, meshPairs)}
 	var ways []*way
 	closeWays := func() error {
 		var errs []error
@@ -170,6 +170,14 @@ func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string
 		}
 	}
 	return p, nil
+}
+
+func namesOf(list []opener) []string {
+	var out []string
+	for _, o := range list {
+		out = append(out, o.name)
+	}
+	return out
 }
 
 func unitOf(p pattern) string {

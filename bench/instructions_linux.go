@@ -22,11 +22,13 @@ const guestLimit = 30 * time.Minute
 
 // instructionsBench: the data plane's paths on the instruction clock.
 func instructionsBench() benchmark {
+	c := trafficChoices(slices.Concat(slices.DeleteFunc(slices.Clone(casePaths), isSlow), nicCases))
+	c.Cases = slices.Concat(c.Cases, nicCases)
 	return benchmark{
 		Name:    "instructions",
-		About:   "what the data plane's paths cost in instructions: operations per 10^9 of them (kernel and both ends) on one processor of a guest whose clock counts them, against host to host",
+		About:   "what the data plane's paths cost in instructions: operations per 10^9 of them (kernel and both ends) on one processor of a guest whose clock counts them, against host to host; between hosts joined by a veth, and by virtio network cards",
 		Away:    awayInstructions,
-		Choices: trafficChoices(slices.DeleteFunc(slices.Clone(casePaths), isSlow)),
+		Choices: c,
 		Linked:  true,
 	}
 }
@@ -39,14 +41,15 @@ func isSlow(path string) bool { return path == pathCrowd }
 
 // awayInstructions builds the guest of this tree and boots it.
 func awayInstructions(ctx context.Context, o options) (away, error) {
-	s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 1024, DiskMiB: 512},
-		"for m in veth vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\n"+guestCommand(o))
+	o.cases = withRaw(o.cases)
+	s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 1024, DiskMiB: 512, Cables: cablesOf(o.cases)},
+		"for m in veth virtio_net vxlan bridge sch_ingress cls_bpf; do modprobe $m; done\n"+guestCommand(o))
 	if err != nil {
 		return away{}, err
 	}
 	return away{
 		Series: s, Guest: "Linux " + kernel + " on one processor, whose clock counts instructions",
-		Limits: limitsOn(trafficLimits, pathRaw, o.cases, o.metrics),
+		Limits: limitsOn(slices.Concat(trafficLimits, nicLimits), pathRaw, o.cases, o.metrics),
 	}, nil
 }
 

@@ -74,8 +74,10 @@ type plan struct {
 	Metrics  []metric
 	Baseline variant
 	Cases    []variant
-	Pairs    []pair
-	Limits   []limit
+	// Own baselines of cases, by name: that case is run a second time, too.
+	Own    map[string]string
+	Pairs  []pair
+	Limits []limit
 	// Restless: the cases leave nothing behind, so none waits for the one before.
 	Restless bool
 	// Close removes what Prepare and the cases made; nil when there is
@@ -83,13 +85,12 @@ type plan struct {
 	Close func(context.Context) error
 }
 
-// slots is the order of one round, as indexes: 0 is the baseline, 1 to cases
-// are the cases, cases+1 is the baseline again. Every other round runs
+// slots is the order of the n runs of one round, as indexes: 0 is the baseline,
+// then come the cases, then the baselines again. Every other round runs
 // backwards, and every two rounds start one place later: what a case leaves
 // behind on the machine then falls on its neighbours on both sides alike, and
 // no case is always the first.
-func slots(cases, round int) []int {
-	n := cases + 2
+func slots(n, round int) []int {
 	out := make([]int, n)
 	for i := range out {
 		out[i] = (i + round/2) % n
@@ -102,16 +103,20 @@ func slots(cases, round int) []int {
 
 // measure runs all rounds, one case at a time, and tells progress.
 func (p plan) measure(ctx context.Context, bench string, rounds int, progress io.Writer) (series, error) {
-	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name, Pairs: p.Pairs}
+	s := series{Bench: bench, Metrics: p.Metrics, Baseline: p.Baseline.Name, Own: p.Own, Pairs: p.Pairs}
 	for _, c := range p.Cases {
 		s.Cases = append(s.Cases, c.Name)
 	}
+	own, again := bases(s.Cases, s.Own), len(p.Cases)+1
 	for n := range rounds {
-		r := round{Cases: make([]sample, len(p.Cases))}
-		for _, slot := range slots(len(p.Cases), n) {
+		r := round{Cases: make([]sample, len(p.Cases)), Agains: make([]sample, len(own))}
+		for _, slot := range slots(again+1+len(own), n) {
 			v, into := p.Baseline, &r.Baseline
 			switch {
-			case slot == len(p.Cases)+1:
+			case slot > again:
+				i := slot - again - 1
+				v, into = p.Cases[slices.Index(s.Cases, own[i])], &r.Agains[i]
+			case slot == again:
 				into = &r.Again
 			case slot > 0:
 				v, into = p.Cases[slot-1], &r.Cases[slot-1]

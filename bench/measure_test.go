@@ -15,7 +15,7 @@ import (
 )
 
 // TestSlotsProperty: every round runs everything once; over twice as many
-// rounds as there are slots, everything stands at every place twice, and runs
+// rounds as there are runs in one, everything stands at every place twice, and runs
 // as often right after a neighbour as right before it.
 func TestSlotsProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -25,7 +25,7 @@ func TestSlotsProperty(t *testing.T) {
 		at := make([][]int, n)      // place: the slots seen there
 		follows := map[[2]int]int{} // pair of neighbours: how often in this order
 		for r := first; r < first+2*n; r++ {
-			order := slots(cases, r)
+			order := slots(n, r)
 			for place, slot := range order {
 				at[place] = append(at[place], slot)
 				if place > 0 {
@@ -97,6 +97,31 @@ func TestMeasure(t *testing.T) {
 		}
 		if got := progress.String(); strings.Count(got, "\n") != 12 || !strings.Contains(got, "round 3 of 3: a ... time 9 s\n") {
 			t.Errorf("progress\n%s", got)
+		}
+	})
+}
+
+// TestMeasureOwnBaseline: a baseline of some cases is run twice, too.
+func TestMeasureOwnBaseline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ran []string
+		p := script(&ran, "a", "b", "c")
+		p.Own = map[string]string{"b": "a", "c": "a"}
+		s, err := p.measure(t.Context(), "x", 2, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := "raw a b c raw a a raw c b a raw"; strings.Join(ran, " ") != want {
+			t.Errorf("ran %v, want %s", ran, want)
+		}
+		for i, want := range [][2]float64{{2, 6}, {11, 7}} {
+			r := s.Rounds[i]
+			if got := [2]float64{r.Cases[0]["time"], r.Agains[0]["time"]}; got != want {
+				t.Errorf("round %d: a and again %v, want %v", i+1, got, want)
+			}
+		}
+		if rows, err := s.rows(); err != nil || len(rows) != 4+2+3 {
+			t.Errorf("%d rows, %v, want 4 raw ones, noise and a over raw, noise, b and c over a", len(rows), err)
 		}
 	})
 }

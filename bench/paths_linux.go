@@ -75,6 +75,8 @@ type ground struct {
 	undo  []func() error
 	core  int // that generators run on; noCore = any
 	paths map[string]path
+	// cables of the guest that are in use.
+	cables int
 }
 
 // newGround makes the hosts and the paths that are named. On error it has
@@ -110,7 +112,7 @@ func (g *ground) build(ctx context.Context, names []string) error {
 		pathRaw: g.raw, pathRouted: g.routed, pathHand: g.hand, pathBridge: g.overlay, pathEBPF: g.overlay, pathNative: g.overlay, pathCrowd: g.overlay,
 	}
 	for _, name := range append([]string{pathRaw}, names...) {
-		make, ok := makers[name]
+		make, ok := makers[like(name)]
 		if slices.ContainsFunc(vipCases, func(c vipCase) bool { return c.name == name || c.direct == name }) {
 			make, ok = g.vip, true
 		}
@@ -131,8 +133,9 @@ func (g *ground) build(ctx context.Context, names []string) error {
 	return nil
 }
 
-// hosts makes two, joined by a veth. Each path has its own: an engine's programs
-// on a shared link would be part of every other path, too.
+// hosts makes two, joined by a veth, or by network cards if the path's name says so.
+// Each path has its own: an engine's programs on a shared link would be part of every
+// other path, too.
 func (g *ground) hosts(name string) (pairOfHosts, error) {
 	var h pairOfHosts
 	for i := range h {
@@ -141,7 +144,11 @@ func (g *ground) hosts(name string) (pairOfHosts, error) {
 			return h, err
 		}
 	}
-	if err := g.veth(h[0], groundDev, h[1], groundDev, groundMTU); err != nil {
+	join := func() error { return g.veth(h[0], groundDev, h[1], groundDev, groundMTU) }
+	if onNICs(name) {
+		join = func() error { return g.cable(h) }
+	}
+	if err := join(); err != nil {
 		return h, err
 	}
 	for i, ns := range h {
@@ -349,7 +356,7 @@ func (g *ground) engine(name string, i int) (vxlan.Kernel, error) {
 }
 
 func (g *ground) engineOf(name string, n vipNode) (vxlan.Kernel, error) {
-	if name == pathBridge {
+	if like(name) == pathBridge {
 		return linux.New(linux.Config{Node: n.id, NetNSDir: g.dir, Log: g.log})
 	}
 	return bpf.New(bpf.Config{Node: n.id, Dir: n.bpf, Log: g.log})
@@ -374,7 +381,7 @@ func (g *ground) overlay(ctx context.Context, name string, h pairOfHosts) error 
 		}
 		n := network(id, i, ports[i])
 		n.Peers = []vxlan.Peer{{Addr: ports[1-i].Addr.Addr(), MAC: ports[1-i].MAC, VTEP: vtep(1 - i)}}
-		n.Native, n.Peers[0].Native = name == pathNative, name == pathNative
+		n.Native, n.Peers[0].Native = like(name) == pathNative, like(name) == pathNative
 		if name == pathCrowd {
 			n.Peers = append(n.Peers, others(crowd, i)...)
 		}

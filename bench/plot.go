@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strings"
 )
 
@@ -137,14 +138,14 @@ func (r Result) writeSVG(w io.Writer) error {
 	c.text(16, 26, "title", r.Bench)
 	c.text(16, 45, "foot", "dot: median; bar: minimum to maximum; grey: baseline; red: limit")
 	y := float64(plotTop)
-	base := ""
+	var bases []string // of the noise rows: all cases' first, then some cases' own
 	for _, row := range r.Rows {
-		if row.Baseline != "" && row.Baseline == row.Case {
-			base = row.Baseline // of the noise rows
+		if row.Baseline != "" && row.Baseline == row.Case && !slices.Contains(bases, row.Baseline) {
+			bases = append(bases, row.Baseline)
 		}
 	}
 	for _, p := range r.panels() {
-		y = p.draw(&c, y, base)
+		y = p.draw(&c, y, bases)
 	}
 	m := r.Machine
 	c.text(16, y+20, "foot", fmt.Sprintf("%s, weft %s, Linux %s, %d cores, load %s to %s", m.Date.Format("2006-01-02"), m.Weft, m.Kernel, m.Cores, number(m.LoadBefore), number(m.LoadAfter)))
@@ -158,7 +159,11 @@ func (r Result) writeSVG(w io.Writer) error {
 }
 
 // draw puts the panel at y and returns where the next one begins.
-func (p panel) draw(c *canvas, y float64, base string) float64 {
+func (p panel) draw(c *canvas, y float64, bases []string) float64 {
+	base := ""
+	if len(bases) > 0 {
+		base = bases[0]
+	}
 	scale := ticks(p.top())
 	last := scale[len(scale)-1]
 	x := func(v float64) float64 { return plotLeft + 12 + v/last*(plotRight-plotLeft-24) }
@@ -179,12 +184,14 @@ func (p panel) draw(c *canvas, y float64, base string) float64 {
 	for i, row := range p.Rows {
 		mid := top + rowHeight*(float64(i)+0.5)
 		suffix := ""
-		if row.Case == base {
+		if slices.Contains(bases, row.Case) && (row.Baseline == "" || row.Baseline == row.Case) {
 			suffix = "-base"
 		}
 		label := row.Case + ": " + row.Metric
-		if row.Baseline == row.Case {
+		if row.Baseline == base && row.Case == base {
 			label = "noise: " + row.Metric
+		} else if row.Baseline == row.Case {
+			label = "noise of " + row.Case + ": " + row.Metric
 		} else if row.Baseline != "" && row.Baseline != base {
 			label = row.Case + " to " + row.Baseline + ": " + row.Metric
 		}

@@ -71,11 +71,12 @@ type pair struct{ Case, Over string }
 type sample map[string]float64
 
 // round holds the samples of one round. Again is the second run of the
-// baseline.
+// baseline, Agains those of the cases that are baselines, in the order of bases.
 type round struct {
 	Baseline sample
 	Again    sample
 	Cases    []sample
+	Agains   []sample
 }
 
 // series is everything that was measured, with the names that rows carry.
@@ -84,8 +85,21 @@ type series struct {
 	Metrics  []metric
 	Baseline string
 	Cases    []string
-	Pairs    []pair
-	Rounds   []round
+	// Own baselines of cases: the name of another case, in place of Baseline.
+	Own    map[string]string
+	Pairs  []pair
+	Rounds []round
+}
+
+// bases are the cases that are baselines of others, in the order of those.
+func bases(cases []string, own map[string]string) []string {
+	var out []string
+	for _, c := range cases {
+		if b, ok := own[c]; ok && !slices.Contains(out, b) {
+			out = append(out, b)
+		}
+	}
+	return out
 }
 
 // spread is the median of values with the extremes.
@@ -123,22 +137,13 @@ func (s series) rows() ([]Row, error) {
 			}
 		}
 	}
-	for _, m := range s.Metrics {
-		base, ok := s.values(-1, m.Name)
-		if !m.IsRatio || !ok {
-			continue
-		}
-		again := make([]float64, len(s.Rounds))
-		for i, r := range s.Rounds {
-			again[i] = r.Again[m.Name]
-		}
-		noise, err := divide(again, base)
-		if err != nil {
-			return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, s.Baseline, err)
-		}
-		out = append(out, s.row(-1, m, s.Baseline, noise))
-		for i := range s.Cases {
-			if out, err = s.ratio(out, m, i, -1); err != nil {
+	for n, b := range append([]string{s.Baseline}, bases(s.Cases, s.Own)...) {
+		for _, m := range s.Metrics {
+			var err error
+			if !m.IsRatio {
+				continue
+			}
+			if out, err = s.against(out, m, n-1, slices.Index(s.Cases, b)); err != nil {
 				return nil, err
 			}
 		}
@@ -159,6 +164,38 @@ func (s series) rows() ([]Row, error) {
 		}
 	}
 	return out, nil
+}
+
+// against appends the noise of a baseline and the ratios of the cases whose
+// baseline it is: case j, the n-th of bases, or with -1 the one of the series.
+func (s series) against(rows []Row, m metric, n, j int) ([]Row, error) {
+	base, ok := s.values(j, m.Name)
+	if !ok {
+		return rows, nil
+	}
+	again := make([]float64, len(s.Rounds))
+	for i, r := range s.Rounds {
+		smp := r.Again
+		if n >= 0 {
+			smp = r.Agains[n]
+		}
+		again[i] = smp[m.Name]
+	}
+	noise, err := divide(again, base)
+	if err != nil {
+		return nil, fmt.Errorf("divide metric %q of case %q: %w", m.Name, s.caseName(j), err)
+	}
+	rows = append(rows, s.row(j, m, s.caseName(j), noise))
+	for i, c := range s.Cases {
+		own, isOwn := s.Own[c]
+		if isOwn != (n >= 0) || isOwn && own != s.Cases[j] {
+			continue
+		}
+		if rows, err = s.ratio(rows, m, i, j); err != nil {
+			return nil, err
+		}
+	}
+	return rows, nil
 }
 
 // ratio appends the row of case i over case j, if both yield m.
@@ -217,13 +254,27 @@ func (s series) check() error {
 	for _, m := range s.Metrics {
 		declared[m.Name] = true
 	}
+	own := bases(s.Cases, s.Own)
+	for _, b := range own {
+		if _, isOwn := s.Own[b]; isOwn || !slices.Contains(s.Cases, b) {
+			return fmt.Errorf("%q is a baseline, and must be a case without another one", b)
+		}
+	}
 	for n, r := range s.Rounds {
 		if len(r.Cases) != len(s.Cases) {
 			return fmt.Errorf("round %d has %d cases, %d expected", n+1, len(r.Cases), len(s.Cases))
 		}
+		if len(r.Agains) != len(own) {
+			return fmt.Errorf("round %d has %d baselines again, %d expected", n+1, len(r.Agains), len(own))
+		}
 		first := s.Rounds[0]
 		if err := checkSample(r.Again, first.Baseline, declared); err != nil {
 			return fmt.Errorf("round %d, case %q again: %w", n+1, s.Baseline, err)
+		}
+		for i, b := range own {
+			if err := checkSample(r.Agains[i], first.Cases[slices.Index(s.Cases, b)], declared); err != nil {
+				return fmt.Errorf("round %d, case %q again: %w", n+1, b, err)
+			}
 		}
 		for i := -1; i < len(s.Cases); i++ {
 			got, want := r.Baseline, first.Baseline

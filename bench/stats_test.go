@@ -190,6 +190,50 @@ func twoCases() series {
 	return s
 }
 
+// withOwn is twoCases with a case over slow, which takes three times as long.
+func withOwn() series {
+	s := twoCases()
+	s.Cases, s.Pairs, s.Own = append(s.Cases, "other"), nil, map[string]string{"other": "slow"}
+	s.Rounds[0].Cases, s.Rounds[0].Agains = append(s.Rounds[0].Cases, sample{"time": 6}), []sample{{"time": 1}}
+	s.Rounds[1].Cases, s.Rounds[1].Agains = append(s.Rounds[1].Cases, sample{"time": 48}), []sample{{"time": 16}}
+	return s
+}
+
+// TestOwnBaseline: a case that has a baseline of its own is divided by that and by no
+// other, and that baseline has a noise of its own.
+func TestOwnBaseline(t *testing.T) {
+	got, err := withOwn().rows()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Row{
+		{"b", "raw", "time", "raw", 1.25, 1, 1.5, 2, "ratio"},
+		{"b", "weft", "time", "raw", 3, 2, 4, 2, "ratio"},
+		{"b", "slow", "time", "raw", 5, 2, 8, 2, "ratio"},
+		{"b", "slow", "time", "slow", 0.75, 0.5, 1, 2, "ratio"},
+		{"b", "other", "time", "slow", 3, 3, 3, 2, "ratio"},
+	}
+	if got = slices.DeleteFunc(got, func(r Row) bool { return r.Baseline == "" }); !reflect.DeepEqual(got, want) {
+		t.Errorf("ratios\n%+v, want\n%+v", got, want)
+	}
+	for _, tc := range []struct {
+		name, want string
+		spoil      func(*series)
+	}{
+		{"not measured again", "round 2 has 0 baselines again", func(s *series) { s.Rounds[1].Agains = nil }},
+		{"hole in its noise", `case "slow" again`, func(s *series) { s.Rounds[0].Agains[0] = sample{} }},
+		{"no case", `"gone" is a baseline`, func(s *series) { s.Own["other"] = "gone" }},
+		{"has one itself", `"slow" is a baseline`, func(s *series) { s.Own["slow"] = "weft"; s.Own["other"] = "slow" }},
+		{"0", `metric "time" of case "slow"`, func(s *series) { s.Rounds[0].Cases[1]["time"] = 0 }},
+	} {
+		s := withOwn()
+		tc.spoil(&s)
+		if _, err := s.rows(); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: error %v, want one with %q", tc.name, err, tc.want)
+		}
+	}
+}
+
 func TestLimitsOn(t *testing.T) {
 	all := []limit{{Case: "a", Metric: "m"}, {Case: "a", Metric: "m", Over: "raw"}, {Case: "a", Metric: "m", Over: "b"}, {Case: "b", Metric: "m"}, {Case: "a", Metric: "n"}}
 	if got := limitsOn(all, "raw", []string{"a"}, []string{"m"}); !reflect.DeepEqual(got, all[:2]) {
