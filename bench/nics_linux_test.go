@@ -34,6 +34,11 @@ func TestNICPathsChosen(t *testing.T) {
 			t.Errorf("%q is like %q", c, like(c))
 		}
 	}
+	for _, p := range patterns {
+		if less := opsOf(guestCounts, nicEBPF, p) < opsOf(guestCounts, pathEBPF, p); less != (p == bulk) || opsOf(guestCounts, pathEBPF, p) != guestCounts[p] {
+			t.Errorf("%s: %d operations between network cards, %d on a veth", p, opsOf(guestCounts, nicEBPF, p), opsOf(guestCounts, pathEBPF, p))
+		}
+	}
 	metrics := trafficChoices(nil).Metrics
 	on := limitsOn(trafficLimits, pathRaw, []string{pathRouted, pathBridge, pathEBPF}, metrics)
 	off := limitsOn(nicLimits, pathRaw, nicCases, metrics)

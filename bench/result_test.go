@@ -68,6 +68,29 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestPlotOwnBaseline: a baseline of some cases is grey where it stands for itself, and
+// its noise is told from that of all others' baseline.
+func TestPlotOwnBaseline(t *testing.T) {
+	rows, err := withOwn().rows()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	if err := (Result{Bench: "b", Rows: rows}).writeSVG(&b); err != nil {
+		t.Fatal(err)
+	}
+	plot := b.String()
+	for _, label := range []string{">noise: time<", ">noise of slow: time<", ">slow: time<", ">other to slow: time<", ">ratio to raw<"} {
+		if !strings.Contains(plot, label) {
+			t.Errorf("no label %q in\n%s", label, plot)
+		}
+	}
+	// Raw and noise rows of both baselines; slow over raw is a case's.
+	if got := strings.Count(plot, `class="dot-base"`); got != 4 {
+		t.Errorf("%d grey dots, want 4", got)
+	}
+}
+
 // TestResultsAreWhole: what is committed reads back as results of this form.
 func TestResultsAreWhole(t *testing.T) {
 	files, err := filepath.Glob("results/*.json")
