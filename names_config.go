@@ -11,8 +11,9 @@ import (
 // DNSConfig says how the tasks of a service look up names. Names of the cluster
 // are answered on the node in any case.
 type DNSConfig struct {
-	// Nameservers are asked for external names, from the node and in this
-	// order, instead of the node's own; at most MaxNameservers.
+	// Nameservers are asked for external names, in this order, instead of the
+	// node's own; at most MaxNameservers. Those in a subnet of one of the task's
+	// networks are asked from the task, all others from the node.
 	Nameservers []netip.Addr `json:",omitzero" cbor:",omitzero"`
 	// Search are the domains that clients append, instead of the node's own;
 	// the one domain "." is none at all.

@@ -138,6 +138,7 @@ type Agent struct {
 	resolvers *resolvers // set by Run before anything else runs
 	tasks     *tasks
 	listen    openSockets // listenIn, but for tests
+	dial      dialInside  // dialIn, but for tests
 	busy      countConns  // sandbox.Connections, but for tests
 	healths   healths
 	statuses  statuses
@@ -154,7 +155,7 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Drains == nil {
 		cfg.Drains = NewDrains(cfg.Log)
 	}
-	a := &Agent{cfg: cfg, outbox: newOutbox(), listen: listenIn, busy: sandbox.Connections, healths: healths{all: map[weft.ID]weft.Health{}}}
+	a := &Agent{cfg: cfg, outbox: newOutbox(), listen: listenIn, dial: dialIn, busy: sandbox.Connections, healths: healths{all: map[weft.ID]weft.Health{}}}
 	a.model.Store(newModel())
 	a.linger = newLinger(cfg.Node, cfg.Gossip, a.endpointsPath(), cfg.Log)
 	a.plane = newPlane(cfg, a.linger)
@@ -193,7 +194,7 @@ func (c Config) validate() error {
 // their logs stay when it returns: the next Run adopts them.
 func (a *Agent) Run(ctx context.Context) error {
 	inner, cancel := context.WithCancel(ctx)
-	a.resolvers = newResolvers(inner, a.cfg.Names, a.listen, a.cfg.Log)
+	a.resolvers = newResolvers(inner, a.cfg.Names, a.listen, a.dial, a.cfg.Log)
 	err := a.resume(inner)
 	if err == nil {
 		err = a.takeEngines(inner)
@@ -396,6 +397,9 @@ func (a *Agent) view(m *model, t weft.Task) dns.View {
 			continue
 		}
 		v.Networks = append(v.Networks, at.Network)
+		for _, s := range n.Spec.Subnets {
+			v.Near = append(v.Near, dns.Near{Network: at.Network, Subnet: s.Prefix})
+		}
 		for _, a := range at.Addrs() {
 			v.Self.Addrs = append(v.Self.Addrs, a.Addr())
 		}

@@ -171,19 +171,25 @@ func TestViewOfATask(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
 		task     weft.Task
-		networks []weft.ID
+		networks []weft.Network
 		internal bool
 	}{
-		{"the ingress network has no names", on(mesh, front), []weft.ID{front.ID}, false},
-		{"internal networks only", on(mesh, inside), []weft.ID{inside.ID}, true},
-		{"one way out is enough", on(inside, front), []weft.ID{inside.ID, front.ID}, false},
+		{"the ingress network has no names", on(mesh, front), []weft.Network{front}, false},
+		{"internal networks only", on(mesh, inside), []weft.Network{inside}, true},
+		{"one way out is enough", on(inside, front), []weft.Network{inside, front}, false},
 		{"no network at all", on(), nil, false},
 		{"ingress alone", on(mesh), nil, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			v := self.view(m, tc.task)
-			if !reflect.DeepEqual(v.Networks, tc.networks) || v.Internal != tc.internal {
-				t.Errorf("networks %v internal %v", v.Networks, v.Internal)
+			var networks []weft.ID
+			var near []dns.Near
+			for _, n := range tc.networks {
+				networks = append(networks, n.ID)
+				near = append(near, dns.Near{Network: n.ID, Subnet: n.Spec.Subnets[0].Prefix})
+			}
+			if !reflect.DeepEqual(v.Networks, networks) || !reflect.DeepEqual(v.Near, near) || v.Internal != tc.internal {
+				t.Errorf("networks %v near %v internal %v", v.Networks, v.Near, v.Internal)
 			}
 			// A task has a gateway exactly if it may ask for names outside.
 			c := newController(self, m, tc.task)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	miekg "github.com/miekg/dns"
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
@@ -214,5 +216,51 @@ func (r *rig) wantWays(k *slowKernel, step int) {
 				}
 			}
 		}
+	}
+}
+
+// TestNearNameserverIsAskedInside: a nameserver of a service's own on a network of the
+// task is asked from inside the task's namespace, one elsewhere is not.
+func TestNearNameserverIsAskedInside(t *testing.T) {
+	for _, c := range []struct{ server, want string }{
+		{"10.0.16.53", "[/ns/" + string(testID("t1")) + " udp 10.0.16.53:53]"},
+		{"192.0.2.53", "[]"},
+	} {
+		t.Run(c.server, func(t *testing.T) {
+			bubble(t, func(t *testing.T, r *rig) {
+				q := new(miekg.Msg)
+				q.SetQuestion("example.com.", miekg.TypeA)
+				var err error
+				if r.sockets.query, err = q.Pack(); err != nil {
+					t.Fatal(err)
+				}
+				r.sockets.answers = make(chan []byte, 1)
+				var mu sync.Mutex
+				var asked []string
+				r.inside = func(_ context.Context, nsPath, network, address string) (net.Conn, error) {
+					mu.Lock()
+					defer mu.Unlock()
+					asked = append(asked, nsPath+" "+network+" "+address)
+					return nil, errors.New("nobody is there")
+				}
+				r.hostDial = func(context.Context, string, string) (net.Conn, error) {
+					return nil, errors.New("nobody is there, either")
+				}
+				r.start()
+				s := <-r.leader.sessions
+				a := full(testTask(1, front))
+				a.Specs[0].Spec.Container.DNS.Nameservers = []netip.Addr{netip.MustParseAddr(c.server)}
+				s.send <- a
+				answer := new(miekg.Msg)
+				if err := answer.Unpack(<-r.sockets.answers); err != nil || answer.Rcode != miekg.RcodeServerFailure {
+					t.Errorf("answer %v, %v", answer, err)
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if fmt.Sprint(asked) != c.want {
+					t.Errorf("asked inside: %v, want %s", asked, c.want)
+				}
+			})
+		})
 	}
 }

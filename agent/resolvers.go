@@ -20,6 +20,10 @@ const resolverRetry = time.Second
 // is the real one.
 type openSockets func(ctx context.Context, nsPath string) (net.PacketConn, net.Listener, error)
 
+// dialInside opens a socket to a nameserver in the namespace at nsPath; dialIn is the
+// real one.
+type dialInside func(ctx context.Context, nsPath, network, address string) (net.Conn, error)
+
 // resolvers keeps one pair of sockets open in each task's namespace and serves
 // names on it. Its methods may be called from any goroutine; all servers end
 // with the context given to newResolvers, and wait returns when they have.
@@ -27,6 +31,7 @@ type resolvers struct {
 	ctx    context.Context // of all servers; ends with the agent
 	server *dns.Server
 	listen openSockets
+	dial   dialInside
 	log    *slog.Logger
 	wg     sync.WaitGroup
 
@@ -44,8 +49,8 @@ type resolver struct {
 	done   chan struct{} // closed by its goroutine, when its sockets are closed
 }
 
-func newResolvers(ctx context.Context, server *dns.Server, listen openSockets, log *slog.Logger) *resolvers {
-	return &resolvers{ctx: ctx, server: server, listen: listen, log: log, open: map[weft.ID]*resolver{}}
+func newResolvers(ctx context.Context, server *dns.Server, listen openSockets, dial dialInside, log *slog.Logger) *resolvers {
+	return &resolvers{ctx: ctx, server: server, listen: listen, dial: dial, log: log, open: map[weft.ID]*resolver{}}
 }
 
 // ensure opens the sockets of a task unless they are open.
@@ -78,6 +83,9 @@ func (r *resolvers) resume(task weft.ID, nsPath string, view dns.View) {
 
 func (r *resolvers) startLocked(s *resolver, pc net.PacketConn, ln net.Listener) {
 	ctx, cancel := context.WithCancel(r.ctx)
+	s.view.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return r.dial(ctx, s.nsPath, network, address)
+	}
 	s.cancel, s.done = cancel, make(chan struct{})
 	r.open[s.task] = s
 	r.wg.Go(func() {

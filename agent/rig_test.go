@@ -90,6 +90,8 @@ type rig struct {
 	leader   *fakeLeader
 	sockets  *fakeSockets
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
+	inside   dialInside
+	hostDial dns.Dial // to nameservers; nil = as it is
 	journal  *journal
 	log      lockedBuffer
 	routes   vxlantest.Router
@@ -119,7 +121,10 @@ func newRig(t *testing.T) *rig {
 		boxes: &fakeBoxes{all: map[weft.ID]sandbox.Sandbox{}, journal: j}, kernel: &fakeKernel{journal: j, fail: map[uint32]error{}},
 		balancer: &fakeBalancer{journal: j}, table: newFakeTable(j),
 		leader: &fakeLeader{sessions: make(chan *fakeSession, 16), state: map[weft.ID]weft.TaskStatus{}}, sockets: &fakeSockets{},
-		dial:  func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no route to host") },
+		dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no route to host") },
+		inside: func(context.Context, string, string, string) (net.Conn, error) {
+			return nil, errors.New("no route to host")
+		},
 		paths: newFakePaths(),
 	}
 	r.paths.link.Store(1500)
@@ -131,7 +136,7 @@ func newRig(t *testing.T) *rig {
 var hostAddrs = []weft.HostAddr{{Interface: "eth0", Addr: vtepA}}
 
 func (r *rig) config() Config {
-	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null"})
+	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null", Dial: r.hostDial})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -205,7 +210,7 @@ func (r *rig) start() (kill func()) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	a.listen, a.linger.dial, a.busy = r.sockets.listen, r.dial, r.conns.count
+	a.listen, a.dial, a.linger.dial, a.busy = r.sockets.listen, r.inside, r.dial, r.conns.count
 	r.agent = a
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

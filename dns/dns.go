@@ -68,11 +68,11 @@ type Config struct {
 	// Exclude are nameservers never forwarded to because they would lead
 	// back here. Default 127.0.0.11.
 	Exclude []netip.Addr
-	// Dial opens the way to an upstream, network "udp" or "tcp". It runs
-	// on the host's side: an overlay that covers an upstream's address must
-	// not cut it off. Default: a net.Dialer. It must be safe for concurrent
-	// use.
-	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Dial opens the way to an upstream on the host's side: an overlay that
+	// covers an upstream's address must not cut it off. Those that are near a
+	// task are asked by its View. Default: a net.Dialer. It must be safe for
+	// concurrent use.
+	Dial Dial
 	// TryTimeout bounds one question to one upstream, Timeout all of them
 	// together; afterwards the client gets SERVFAIL. Defaults 1.5 s and 4 s:
 	// the usual client gives up after 5 s.
@@ -88,6 +88,9 @@ type Config struct {
 	// (RFC 7766 section 6.2.3 asks for seconds).
 	TCPIdle time.Duration
 }
+
+// Dial opens a socket to a nameserver, network "udp" or "tcp".
+type Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 func (c *Config) setDefaults() {
 	if c.ResolvConf == "" {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -45,7 +44,7 @@ type flight struct {
 func newForwarder(cfg Config, stats *counters) *forwarder {
 	return &forwarder{
 		cfg:     cfg,
-		up:      upstreams{path: cfg.ResolvConf, exclude: cfg.Exclude, failed: map[netip.AddrPort]time.Time{}},
+		up:      upstreams{path: cfg.ResolvConf, exclude: cfg.Exclude, failed: map[upstream]time.Time{}},
 		cache:   cache{max: cfg.CacheEntries, entries: map[question]cached{}},
 		slots:   make(chan struct{}, cfg.MaxForwards),
 		stats:   stats,
@@ -54,8 +53,8 @@ func newForwarder(cfg Config, stats *counters) *forwarder {
 }
 
 // forward answers req from the cache or an upstream of the host, or of the task's
-// own; SERVFAIL when none
-// answers within Config.Timeout. It never fails to return an answer.
+// own; SERVFAIL when none answers within Config.Timeout. It never fails to return
+// an answer.
 func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg) *miekg.Msg {
 	f.stats.forwarded.Add(1)
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
@@ -71,7 +70,7 @@ func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg
 		if msg, age, hit = f.cache.get(k, now, gen); hit {
 			f.stats.cacheHits.Add(1)
 		} else {
-			msg, err = f.share(ctx, k, func() (*miekg.Msg, error) { return f.ask(ctx, k, req, servers, gen) })
+			msg, err = f.share(ctx, k, func() (*miekg.Msg, error) { return f.ask(ctx, k, req, f.ways(own, servers), gen) })
 		}
 	}
 	if err != nil {
@@ -131,8 +130,26 @@ func (f *forwarder) share(ctx context.Context, k question, fn func() (*miekg.Msg
 	}
 }
 
+// way is how an upstream is asked.
+type way struct {
+	upstream
+	dial Dial
+}
+
+// ways are how the servers are asked for a task: near ones from where it is.
+func (f *forwarder) ways(own nameservers, servers []upstream) []way {
+	out := make([]way, len(servers))
+	for i, s := range servers {
+		out[i] = way{s, f.cfg.Dial}
+		if s.isNear() {
+			out[i].dial = own.dial
+		}
+	}
+	return out
+}
+
 // ask tries the servers in turn until one gives a usable answer.
-func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers []netip.AddrPort, gen uint64) (*miekg.Msg, error) {
+func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers []way, gen uint64) (*miekg.Msg, error) {
 	select {
 	case f.slots <- struct{}{}:
 		defer func() { <-f.slots }()
@@ -148,13 +165,13 @@ func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers
 			return nil, errors.Join(append(errs, err, ctx.Err())...)
 		}
 		if err == nil && (msg.Rcode == miekg.RcodeSuccess || msg.Rcode == miekg.RcodeNameError) {
-			f.up.succeed(s)
+			f.up.succeed(s.upstream)
 			f.cache.put(k, msg, time.Now(), gen)
 			return msg, nil
 		}
 		f.stats.upstream.Add(1)
 		if err != nil {
-			f.up.fail(s, time.Now())
+			f.up.fail(s.upstream, time.Now())
 			errs = append(errs, err)
 		} else {
 			last = msg // an honest SERVFAIL or REFUSED; the next may know better
@@ -167,19 +184,19 @@ func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers
 }
 
 // try asks one server, by UDP and, if the answer is cut off, by TCP.
-func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server netip.AddrPort) (*miekg.Msg, error) {
+func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server way) (*miekg.Msg, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.TryTimeout)
 	defer cancel()
 	q := new(miekg.Msg)
 	q.SetQuestion(req.Question[0].Name, req.Question[0].Qtype)
 	q.RecursionDesired, q.CheckingDisabled, q.AuthenticatedData = k.rd, k.cd, req.AuthenticatedData
 	q.SetEdns0(ednsSize, k.do)
-	msg, err := f.exchange(ctx, "udp", server, q)
+	msg, err := exchange(ctx, "udp", server, q)
 	if err == nil && msg.Truncated {
-		msg, err = f.exchange(ctx, "tcp", server, q)
+		msg, err = exchange(ctx, "tcp", server, q)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ask nameserver %v for %s: %w", server, q.Question[0].Name, err)
+		return nil, fmt.Errorf("ask nameserver %v for %s: %w", server.addr, q.Question[0].Name, err)
 	}
 	return msg, nil
 }
@@ -187,8 +204,8 @@ func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server 
 // exchange sends q on a socket of its own, so that every question has a fresh
 // source port, and waits for the answer that fits it. Others that arrive on
 // the socket are forged or late and are passed over.
-func (f *forwarder) exchange(ctx context.Context, network string, server netip.AddrPort, q *miekg.Msg) (*miekg.Msg, error) {
-	raw, err := f.cfg.Dial(ctx, network, server.String())
+func exchange(ctx context.Context, network string, server way, q *miekg.Msg) (*miekg.Msg, error) {
+	raw, err := server.dial(ctx, network, server.addr.String())
 	if err != nil {
 		return nil, err
 	}

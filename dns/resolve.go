@@ -22,7 +22,8 @@ type View struct {
 	Self    Task
 	Service string
 	// Internal marks a task that is on internal networks only. External
-	// names are NXDOMAIN to it: a name is a way out, too.
+	// names are NXDOMAIN to it: a name is a way out, too. Only nameservers of its
+	// own that are near are asked.
 	Internal bool
 	// Search are the search domains that the task's client appends: a name of
 	// the cluster with one of them behind is answered here.
@@ -30,6 +31,17 @@ type View struct {
 	// Nameservers are asked for external names instead of the host's, the
 	// first three of them; none = the host's.
 	Nameservers []netip.Addr
+	// Near are the subnets of the task's networks. A nameserver of its own in one
+	// of them is asked by Dial, from inside the task's namespace: it is a task or a
+	// service there. Dial is as Config.Dial; nil = all are asked from the host's side.
+	Near []Near
+	Dial Dial
+}
+
+// Near is a subnet of one of a task's networks.
+type Near struct {
+	Network weft.ID
+	Subnet  netip.Prefix
 }
 
 // view is View as questions need it. It is immutable.
@@ -39,12 +51,13 @@ type view struct {
 	addrs    []netip.Addr
 	ptr      string   // target of PTR of addrs; "" = none
 	search   []string // folded, each with a dot before it
-	internal bool
+	internal bool     // nobody is asked
 	servers  nameservers
 }
 
 func compile(v *View) *view {
-	out := &view{networks: v.Networks, own: map[string]*rrset{}, internal: v.Internal, servers: newNameservers(v.Nameservers)}
+	out := &view{networks: v.Networks, own: map[string]*rrset{}, servers: newNameservers(v)}
+	out.internal = v.Internal && len(out.servers.list) == 0
 	set := &rrset{rank: rankTask, ttl: taskTTL}
 	for _, a := range v.Self.Addrs {
 		set.add(a)

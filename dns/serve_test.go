@@ -270,7 +270,11 @@ func TestSharedQuestions(t *testing.T) {
 
 func TestResolvConf(t *testing.T) {
 	in := "# nameserver 1.1.1.1\nnameserver 127.0.0.11\n nameserver  ::1\nnameserver\nnameserver bad\nnameserver 10.0.0.1 x\nnameserver 10.0.0.1\nnameserver fe80::1%eth0\nnameserver 10.0.0.4\n"
-	got, _, err := parseResolvConf(strings.NewReader(in), []netip.Addr{netip.MustParseAddr("127.0.0.11")})
+	list, _, err := parseResolvConf(strings.NewReader(in), []netip.Addr{netip.MustParseAddr("127.0.0.11")})
+	var got []netip.AddrPort
+	for _, u := range list {
+		got = append(got, u.addr)
+	}
 	if want := "[[::1]:53 10.0.0.1:53 [fe80::1%eth0]:53]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("%v, %v, want %s", got, err, want)
 	}
@@ -292,7 +296,7 @@ func TestResolvConf(t *testing.T) {
 	}
 	r.write("nameserver 198.51.100.1\n# changed\n")
 	list, after, err := u.current(time.Now().Add(4*resolvCheck), nameservers{})
-	if err != nil || len(list) != 1 || list[0] != ns1 || after == before {
+	if err != nil || len(list) != 1 || list[0].addr != ns1 || after == before {
 		t.Errorf("after the change: %v, generation %d to %d, %v", list, before, after, err)
 	}
 	if err := os.Remove(r.conf); err != nil {

@@ -27,23 +27,45 @@ const (
 	maxFailed = 1024
 )
 
+// upstream is a nameserver.
+type upstream struct {
+	addr netip.AddrPort
+	// network is the one whose subnet it is in, if it is to be asked from inside
+	// the task: the same address on another network is somebody else. "" = it is
+	// asked from the host's side.
+	network weft.ID
+}
+
+func (u upstream) isNear() bool { return u.network != "" }
+
 // nameservers are a task's own; without any it uses the host's. key tells lists
 // apart: what one resolver says another may not.
 type nameservers struct {
 	key  string
-	list []netip.AddrPort
+	list []upstream
+	dial Dial // to near ones
 }
 
-func newNameservers(addrs []netip.Addr) nameservers {
-	var n nameservers
-	for _, a := range addrs {
-		ap := netip.AddrPortFrom(a.Unmap(), 53)
-		if a.IsValid() && len(n.list) < maxUpstreams && !slices.Contains(n.list, ap) {
-			n.list = append(n.list, ap)
-			n.key += ap.String() + " "
+func newNameservers(v *View) nameservers {
+	n := nameservers{dial: v.Dial}
+	for _, a := range v.Nameservers {
+		u := upstream{addr: netip.AddrPortFrom(a.Unmap(), 53), network: v.near(a.Unmap())}
+		if v.Internal && !u.isNear() || !a.IsValid() || len(n.list) >= maxUpstreams || slices.Contains(n.list, u) {
+			continue
 		}
+		n.list = append(n.list, u)
+		n.key += u.addr.String() + "@" + string(u.network) + " "
 	}
 	return n
+}
+
+// near is the network of v that an address is asked on; "" = none.
+func (v *View) near(a netip.Addr) weft.ID {
+	i := slices.IndexFunc(v.Near, func(n Near) bool { return n.Subnet.Contains(a) })
+	if i < 0 || v.Dial == nil {
+		return ""
+	}
+	return v.Near[i].Network
 }
 
 // upstreams is the host's list of nameservers, read again when the file has
@@ -57,17 +79,17 @@ type upstreams struct {
 	checked time.Time
 	mtime   time.Time
 	size    int64
-	list    []netip.AddrPort
+	list    []upstream
 	search  []string
-	failed  map[netip.AddrPort]time.Time // until when it is asked last; tasks' own, too
-	gen     uint64                       // grows with each new list
+	failed  map[upstream]time.Time // until when it is asked last; tasks' own, too
+	gen     uint64                 // grows with each new list
 }
 
 // current returns the nameservers in the order to ask them, the task's own or
 // else the host's, and a number that changes with the list of the host. A file
 // that cannot be read keeps the last list, as an editor may be replacing it;
 // without any list that is an error.
-func (u *upstreams) current(now time.Time, own nameservers) ([]netip.AddrPort, uint64, error) {
+func (u *upstreams) current(now time.Time, own nameservers) ([]upstream, uint64, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	err := u.checkLocked(now)
@@ -78,8 +100,8 @@ func (u *upstreams) current(now time.Time, own nameservers) ([]netip.AddrPort, u
 	if len(list) == 0 {
 		return nil, u.gen, errors.Join(err, fmt.Errorf("no usable nameserver in %s", u.path))
 	}
-	up := make([]netip.AddrPort, 0, len(list))
-	var down []netip.AddrPort
+	up := make([]upstream, 0, len(list))
+	var down []upstream
 	for _, a := range list {
 		if now.Before(u.failed[a]) {
 			down = append(down, a)
@@ -106,18 +128,18 @@ func (u *upstreams) searchDomains(now time.Time) []string {
 	return slices.Clone(u.search)
 }
 
-func (u *upstreams) fail(a netip.AddrPort, now time.Time) {
+func (u *upstreams) fail(a upstream, now time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if len(u.failed) >= maxFailed {
-		maps.DeleteFunc(u.failed, func(_ netip.AddrPort, until time.Time) bool { return !now.Before(until) })
+		maps.DeleteFunc(u.failed, func(_ upstream, until time.Time) bool { return !now.Before(until) })
 	}
 	if len(u.failed) < maxFailed {
 		u.failed[a] = now.Add(downFor)
 	}
 }
 
-func (u *upstreams) succeed(a netip.AddrPort) {
+func (u *upstreams) succeed(a upstream) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	delete(u.failed, a)
@@ -143,7 +165,7 @@ func (u *upstreams) readLocked() error {
 	u.search = search
 	u.mtime, u.size = st.ModTime(), st.Size()
 	if !slices.Equal(list, u.list) {
-		u.list, u.failed = list, map[netip.AddrPort]time.Time{}
+		u.list, u.failed = list, map[upstream]time.Time{}
 		u.gen++
 	}
 	return nil
@@ -166,7 +188,7 @@ func Nameservers(path string) ([]netip.Addr, error) {
 	}
 	out := make([]netip.Addr, len(list))
 	for i, a := range list {
-		out[i] = a.Addr()
+		out[i] = a.addr.Addr()
 	}
 	return out, nil
 }
@@ -174,7 +196,7 @@ func Nameservers(path string) ([]netip.Addr, error) {
 // parseResolvConf returns the nameservers of a resolv.conf(5), at most three,
 // without the excluded, and its search domains: those of its last line of them.
 // Lines and domains that it does not understand are none of its business.
-func parseResolvConf(r io.Reader, exclude []netip.Addr) (list []netip.AddrPort, search []string, err error) {
+func parseResolvConf(r io.Reader, exclude []netip.Addr) (list []upstream, search []string, err error) {
 	sc := bufio.NewScanner(io.LimitReader(r, 1<<20))
 	for sc.Scan() {
 		f := strings.Fields(sc.Text())
@@ -187,9 +209,9 @@ func parseResolvConf(r io.Reader, exclude []netip.Addr) (list []netip.AddrPort, 
 			if err != nil || slices.Contains(exclude, a.Unmap()) {
 				continue
 			}
-			ap := netip.AddrPortFrom(a.Unmap(), 53)
-			if len(list) < maxUpstreams && !slices.Contains(list, ap) {
-				list = append(list, ap)
+			u := upstream{addr: netip.AddrPortFrom(a.Unmap(), 53)}
+			if len(list) < maxUpstreams && !slices.Contains(list, u) {
+				list = append(list, u)
 			}
 		case "domain":
 			search = domainsOf(f[1:2])
