@@ -19,30 +19,31 @@ import (
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
-// Addresses that this test makes up: what the nameserver outside answers, and a
-// line of /etc/hosts.
+// Addresses that this test makes up: what the nameserver outside answers, a line of
+// /etc/hosts, and what a nameserver answers that is a task.
 const (
 	namesOutside = "192.0.2.77"
 	namesHost    = "192.0.2.78"
+	namesInside  = "192.0.2.79"
 )
 
-// outside is the one nameserver of all hosts. It stands with the client, outside the
-// cluster, so what it hears is what left the nodes.
-type outside struct {
+// nameserver answers every question of an address with one. The one of all hosts
+// stands with the client, outside the cluster, so what it hears is what left the
+// nodes.
+type nameserver struct {
+	answer string
+
 	mu    sync.Mutex // guards all below
 	heard []string   // names
+	from  []string   // addresses that asked
 	mode  string     // "", "dead", "garbage", "lying"
 }
 
-func newOutside(t *testing.T, r *rig) *outside {
-	p, err := newPlan(r.name, DefaultConfig().RunDir, DefaultConfig().DataDir)
-	if err != nil {
-		t.Fatal(err)
-	}
+func newNameserver(t *testing.T, ns, at, answer string) *nameserver {
+	t.Helper()
 	var pc net.PacketConn
 	var ln net.Listener
-	if err := netns.Do(p.netnsFile(clientName), func() error {
-		at := netip.AddrPortFrom(ClientAddr, 53).String()
+	if err := netns.Do(ns, func() (err error) {
 		if pc, err = net.ListenPacket("udp", at); err != nil {
 			return err
 		}
@@ -51,7 +52,7 @@ func newOutside(t *testing.T, r *rig) *outside {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	o := &outside{}
+	o := &nameserver{answer: answer}
 	var wg sync.WaitGroup
 	servers := []*miekg.Server{{PacketConn: pc, Handler: o}, {Listener: ln, Handler: o}}
 	for _, s := range servers {
@@ -69,27 +70,30 @@ func newOutside(t *testing.T, r *rig) *outside {
 	return o
 }
 
-func (o *outside) set(mode string) {
+func (o *nameserver) set(mode string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.mode = mode
 }
 
-func (o *outside) names() []string {
+func (o *nameserver) names() []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return slices.Clone(o.heard)
 }
 
-// ServeDNS answers every question with namesOutside, or as the mode says.
-func (o *outside) ServeDNS(w miekg.ResponseWriter, q *miekg.Msg) {
+// ServeDNS answers every question, or as the mode says.
+func (o *nameserver) ServeDNS(w miekg.ResponseWriter, q *miekg.Msg) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.heard = append(o.heard, strings.ToLower(q.Question[0].Name))
+	if a, err := netip.ParseAddrPort(w.RemoteAddr().String()); err == nil {
+		o.from = append(o.from, a.Addr().Unmap().String())
+	}
 	m := new(miekg.Msg)
 	m.SetReply(q)
 	if q.Question[0].Qtype == miekg.TypeA {
-		m.Answer = []miekg.RR{&miekg.A{Hdr: miekg.RR_Header{Name: q.Question[0].Name, Rrtype: miekg.TypeA, Class: miekg.ClassINET, Ttl: 1}, A: net.ParseIP(namesOutside)}}
+		m.Answer = []miekg.RR{&miekg.A{Hdr: miekg.RR_Header{Name: q.Question[0].Name, Rrtype: miekg.TypeA, Class: miekg.ClassINET, Ttl: 1}, A: net.ParseIP(o.answer)}}
 	}
 	switch o.mode {
 	case "dead":
@@ -136,7 +140,7 @@ func (p replica) question(name string, qtype uint16) (string, time.Duration, err
 // name of the cluster leaves its node, and bad nameservers hurt external names only.
 func TestLabNames(t *testing.T) {
 	r := newRig(t, "t-names", "--hosts", "2")
-	up := newOutside(t, r)
+	up := newNameserver(t, r.clientNS(), netip.AddrPortFrom(ClientAddr, 53).String(), namesOutside)
 	hosts := []string{"h1", "h2"}
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "2", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
@@ -236,6 +240,7 @@ func TestLabNames(t *testing.T) {
 		}
 	}
 	up.set("")
+	r.nearNameserver(agent)
 	r.successor(agents, dbs)
 
 	// What has gone stays here, too.
@@ -257,6 +262,54 @@ func TestLabNames(t *testing.T) {
 		t.Errorf("only %d questions came out: the capture shows nothing", n)
 	}
 	t.Logf("%d questions came out; took %.1f s with all tasks up", len(up.names()), time.Since(began).Seconds())
+}
+
+// nearNameserver lets tasks on the other host ask an agent for external names, by its
+// own address and by that of a service, over the overlay.
+func (r *rig) nearNameserver(agent replica) {
+	r.t.Helper()
+	other := "h1"
+	if agent.host == other {
+		other = "h2"
+	}
+	r.must(r.on("h1", "service", "create", "-d", "--name", "resolver", "--network", "front", "--constraint", "node.hostname=="+agent.host, "weft/whoami")...)
+	var servers []replica
+	r.eventually("a task to be a nameserver", func() (err error) {
+		if servers, err = r.replicas("resolver", agent.host); err == nil && len(servers) != 1 {
+			err = fmt.Errorf("%d run", len(servers))
+		}
+		return err
+	})
+	vip, err := r.vip("resolver")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for name, at := range map[string]string{"by-task": servers[0].addrs["front"], "by-service": vip} {
+		// Not on all addresses: port 53 of one is the resolver's.
+		server := newNameserver(r.t, servers[0].ns(), net.JoinHostPort(at, "53"), namesInside)
+		r.must(r.on("h1", "service", "create", "-d", "--name", name, "--network", "front", "--constraint", "node.hostname=="+other, "--dns", at, "weft/whoami")...)
+		var askers []replica
+		r.eventually("a task that asks "+at, func() (err error) {
+			if askers, err = r.replicas(name, other); err == nil && len(askers) != 1 {
+				err = fmt.Errorf("%d run", len(askers))
+			}
+			return err
+		})
+		asked := name + ".example.net."
+		r.eventually("an answer of a nameserver "+name, func() error {
+			got, _, err := askers[0].question(asked, miekg.TypeA)
+			if err == nil && got != "NOERROR | "+namesInside {
+				err = fmt.Errorf("%s is %q", asked, got)
+			}
+			return err
+		})
+		server.mu.Lock()
+		if i := slices.Index(server.heard, asked); i < 0 || server.from[i] != askers[0].addrs["front"] {
+			r.t.Errorf("%s: asked of %q by %q, want it of %s", name, server.heard, server.from, askers[0].addrs["front"])
+		}
+		server.mu.Unlock()
+	}
+	r.must(r.on("h1", "service", "rm", "by-task", "by-service", "resolver")...)
 }
 
 // successor kills the second task of db and waits, on all nodes, for 2.db to be the
