@@ -194,6 +194,7 @@ func (c *controller) Observe(ctx context.Context) (task.Observed, error) {
 		if s.Task != c.task.ID {
 			continue
 		}
+		c.health.seen = s
 		phase := map[runtime.State]task.Phase{
 			runtime.Created: task.Created, runtime.Running: task.Running, runtime.Exited: task.Exited, runtime.Lost: task.Lost,
 		}[s.State]
@@ -206,9 +207,15 @@ func exitOf(e runtime.Exit) task.Exit {
 	return task.Exit{Code: int32(e.Code), Known: e.Known, OOM: e.OOM, At: e.At}
 }
 
-// Start implements task.Controller.
+// Start implements task.Controller. What was observed before is true of what runs now,
+// so that nothing has to be asked between here and the names of the task.
 func (c *controller) Start(ctx context.Context) (int, error) {
-	return c.a.cfg.Runtime.Start(ctx, c.task.ID)
+	began := time.Now()
+	pid, err := c.a.cfg.Runtime.Start(ctx, c.task.ID)
+	if s := &c.health.seen; err == nil && s.Task == c.task.ID && s.State == runtime.Created {
+		s.State, s.StartedAt, s.PID = runtime.Running, began, pid
+	}
+	return pid, err
 }
 
 // Shutdown implements task.Controller. The task leaves the tables of this node

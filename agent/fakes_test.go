@@ -66,15 +66,26 @@ type loggedRuntime struct {
 	*runtimetest.Memory
 	journal *journal
 	lists   *atomic.Int32
+	mute    *muting
 }
+
+// muting has List not return: of one that is armed, from the next start on.
+type muting struct{ armed, on atomic.Bool }
 
 func (l *loggedRuntime) List(ctx context.Context) ([]runtime.Status, error) {
 	l.lists.Add(1)
+	if l.mute.on.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	return l.Memory.List(ctx)
 }
 
 func (l *loggedRuntime) Start(ctx context.Context, task weft.ID) (int, error) {
 	l.journal.add("start %s", task.Short()[:2])
+	if l.mute.armed.Load() {
+		l.mute.on.Store(true)
+	}
 	return l.Memory.Start(ctx, task)
 }
 

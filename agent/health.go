@@ -69,7 +69,8 @@ func healthCommand(s *runtime.Spec) []string {
 
 // health is the check of a controller's container.
 type health struct {
-	looked  bool // core and command are right
+	seen    runtime.Status // when the container was last observed, or was started after that
+	looked  bool           // core and command are right
 	core    *healthCore
 	command []string
 }
@@ -79,9 +80,12 @@ func (c *controller) beginHealth(ctx context.Context, wasHealthy bool) error {
 	if c.health.looked {
 		return nil
 	}
-	s, found, err := c.a.statuses.of(ctx, c.a.cfg.Runtime, c.task.ID)
-	if err != nil {
-		return fmt.Errorf("look for the health check: %w", err)
+	s, found := c.health.seen, c.health.seen.State == runtime.Running
+	if !found {
+		var err error
+		if s, found, err = c.a.statuses.of(ctx, c.a.cfg.Runtime, c.task.ID); err != nil {
+			return fmt.Errorf("look for the health check: %w", err)
+		}
 	}
 	if !found {
 		return nil

@@ -402,3 +402,26 @@ func TestAdoptionListsOnce(t *testing.T) {
 		}
 	})
 }
+
+// TestNothingIsAskedBeforeNames: between its start and its names a task waits for
+// nobody. What its check is was observed before it was started.
+func TestNothingIsAskedBeforeNames(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		r.mute.armed.Store(true)
+		r.start()
+		s := <-r.leader.sessions
+		s.send <- full(testTask(1, front))
+		settle(time.Second)
+		r.wantState(testID("t1"), weft.TaskRunning)
+		r.wantNamed("started", []uint64{1}, nil)
+	})
+	bubble(t, func(t *testing.T, r *rig) {
+		r.mute.armed.Store(true)
+		checked(r, testCheck)
+		if got := r.endpointState(); got != weft.EndpointStarting {
+			t.Errorf("the endpoint is %v before the check has run", got)
+		}
+		settle(testCheck.StartPeriod + 2*testCheck.Interval)
+		r.wantState(testID("t1"), weft.TaskRunning)
+	})
+}

@@ -48,6 +48,7 @@ type linger struct {
 	gossip.Table // Publish and Members are its own
 	path         string
 	dial         func(ctx context.Context, network, address string) (net.Conn, error)
+	save         func(path string, v any) error // saveFile, but for tests
 	log          *slog.Logger
 
 	core *lingerCore // owned by restore, then by run
@@ -62,7 +63,7 @@ var _ gossip.Table = (*linger)(nil)
 
 func newLinger(self weft.ID, t gossip.Table, path string, log *slog.Logger) *linger {
 	return &linger{
-		Table: t, path: path, dial: (&net.Dialer{Timeout: lingerDial}).DialContext, log: log,
+		Table: t, path: path, dial: (&net.Dialer{Timeout: lingerDial}).DialContext, save: saveFile, log: log,
 		core: newLingerCore(self), changed: make(chan struct{}),
 	}
 }
@@ -93,14 +94,14 @@ func (l *linger) restore(now time.Time) error {
 // run follows the table and asks hosts until ctx ends.
 func (l *linger) run(ctx context.Context) error {
 	answers := make(chan lingerAnswer) // never closed; the senders are waited for
+	written := make(chan struct{})     // as answers
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	var saved time.Time
-	dirty := true
+	d := lingerDisk{dirty: true}
 	for {
 		now := time.Now()
 		tableNews, memberNews, changed := l.look(now)
-		dirty = dirty || changed
+		d.dirty = d.dirty || changed
 		for _, q := range l.core.due(now) {
 			wg.Go(func() {
 				a := lingerAnswer{q, l.ask(ctx, q.addr)}
@@ -110,18 +111,27 @@ func (l *linger) run(ctx context.Context) error {
 				}
 			})
 		}
-		if dirty && now.Sub(saved) >= lingerSave || now.Sub(saved) >= lingerFresh {
-			if err := saveFile(l.path, storedEndpoints{endpointsVersion, now, l.core.stored()}); err != nil {
-				l.log.Warn("remember endpoints of other nodes", weft.KeyErr, err)
-			}
-			saved, dirty = now, false
+		if d.isDue(now) {
+			d = lingerDisk{saved: now, isBusy: true}
+			f := storedEndpoints{endpointsVersion, now, l.core.stored()}
+			wg.Go(func() {
+				if err := l.save(l.path, f); err != nil {
+					l.log.Warn("remember endpoints of other nodes", weft.KeyErr, err)
+				}
+				select {
+				case written <- struct{}{}:
+				case <-ctx.Done():
+				}
+			})
 		}
-		timer := time.NewTimer(l.pause(now, saved, dirty))
+		timer := time.NewTimer(max(0, d.next(now, l.core.next()).Sub(now)))
 		select {
 		case <-tableNews:
 		case <-memberNews:
 		case a := <-answers:
 			l.core.answer(time.Now(), a)
+		case <-written:
+			d.isBusy = false
 		case <-timer.C:
 		case <-ctx.Done():
 		}
@@ -133,16 +143,35 @@ func (l *linger) run(ctx context.Context) error {
 	}
 }
 
-// pause is the time to the next thing that run has to do by itself.
-func (l *linger) pause(now, saved time.Time, dirty bool) time.Duration {
-	next := saved.Add(lingerFresh)
-	if dirty {
-		next = saved.Add(lingerSave)
+// lingerDisk is how far the file is behind. It is written beside the loop, one at a
+// time: a disk may take its time, and what the others have is led to meanwhile.
+type lingerDisk struct {
+	saved  time.Time // when the last began
+	dirty  bool      // something has changed since
+	isBusy bool
+}
+
+// due is when the file is to be written, unless it is being.
+func (d *lingerDisk) due() time.Time {
+	if d.dirty {
+		return d.saved.Add(lingerSave)
 	}
-	if t := l.core.next(); !t.IsZero() && t.Before(next) {
-		next = t
+	return d.saved.Add(lingerFresh)
+}
+
+func (d *lingerDisk) isDue(now time.Time) bool { return !d.isBusy && !d.due().After(now) }
+
+// next is when run has something to do by itself: core's time, if it has one, or
+// that of the file. The end of a write is heard of.
+func (d *lingerDisk) next(now, core time.Time) time.Time {
+	due := d.due()
+	if d.isBusy {
+		due = now.Add(lingerFresh)
 	}
-	return max(0, next.Sub(now))
+	if !core.IsZero() && core.Before(due) {
+		return core
+	}
+	return due
 }
 
 // look takes the table's present state and renews the view. The channels tell

@@ -388,3 +388,39 @@ func TestSortFailure(t *testing.T) {
 		})
 	}
 }
+
+// TestSlowDiskHoldsUpNobody: what others run is seen while the file is being written,
+// and one write is under way at a time, with the newest at the end.
+func TestSlowDiskHoldsUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "endpoints.json")
+		l := newLingering(t, path)
+		disk, writes := make(chan struct{}), 0
+		l.save = func(path string, v any) error {
+			writes++ // a second one at once is a race
+			<-disk
+			return saveFile(path, v)
+		}
+		one, two := endpointOf(1), endpointOf(2)
+		l.table.set(memberB, one)
+		l.run(t)
+		l.table.set(memberB, one, two)
+		l.sees(t, "while the disk hangs", one, two)
+		settle(2 * lingerBound)
+		l.table.set(memberB, two)
+		l.sees(t, "a while later", two)
+		if writes != 1 {
+			t.Errorf("%d writes have begun", writes)
+		}
+		close(disk)
+		synctest.Wait()
+		if writes != 2 {
+			t.Errorf("%d writes have begun, want another of what changed meanwhile", writes)
+		}
+		l.stop()
+		var f storedEndpoints
+		if found, err := loadFile(path, endpointsVersion, &f); err != nil || !found || len(f.Owners) != 1 || len(f.Owners[0].Endpoints) != 1 || f.Owners[0].Endpoints[0].Endpoint != two {
+			t.Errorf("the file has %+v, %v, %v", f, found, err)
+		}
+	})
+}

@@ -108,6 +108,7 @@ type rig struct {
 	conns      fakeConns
 	execs      fakeExecs
 	lists      atomic.Int32 // of containers
+	mute       muting
 
 	mu        sync.Mutex // guards: listeners, listenErr
 	listeners []weft.Listener
@@ -143,7 +144,7 @@ func (r *rig) config() Config {
 	return Config{
 		Node: nodeA, StateDir: r.dir, NetNSDir: "/ns", VTEP: vtepA, Addr: netip.AddrPortFrom(vtepA, portA),
 		Underlay: r.paths,
-		Runtime:  &loggedRuntime{r.rt, r.journal, &r.lists}, Execer: &r.execs, Logs: r.rt, Images: r.rt,
+		Runtime:  &loggedRuntime{r.rt, r.journal, &r.lists, &r.mute}, Execer: &r.execs, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Engines: r.engines, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
 			d := weft.NodeDescription{Hostname: "a", Addrs: hostAddrs}
