@@ -20,7 +20,7 @@ import (
 // goes to all members, the others to those attached to their network. A state's
 // way:
 //
-//	write ── 1 ms ──► down two trees (tree.go), in parts of a datagram each
+//	write ── ≤ 1 ms ──► down two trees (tree.go), in parts of a datagram each
 //	a node that missed it hears of it after 40 and 120 ms from two others (hot
 //	   digest), and wants it: from them, from the owner, at last by a repair
 //	a repair compares all stamps of networks that differ, with one member, by
@@ -47,13 +47,16 @@ type core struct {
 	repairs  map[weft.ID]*repair
 	gap      time.Duration // how late a packet may be before it counts as lost
 
-	flushAt time.Time
+	flushes pace
 	wantAt  time.Time // not after the first of missing is due; zero: none is
 	out     []envelope
 	// changed is set when what is in sight changed; the user clears it.
 	changed bool
 	counts  coreCounts
 }
+
+// pace is when the next flush is due (zero: none is) and when the last one was.
+type pace struct{ next, last time.Time }
 
 // own is what this node tells of itself.
 type own struct {
@@ -131,7 +134,7 @@ type coreCounts struct{ stale, malformed, refused, wants, repairs uint64 }
 
 // Times of the table, our own choices.
 const (
-	// coalesceFor is how long writes are gathered.
+	// coalesceFor is how long writes are gathered after one that was told at once.
 	coalesceFor = time.Millisecond
 	// hotAfter a change two members are told of it, and two others hotAgain
 	// later.
@@ -238,10 +241,19 @@ func (c *core) attach(now time.Time, networks []weft.ID) {
 	c.flushSoon(now)
 }
 
+// flushSoon has the first write after a rest told at once: what follows closely is
+// gathered.
 func (c *core) flushSoon(now time.Time) {
-	if c.flushAt.IsZero() {
-		c.flushAt = now.Add(coalesceFor)
+	if c.flushes.next.IsZero() {
+		c.flushes.next = later(now, c.flushes.last.Add(coalesceFor))
 	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
 }
 
 // attached are the networks this node takes part in, in order.
@@ -289,7 +301,7 @@ func (c *core) drop(id weft.ID) {
 
 // flush makes and pushes new states of own tables.
 func (c *core) flush(now time.Time) {
-	c.flushAt = time.Time{}
+	c.flushes = pace{last: now}
 	ids := c.carryAll(now)
 	if !c.own.said {
 		return

@@ -142,7 +142,7 @@ func (c *core) outdo(now time.Time, s stamp) {
 	}
 	c.last = stamp{epoch: makeEpoch(s.epoch>>lifeBits+1, c.last.epoch)}
 	if c.own.said {
-		c.flushAt = now // the epoch of what is told differs: all is made anew
+		c.flushes.next = now // the epoch of what is told differs: all is made anew
 	}
 }
 

@@ -74,7 +74,7 @@ func (c *core) suspect(now time.Time, network, with weft.ID, sum uint64, due tim
 
 // deadline is when advance has something to do; zero: not by itself.
 func (c *core) deadline() time.Time {
-	next := sooner(c.flushAt, c.wantAt)
+	next := sooner(c.flushes.next, c.wantAt)
 	for _, n := range c.nets {
 		next = sooner(next, sooner(n.hot[0].at, n.hot[1].at))
 	}
@@ -97,7 +97,7 @@ func sooner(a, b time.Time) time.Time {
 
 // advance does what is due.
 func (c *core) advance(now time.Time) {
-	if !c.flushAt.IsZero() && !now.Before(c.flushAt) {
+	if !c.flushes.next.IsZero() && !now.Before(c.flushes.next) {
 		c.flush(now)
 	}
 	for _, id := range slices.Sorted(maps.Keys(c.nets)) {
