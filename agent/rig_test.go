@@ -79,7 +79,7 @@ func full(tasks ...weft.Task) wire.Assignments {
 
 // rig is the world around an agent: it outlives it, as a host outlives a daemon.
 type rig struct {
-	t   *testing.T
+	t   testing.TB
 	dir string
 
 	rt       *runtimetest.Memory
@@ -115,7 +115,7 @@ type rig struct {
 	listenErr error
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	j := &journal{}
 	r := &rig{
 		t: t, dir: t.TempDir(), rt: runtimetest.NewMemory(nodeA), journal: j,
