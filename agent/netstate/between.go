@@ -60,6 +60,10 @@ func Between(have, want vxlan.State, in Input) (Input, bool) {
 // addresses: those stand for the holder. What a kernel has of an encrypted
 // network's endpoints elsewhere is the router's, which is nobody's.
 func handedOver(have, want vxlan.Network) map[netip.Addr]bool {
+	// What both have is handed over to nobody.
+	have.Ports, want.Ports = trimmed(have.Ports, want.Ports, func(a, b *vxlan.Port) bool { return samePort(a, b) && bytes.Equal(a.MAC, b.MAC) })
+	have.Peers, want.Peers = trimmed(have.Peers, want.Peers, samePeer)
+	have.VIPs, want.VIPs = trimmed(have.VIPs, want.VIPs, sameVIP)
 	old := map[netip.Addr]net.HardwareAddr{}
 	router := weft.RouterMAC(have.VNI)
 	holders(have, func(a netip.Addr, mac net.HardwareAddr) {

@@ -31,7 +31,7 @@ func (d *deriver) underlay() ingress.Underlay {
 // encrypt adds what the node's encrypted networks share: the other nodes' keys,
 // and how a balancer reaches tasks there.
 func (d *deriver) encrypt(out *Output) {
-	for _, n := range sorted(d.in.Networks, func(n weft.Network) string { return string(n.ID) }) {
+	for _, n := range d.in.Networks {
 		if !out.Overlay.Networks[n.VNI].Encrypted || out.Overlay.Networks[n.VNI].ID != n.ID {
 			continue
 		}
@@ -54,7 +54,7 @@ func (d *deriver) encrypt(out *Output) {
 		return cmp.Or(cmp.Compare(a.Task, b.Task), a.Addr.Compare(b.Addr))
 	})
 	out.Overlay.Encryption.Epoch = d.in.KeyEpoch
-	for _, n := range sorted(d.in.Nodes, func(n Node) string { return string(n.ID) }) {
+	for _, n := range d.in.Nodes {
 		if n.ID != d.in.Self.ID && isElsewhere(n.VTEP, d.in.Self.VTEP) {
 			out.Overlay.Encryption.Peers = append(out.Overlay.Encryption.Peers, vxlan.EncryptionPeer{Node: n.ID, VTEP: n.VTEP, Keys: n.Keys})
 		}

@@ -3,21 +3,21 @@ package netstate
 import (
 	"net/netip"
 
-	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
 
 // ends are this node's tasks that stand for their services' addresses, whatever
 // their state: one that drains still answers.
 func (d *deriver) ends() []ingress.End {
-	vips := map[weft.ID][]weft.VIP{}
-	for _, s := range d.in.Services {
-		vips[s.ID] = s.VIPs
-	}
 	var out []ingress.End
-	for _, t := range sorted(d.in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
+	for i := range d.in.Local {
+		t := &d.in.Local[i]
+		s := d.service(t.Task.Service)
+		if s == nil {
+			continue
+		}
 		e := ingress.End{Task: t.Task.ID, NetNS: t.NetNS}
-		for _, v := range vips[t.Task.Service] {
+		for _, v := range s.VIPs {
 			for _, a := range t.Task.Attachments {
 				if a.Network == v.Network {
 					e.Addrs = append(e.Addrs, endAddrs(v.Addrs(), a.Addrs())...)

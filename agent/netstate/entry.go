@@ -28,13 +28,18 @@ func (d *deriver) entry(n weft.Network) ingress.Entry {
 		}
 	}
 	slices.SortFunc(out.Nodes, func(a, b ingress.EntryNode) int { return a.Addr.Compare(b.Addr) })
+	out.Tasks = d.entryTasks(n)
+	return out
+}
+
+func (d *deriver) entryTasks(n weft.Network) (out []ingress.EntryTask) {
 	for _, t := range d.local[n.ID] {
 		for i, a := range t.Task.Attachments {
 			if a.Network == n.ID {
-				out.Tasks = append(out.Tasks, ingress.EntryTask{Task: t.Task.ID, NetNS: t.NetNS, Link: fmt.Sprintf("eth%d", i), Addr: a.Addr, Addr6: a.Addr6})
+				out = append(out, ingress.EntryTask{Task: t.Task.ID, NetNS: t.NetNS, Link: fmt.Sprintf("eth%d", i), Addr: a.Addr, Addr6: a.Addr6})
 			}
 		}
 	}
-	slices.SortFunc(out.Tasks, func(a, b ingress.EntryTask) int { return cmp.Compare(a.Task, b.Task) })
+	slices.SortStableFunc(out, func(a, b ingress.EntryTask) int { return cmp.Compare(a.Task, b.Task) })
 	return out
 }

@@ -52,13 +52,9 @@ func (m missing) addStrange(have, want vxlan.Encryption, peers []vxlan.Peer) {
 }
 
 // absent adds the addresses of what is in want and not, or otherwise, in have. Both
-// begin alike, mostly.
+// begin and end alike, mostly.
 func absent[T any](to missing, have, want []T, addrs func(*T) []netip.Addr, same func(a, b *T) bool) {
-	n := 0
-	for n < min(len(have), len(want)) && same(&have[n], &want[n]) {
-		n++
-	}
-	if have, want = have[n:], want[n:]; len(want) == 0 {
+	if have, want = trimmed(have, want, same); len(want) == 0 {
 		return
 	}
 	holders := make(map[netip.Addr]*T, len(have))

@@ -37,10 +37,10 @@ func inner(n weft.Network, bytes int, vtep netip.Addr) (int, error) {
 	return vxlan.MTU(bytes, vtep)
 }
 
-// setWays gives every peer of a network its MTU.
-func (d *deriver) setWays(n weft.Network, out *vxlan.Network) {
-	for i := range out.Peers {
-		out.Peers[i].MTU = d.way(n, out.Peers[i].VTEP, out.MTU)
+// setWays gives peers of a network, whose ports have an MTU, theirs.
+func (d *deriver) setWays(n weft.Network, peers []vxlan.Peer, mtu int) {
+	for i := range peers {
+		peers[i].MTU = d.way(n, peers[i].VTEP, mtu)
 	}
 }
 

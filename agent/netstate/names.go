@@ -19,19 +19,21 @@ func (d *deriver) names() dns.Records {
 		for _, s := range n.Spec.Subnets {
 			nn.Subnets = append(nn.Subnets, s.Prefix)
 		}
-		for _, s := range d.services() {
-			i := slices.IndexFunc(s.Networks, func(t weft.NetworkTarget) bool { return t.Network == n.ID })
-			if i >= 0 {
-				nn.Services = append(nn.Services, d.serviceNames(n, s, s.Networks[i].Aliases))
-			}
+		for i := range d.in.Services {
+			nn.Services = append(nn.Services, d.serviceNames(n, &d.in.Services[i])...)
 		}
 		out.Networks[n.ID] = nn
 	}
 	return out
 }
 
-func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.Service {
-	sn := dns.Service{Name: s.Name, Aliases: aliases, Ports: portNames(s.Ports)}
+// serviceNames are those of a service on a network; none if it is not on it.
+func (d *deriver) serviceNames(n weft.Network, s *Service) []dns.Service {
+	i := slices.IndexFunc(s.Networks, func(t weft.NetworkTarget) bool { return t.Network == n.ID })
+	if i < 0 {
+		return nil
+	}
+	sn := dns.Service{Name: s.Name, Aliases: s.Networks[i].Aliases, Ports: portNames(s.Ports)}
 	if s.Mode == weft.EndpointVIP {
 		for _, v := range s.VIPs {
 			if v.Network == n.ID {
@@ -51,7 +53,7 @@ func (d *deriver) serviceNames(n weft.Network, s Service, aliases []string) dns.
 		}
 		sn.Tasks = append(sn.Tasks, t)
 	}
-	return sn
+	return []dns.Service{sn}
 }
 
 // portNames are the ports that SRV questions may ask for by name: those that the

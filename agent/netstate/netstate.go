@@ -7,6 +7,7 @@
 package netstate
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"net"
@@ -104,20 +105,57 @@ type Output struct {
 // Derive computes the desired state. Order within slices is by identifier, so
 // that equal inputs give equal outputs.
 func Derive(in Input) Output {
+	in = inOrder(in)
 	published := publish(in)
 	if in.NoIPv6 {
 		in = withoutIPv6(in)
 	}
-	d := deriver{in: in, endpoints: byNetwork(in), local: localByNetwork(in), byService: map[weft.ID]map[weft.ID][]endpoint{}, hosts: map[weft.ID]string{}}
-	for _, n := range in.Nodes {
-		d.hosts[n.ID] = n.Hostname
+	return newDeriver(in).derive(published)
+}
+
+// deriver carries the input, in order, and its indexes through one Derive.
+type deriver struct {
+	in        Input
+	endpoints map[weft.ID][]endpoint  // by network: everyone's, ours too
+	local     map[weft.ID][]LocalTask // by network
+	// byService are the endpoints by network and service.
+	byService map[weft.ID]map[weft.ID][]endpoint
+	hosts     map[weft.ID]string // names of the nodes
+	members   map[weft.ID]bool
+	subnets   map[weft.ID][]weft.Subnet
+	mesh      []ingress.Published // those of mode ingress, once derived
+}
+
+func newDeriver(in Input) *deriver {
+	d := &deriver{
+		in: in, local: localByNetwork(in), byService: map[weft.ID]map[weft.ID][]endpoint{},
+		hosts: map[weft.ID]string{}, members: map[weft.ID]bool{}, subnets: map[weft.ID][]weft.Subnet{},
 	}
+	for _, n := range in.Nodes {
+		d.hosts[n.ID], d.members[n.ID] = n.Hostname, true
+	}
+	for _, n := range in.Networks {
+		d.subnets[n.ID] = n.Spec.Subnets
+	}
+	d.endpoints = d.byNetwork()
+	for network, all := range d.endpoints {
+		of := make(map[weft.ID][]endpoint, len(all))
+		for _, e := range all {
+			of[e.Service] = append(of[e.Service], e)
+		}
+		d.byService[network] = of
+	}
+	return d
+}
+
+// derive computes all but what is published.
+func (d *deriver) derive(published []weft.Endpoint) Output {
 	out := Output{
 		Overlay: vxlan.State{Networks: map[uint32]vxlan.Network{}},
 		Publish: published,
 		Native:  map[vxlan.NativeWay]vxlan.NativeEnds{},
 	}
-	for _, n := range sorted(in.Networks, func(n weft.Network) string { return string(n.ID) }) {
+	for _, n := range d.in.Networks {
 		if !d.carried(n) {
 			continue
 		}
@@ -126,28 +164,17 @@ func Derive(in Input) Output {
 		out.Overlay.Networks[n.VNI] = o
 		out.Ingress.Networks = append(out.Ingress.Networks, d.balanced(n))
 		if n.Spec.Ingress {
-			out.Ingress.Published = d.inMesh(n)
+			d.mesh = d.inMesh(n)
 			out.Ingress.Ingress = d.entry(n)
 		}
 	}
-	out.Ingress.Published = d.published(out.Ingress.Published)
+	out.Ingress.Published = d.published(d.mesh)
 	out.Ingress.Ends = d.ends()
 	d.encrypt(&out)
 	out.Ingress.Underlay = d.underlay()
 	out.Ingress.Gateway = d.gateway()
 	out.Names = d.names()
 	return out
-}
-
-// deriver carries the input and its indexes through one Derive.
-type deriver struct {
-	in        Input
-	endpoints map[weft.ID][]endpoint  // by network: everyone's, ours too
-	local     map[weft.ID][]LocalTask // by network
-	// byService are the endpoints by network and service; filled when a network
-	// is first asked for.
-	byService map[weft.ID]map[weft.ID][]endpoint
-	hosts     map[weft.ID]string // names of the nodes
 }
 
 // endpoint is an endpoint with where it is.
@@ -159,36 +186,39 @@ type endpoint struct {
 	host  string // the container's own hostname; known of local tasks only
 }
 
-func byNetwork(in Input) map[weft.ID][]endpoint {
+func (d *deriver) byNetwork() map[weft.ID][]endpoint {
 	m := map[weft.ID][]endpoint{}
-	members := map[weft.ID]bool{}
-	for _, n := range in.Nodes {
-		members[n.ID] = true
-	}
-	subnets := map[weft.ID][]weft.Subnet{}
-	for _, n := range in.Networks {
-		subnets[n.ID] = n.Spec.Subnets
-	}
-	taken := given(in)
-	for _, e := range in.Endpoints {
-		// A node that was removed from the cluster still has the gossip key.
-		isMember := e.Owner != in.Self.ID && members[e.Owner]
+	taken := given(d.in)
+	for i := range d.in.Endpoints {
+		e := &d.in.Endpoints[i]
 		isTaken := slices.ContainsFunc(e.Addrs(), func(a netip.Addr) bool { return taken[e.Network][a.Unmap()] })
-		if isMember && !isTaken && isElsewhere(e.VTEP, in.Self.VTEP) && inside(e.Addrs(), subnets[e.Network]) {
-			m[e.Network] = append(m[e.Network], endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP})
+		if !isTaken && d.isEligible(e) {
+			m[e.Network] = append(m[e.Network], remoteEnd(e))
 		}
 	}
-	for _, t := range in.Local {
-		for _, a := range t.Task.Attachments {
-			m[a.Network] = append(m[a.Network], endpoint{
-				Endpoint: localEndpoint(t, a), owner: in.Self.ID, vtep: in.Self.VTEP, local: true, host: t.Hostname,
-			})
+	for i := range d.in.Local {
+		for _, a := range d.in.Local[i].Task.Attachments {
+			m[a.Network] = append(m[a.Network], d.localEnd(&d.in.Local[i], a))
 		}
 	}
 	for id := range m {
 		m[id] = oneEach(m[id])
 	}
 	return m
+}
+
+// isEligible reports whether an endpoint can be what it says, whoever else claims
+// its addresses. A node that was removed from the cluster still has the gossip key.
+func (d *deriver) isEligible(e *weft.OwnedEndpoint) bool {
+	return e.Owner != d.in.Self.ID && d.members[e.Owner] && isElsewhere(e.VTEP, d.in.Self.VTEP) && inside(e.Addrs(), d.subnets[e.Network])
+}
+
+func remoteEnd(e *weft.OwnedEndpoint) endpoint {
+	return endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP}
+}
+
+func (d *deriver) localEnd(t *LocalTask, a weft.Attachment) endpoint {
+	return endpoint{Endpoint: localEndpoint(t, a), owner: d.in.Self.ID, vtep: d.in.Self.VTEP, local: true, host: t.Hostname}
 }
 
 // given are the addresses, by network, that the leader has given to services and
@@ -271,7 +301,7 @@ func rank(e endpoint) int {
 
 func localByNetwork(in Input) map[weft.ID][]LocalTask {
 	m := map[weft.ID][]LocalTask{}
-	for _, t := range sorted(in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
+	for _, t := range in.Local {
 		for _, a := range t.Task.Attachments {
 			m[a.Network] = append(m[a.Network], t)
 		}
@@ -279,7 +309,7 @@ func localByNetwork(in Input) map[weft.ID][]LocalTask {
 	return m
 }
 
-func localEndpoint(t LocalTask, a weft.Attachment) weft.Endpoint {
+func localEndpoint(t *LocalTask, a weft.Attachment) weft.Endpoint {
 	return weft.Endpoint{
 		Network: a.Network, Task: t.Task.ID, Service: t.Task.Service, Slot: t.Task.Slot,
 		Addr: a.Addr.Addr(), Addr6: a.Addr6.Addr(), State: t.State,
@@ -288,9 +318,9 @@ func localEndpoint(t LocalTask, a weft.Attachment) weft.Endpoint {
 
 func publish(in Input) []weft.Endpoint {
 	var out []weft.Endpoint
-	for _, t := range sorted(in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
-		for _, a := range t.Task.Attachments {
-			out = append(out, localEndpoint(t, a))
+	for i := range in.Local {
+		for _, a := range in.Local[i].Task.Attachments {
+			out = append(out, localEndpoint(&in.Local[i], a))
 		}
 	}
 	return out
@@ -312,17 +342,7 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 	for _, s := range n.Spec.Subnets {
 		out.Subnets = append(out.Subnets, s.Prefix)
 	}
-	for _, t := range d.local[n.ID] {
-		for i, a := range t.Task.Attachments {
-			if a.Network != n.ID {
-				continue
-			}
-			out.Ports = append(out.Ports, vxlan.Port{
-				Task: t.Task.ID, NetNS: t.NetNS, IfName: fmt.Sprintf("eth%d", i),
-				Addr: a.Addr, Addr6: a.Addr6, MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()),
-			})
-		}
-	}
+	out.Ports = d.ports(n)
 	for _, e := range d.endpoints[n.ID] {
 		if !e.local {
 			out.Peers = appendPeers(out.Peers, e.Addrs(), weft.EndpointMAC(e.Task, e.Addr), e.vtep)
@@ -335,18 +355,44 @@ func (d *deriver) overlay(n weft.Network) vxlan.Network {
 		}
 		out.Peers = append(out.Peers, d.ingressLegs()...)
 	}
-	for _, s := range d.in.Services {
-		for _, v := range s.VIPs {
-			if v.Network == n.ID {
-				for _, a := range bare(v.Addrs()) {
-					out.VIPs = append(out.VIPs, vxlan.VIP{Addr: a, MAC: weft.VIPMAC(s.ID, a), MTU: d.narrowest(n, s.ID, out.MTU)})
-				}
+	for i := range d.in.Services {
+		out.VIPs = append(out.VIPs, d.vips(n, &d.in.Services[i], out.MTU)...)
+	}
+	d.setWays(n, out.Peers, out.MTU)
+	slices.SortFunc(out.Peers, byPeer)
+	slices.SortFunc(out.VIPs, byVIP)
+	return out
+}
+
+func byPeer(a, b vxlan.Peer) int { return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC)) }
+
+func byVIP(a, b vxlan.VIP) int { return cmp.Or(a.Addr.Compare(b.Addr), bytes.Compare(a.MAC, b.MAC)) }
+
+// ports are those of this node's tasks on a network.
+func (d *deriver) ports(n weft.Network) (out []vxlan.Port) {
+	for _, t := range d.local[n.ID] {
+		for i, a := range t.Task.Attachments {
+			if a.Network != n.ID {
+				continue
+			}
+			out = append(out, vxlan.Port{
+				Task: t.Task.ID, NetNS: t.NetNS, IfName: fmt.Sprintf("eth%d", i),
+				Addr: a.Addr, Addr6: a.Addr6, MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()),
+			})
+		}
+	}
+	return out
+}
+
+// vips are a service's addresses on a network whose ports have an MTU.
+func (d *deriver) vips(n weft.Network, s *Service, mtu int) (out []vxlan.VIP) {
+	for _, v := range s.VIPs {
+		if v.Network == n.ID {
+			for _, a := range bare(v.Addrs()) {
+				out = append(out, vxlan.VIP{Addr: a, MAC: weft.VIPMAC(s.ID, a), MTU: d.narrowest(n, s.ID, mtu)})
 			}
 		}
 	}
-	d.setWays(n, &out)
-	slices.SortFunc(out.Peers, func(a, b vxlan.Peer) int { return a.Addr.Compare(b.Addr) })
-	slices.SortFunc(out.VIPs, func(a, b vxlan.VIP) int { return a.Addr.Compare(b.Addr) })
 	return out
 }
 
@@ -387,37 +433,40 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 		Bridge: weft.BridgeName(n.VNI),
 		IPv6:   n.Spec.IPv6,
 	}
+	out.Ports, out.Tasks = d.localEnds(n)
+	for i := range d.in.Services {
+		out.Services = append(out.Services, d.balancedService(n, &d.in.Services[i])...)
+	}
+	return out
+}
+
+// localEnds are where an engine meets this node's tasks on a network: their ports,
+// and their namespaces.
+func (d *deriver) localEnds(n weft.Network) (ports, tasks []string) {
 	for _, t := range d.local[n.ID] {
-		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))
+		ports = append(ports, weft.PortVethName(t.Task.ID, n.ID))
 		if t.NetNS != "" {
-			out.Tasks = append(out.Tasks, t.NetNS)
+			tasks = append(tasks, t.NetNS)
 		}
 	}
-	for _, s := range d.services() {
-		for _, v := range s.VIPs {
-			if v.Network != n.ID {
-				continue
-			}
-			for _, a := range bare(v.Addrs()) {
-				out.Services = append(out.Services, ingress.Service{
-					ID: s.ID, VIP: a, MAC: weft.VIPMAC(s.ID, a), Backends: d.backends(n.ID, s.ID),
-				})
-			}
+	return ports, tasks
+}
+
+func (d *deriver) balancedService(n weft.Network, s *Service) (out []ingress.Service) {
+	for _, v := range s.VIPs {
+		if v.Network != n.ID {
+			continue
+		}
+		backends := d.backends(n.ID, s.ID)
+		for _, a := range bare(v.Addrs()) {
+			out = append(out, ingress.Service{ID: s.ID, VIP: a, MAC: weft.VIPMAC(s.ID, a), Backends: backends})
 		}
 	}
 	return out
 }
 
 // of are the endpoints of a service on a network, in their order.
-func (d *deriver) of(network, service weft.ID) []endpoint {
-	if d.byService[network] == nil {
-		d.byService[network] = map[weft.ID][]endpoint{}
-		for _, e := range d.endpoints[network] {
-			d.byService[network][e.Service] = append(d.byService[network][e.Service], e)
-		}
-	}
-	return d.byService[network][service]
-}
+func (d *deriver) of(network, service weft.ID) []endpoint { return d.byService[network][service] }
 
 func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 	var out []ingress.Backend
@@ -438,20 +487,10 @@ func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 func (d *deriver) gateway() ingress.Gateway {
 	g := d.in.Gateway
 	g.Protect = slices.Clone(g.Protect)
-	for _, n := range sorted(d.in.Networks, func(n weft.Network) string { return string(n.ID) }) {
+	for _, n := range d.in.Networks {
 		for _, s := range n.Spec.Subnets {
 			g.Protect = append(g.Protect, s.Prefix)
 		}
 	}
 	return g
-}
-
-func (d *deriver) services() []Service {
-	return sorted(d.in.Services, func(s Service) string { return string(s.ID) })
-}
-
-func sorted[T any](in []T, key func(T) string) []T {
-	out := slices.Clone(in)
-	slices.SortFunc(out, func(a, b T) int { return cmp.Compare(key(a), key(b)) })
-	return out
 }

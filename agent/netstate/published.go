@@ -59,21 +59,26 @@ func (d *deriver) rule(s *Service, p *weft.PortSpec) (ingress.Published, bool) {
 // inMesh are the ports of mode ingress, neighbours as one rule.
 func (d *deriver) inMesh(n weft.Network) []ingress.Published {
 	var out []ingress.Published
-	for _, s := range d.services() {
-		if !weft.InMesh(s.Ports) {
+	for i := range d.in.Services {
+		out = append(out, d.serviceInMesh(n, &d.in.Services[i])...)
+	}
+	return out
+}
+
+func (d *deriver) serviceInMesh(n weft.Network, s *Service) (out []ingress.Published) {
+	if !weft.InMesh(s.Ports) {
+		return nil
+	}
+	backends := d.backends(n.ID, s.ID)
+	for _, p := range weft.JoinPorts(s.Ports) {
+		if p.Mode != weft.PublishIngress || p.Published == 0 {
 			continue
 		}
-		backends := d.backends(n.ID, s.ID)
-		for _, p := range weft.JoinPorts(s.Ports) {
-			if p.Mode != weft.PublishIngress || p.Published == 0 {
-				continue
-			}
-			if r, here := d.rule(&s, &p); here {
-				r.Backends = backends
-				// Between nodes such a network takes its own addresses only.
-				r.HideClient = r.HideClient || n.Spec.Encrypted()
-				out = append(out, r)
-			}
+		if r, here := d.rule(s, &p); here {
+			r.Backends = backends
+			// Between nodes such a network takes its own addresses only.
+			r.HideClient = r.HideClient || n.Spec.Encrypted()
+			out = append(out, r)
 		}
 	}
 	return out
@@ -104,25 +109,26 @@ func (d *deriver) published(mesh []ingress.Published) []ingress.Published {
 			out = append(out, r)
 		}
 	}
-	slices.SortFunc(out, func(a, b ingress.Published) int {
-		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol), slices.CompareFunc(a.IPs, b.IPs, netip.Addr.Compare))
-	})
+	slices.SortStableFunc(out, byPort)
 	return out
+}
+
+func byPort(a, b ingress.Published) int {
+	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol), slices.CompareFunc(a.IPs, b.IPs, netip.Addr.Compare),
+		cmp.Compare(a.Service, b.Service), cmp.Compare(a.Target, b.Target))
 }
 
 // ofTasks are the rules of this node's tasks, those that serve first.
 func (d *deriver) ofTasks() []ingress.Published {
-	services := map[weft.ID]Service{}
-	for _, s := range d.in.Services {
-		services[s.ID] = s
-	}
 	var out []ingress.Published
-	for _, t := range sorted(d.in.Local, func(t LocalTask) string { return string(t.Task.ID) }) {
+	for _, t := range d.in.Local {
 		for _, p := range t.Task.Ports {
 			// Its service may be gone already; then nobody says any more
 			// that clients are hidden.
-			s := services[t.Task.Service]
-			s.ID = t.Task.Service
+			s := Service{ID: t.Task.Service}
+			if has := d.service(s.ID); has != nil {
+				s = *has
+			}
 			r, here := d.rule(&s, &p)
 			if !here || !t.Gateway.IsValid() || p.Published == 0 {
 				continue
@@ -136,6 +142,15 @@ func (d *deriver) ofTasks() []ingress.Published {
 	}
 	slices.SortStableFunc(out, func(a, b ingress.Published) int { return cmp.Compare(len(b.Backends), len(a.Backends)) })
 	return out
+}
+
+// service is a service of the Input; nil = there is none.
+func (d *deriver) service(id weft.ID) *Service {
+	i, ok := slices.BinarySearchFunc(d.in.Services, id, func(s Service, id weft.ID) int { return cmp.Compare(s.ID, id) })
+	if !ok {
+		return nil
+	}
+	return &d.in.Services[i]
 }
 
 // specOf is where a rule stands, as the leader compares it. Its addresses are all

@@ -205,9 +205,35 @@ func TestPublishedIsNeverWidened(t *testing.T) {
 
 // BenchmarkDeriveManyPorts: many services with a published port and one task each.
 func BenchmarkDeriveManyPorts(b *testing.B) {
+	in := manyPorts(2000)
+	for b.Loop() {
+		if got := Derive(in); len(got.Ingress.Published) != 2000 || len(got.Ingress.Published[7].Backends) != 1 {
+			b.Fatal("ports are missing")
+		}
+	}
+}
+
+// BenchmarkDeriverOneMore: one of them comes, and goes, by a Deriver.
+func BenchmarkDeriverOneMore(b *testing.B) {
+	more, fewer := manyPorts(2001), manyPorts(2001)
+	fewer.Services, fewer.Endpoints = fewer.Services[:2000], fewer.Endpoints[:2000]
+	var d Deriver
+	d.Derive(fewer)
+	for b.Loop() {
+		if got := d.Derive(more); len(got.Ingress.Published) != 2001 || len(got.Ingress.Published[2000].Backends) != 1 {
+			b.Fatal("ports are missing")
+		}
+		d.Derive(fewer)
+	}
+	if d.wholes != 1 {
+		b.Fatalf("all was made %d times", d.wholes)
+	}
+}
+
+func manyPorts(n int) Input {
 	in := base()
 	in.Services = nil
-	for i := range 2000 {
+	for i := range n {
 		id := weft.ID(fmt.Sprintf("svc%04d", i))
 		at := netip.AddrFrom4([4]byte{10, 255, byte(1 + i/250), byte(1 + i%250)})
 		in.Services = append(in.Services, Service{
@@ -218,9 +244,5 @@ func BenchmarkDeriveManyPorts(b *testing.B) {
 			Network: "ingress", Task: id + "t", Service: id, Slot: 1, Addr: at, State: weft.EndpointReady,
 		}})
 	}
-	for b.Loop() {
-		if got := Derive(in); len(got.Ingress.Published) != 2000 || len(got.Ingress.Published[7].Backends) != 1 {
-			b.Fatal("ports are missing")
-		}
-	}
+	return in
 }

@@ -1,6 +1,7 @@
 package netstate
 
 import (
+	"bytes"
 	"net/netip"
 	"slices"
 
@@ -31,47 +32,68 @@ func Union(have, want vxlan.State) vxlan.State {
 }
 
 // unionNetwork keeps what have adds, unless want gives its address to another:
-// an address must never stand for two endpoints, not even for a moment.
+// an address must never stand for two endpoints, not even for a moment. Lists to
+// which have adds nothing are those of want.
 func unionNetwork(have, want vxlan.Network) vxlan.Network {
 	type portKey struct {
 		task   weft.ID
 		ifName string
 	}
-	taken := map[netip.Addr]bool{}
-	for _, p := range want.Ports {
-		for _, a := range p.Addrs() {
-			taken[a.Addr()] = true
+	ports, _ := trimmed(have.Ports, want.Ports, func(a, b *vxlan.Port) bool { return samePort(a, b) && bytes.Equal(a.MAC, b.MAC) })
+	peers, _ := trimmed(have.Peers, want.Peers, func(a, b *vxlan.Peer) bool { return samePeer(a, b) && a.MTU == b.MTU && a.Native == b.Native })
+	vips, _ := trimmed(have.VIPs, want.VIPs, func(a, b *vxlan.VIP) bool { return sameVIP(a, b) && a.MTU == b.MTU })
+	if len(ports)+len(peers) > 0 {
+		free := map[netip.Addr]bool{} // addresses of those two that want gives to nobody
+		for i := range ports {
+			for _, a := range ports[i].Addrs() {
+				free[a.Addr()] = true
+			}
 		}
+		for i := range peers {
+			free[peers[i].Addr] = true
+		}
+		for i := range want.Ports {
+			for _, a := range want.Ports[i].Addrs() {
+				delete(free, a.Addr())
+			}
+		}
+		for i := range want.Peers {
+			delete(free, want.Peers[i].Addr)
+		}
+		ports = slices.DeleteFunc(slices.Clone(ports), func(p vxlan.Port) bool {
+			return slices.ContainsFunc(p.Addrs(), func(a netip.Prefix) bool { return !free[a.Addr()] })
+		})
+		peers = slices.DeleteFunc(slices.Clone(peers), func(p vxlan.Peer) bool { return !free[p.Addr] })
 	}
-	for _, p := range want.Peers {
-		taken[p.Addr] = true
-	}
-	oldPorts := slices.DeleteFunc(slices.Clone(have.Ports), func(p vxlan.Port) bool {
-		return slices.ContainsFunc(p.Addrs(), func(a netip.Prefix) bool { return taken[a.Addr()] })
-	})
-	oldPeers := slices.DeleteFunc(slices.Clone(have.Peers), func(p vxlan.Peer) bool { return taken[p.Addr] })
 	if !want.Native { // then nobody is reached so any more
-		for i := range oldPeers {
-			oldPeers[i].Native = false
+		for i := range peers {
+			peers[i].Native = false
 		}
 	}
-	want.Ports = union(oldPorts, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
-	want.Peers = union(oldPeers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })
-	want.VIPs = union(have.VIPs, want.VIPs, func(v vxlan.VIP) netip.Addr { return v.Addr })
+	want.Ports = union(ports, want.Ports, func(p vxlan.Port) portKey { return portKey{p.Task, p.IfName} })
+	want.Peers = union(peers, want.Peers, func(p vxlan.Peer) netip.Addr { return p.Addr })
+	want.VIPs = union(vips, want.VIPs, func(v vxlan.VIP) netip.Addr { return v.Addr })
 	if want.HostLeg == nil {
 		want.HostLeg = have.HostLeg
 	}
 	return want
 }
 
+// union is want, and what of have it has no key of.
 func union[T any, K comparable](have, want []T, key func(T) K) []T {
-	seen := map[K]bool{}
-	out := slices.Clone(want)
-	for _, v := range want {
-		seen[key(v)] = true
+	if len(have) == 0 {
+		return want
 	}
+	more := make(map[K]bool, len(have))
 	for _, v := range have {
-		if !seen[key(v)] {
+		more[key(v)] = true
+	}
+	for _, v := range want {
+		delete(more, key(v))
+	}
+	out := slices.Clip(want)
+	for _, v := range have {
+		if more[key(v)] {
 			out = append(out, v)
 		}
 	}
