@@ -143,6 +143,7 @@ type Agent struct {
 	healths   healths
 	statuses  statuses
 	model     atomic.Pointer[model] // written by Run, then by the session loop only
+	file      modelFile             // of the session loop
 	// heard is set once the model is of the leader, and not of the last run.
 	heard atomic.Bool
 }
@@ -377,7 +378,7 @@ func (a *Agent) receive(s wire.Session) error {
 		if err != nil {
 			return err
 		}
-		if err := m.save(a.modelPath()); err != nil {
+		if err := a.file.save(a.modelPath(), m, as); err != nil {
 			return err
 		}
 		a.adopt(m, true)

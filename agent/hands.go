@@ -32,6 +32,8 @@ type hands struct {
 	holds []vxlan.State
 	facts facts
 	look  look
+	// deriver made it; by prime first, before run.
+	deriver netstate.Deriver
 
 	// Owned by the pass: what the last one left in the kernel, and that it surely did.
 	have    vxlan.State

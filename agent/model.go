@@ -1,14 +1,18 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/netstate"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
 
@@ -76,57 +80,56 @@ var errGap = errors.New("assignment sequence has a gap")
 // apply merges one message. A full set replaces all; an increment must follow
 // the last one directly.
 func (m *model) apply(a wire.Assignments) (*model, error) {
-	n := newModel()
+	from := newModel()
 	if !a.Full {
 		if a.Seq != m.Seq+1 {
 			return m, fmt.Errorf("%w: have %d, got %d", errGap, m.Seq, a.Seq)
 		}
-		n = m.clone()
+		from = m
 	}
+	n := *from
 	n.Seq, n.confirm = a.Seq, a.Confirm
 	n.Index = max(n.Index, a.Index)
-	for _, t := range a.Tasks {
-		n.Tasks[t.ID] = t
+	n.Tasks = merged(n.Tasks, a.Tasks, func(t *weft.Task) weft.ID { return t.ID }, a.GoneTasks)
+	n.Networks = merged(n.Networks, a.Networks, func(v *weft.Network) weft.ID { return v.ID }, a.GoneNetworks)
+	n.Services = merged(n.Services, a.Services, func(v *wire.ServiceView) weft.ID { return v.ID }, a.GoneServices)
+	n.Nodes = merged(n.Nodes, a.Nodes, func(v *wire.NodeView) weft.ID { return v.ID }, a.GoneNodes)
+	if len(a.Tasks)+len(a.GoneTasks)+len(a.Specs) > 0 {
+		n.Specs = merged(n.Specs, a.Specs, func(s *weft.SpecVersion) specKey { return specKey{s.Service, s.Version} }, nil)
+		n.dropUnusedSpecs()
 	}
-	for _, s := range a.Specs {
-		n.Specs[specKey{s.Service, s.Version}] = s
+	if len(a.Ended)+len(a.GoneEnded) > 0 {
+		n.Ended = maps.Clone(n.Ended)
+		for _, id := range a.Ended {
+			n.Ended[id] = true
+		}
+		for _, id := range a.GoneEnded {
+			delete(n.Ended, id)
+		}
 	}
-	for _, v := range a.Networks {
-		n.Networks[v.ID] = v
-	}
-	for _, v := range a.Services {
-		n.Services[v.ID] = v
-	}
-	for _, v := range a.Nodes {
-		n.Nodes[v.ID] = v
-	}
-	remove(n.Tasks, a.GoneTasks)
-	remove(n.Networks, a.GoneNetworks)
-	remove(n.Services, a.GoneServices)
-	remove(n.Nodes, a.GoneNodes)
-	for _, id := range a.Ended {
-		n.Ended[id] = true
-	}
-	remove(n.Ended, a.GoneEnded)
 	if a.Cluster != nil {
 		n.Cluster = *a.Cluster
 	} else if a.Full {
 		n.Cluster = m.Cluster
 	}
-	n.dropUnusedSpecs()
-	return n, nil
+	return &n, nil
 }
 
-func (m *model) clone() *model {
-	n := newModel()
-	n.Seq, n.Cluster, n.Index = m.Seq, m.Cluster, m.Index
-	maps.Copy(n.Ended, m.Ended)
-	maps.Copy(n.Tasks, m.Tasks)
-	maps.Copy(n.Specs, m.Specs)
-	maps.Copy(n.Networks, m.Networks)
-	maps.Copy(n.Services, m.Services)
-	maps.Copy(n.Nodes, m.Nodes)
-	return n
+// merged is a map with what a message puts and without what it says is gone: the
+// same map if that is nothing.
+func merged[K comparable, V any](m map[K]V, puts []V, key func(*V) K, gone []K) map[K]V {
+	if len(puts)+len(gone) == 0 {
+		return m
+	}
+	out := make(map[K]V, len(m)+len(puts))
+	maps.Copy(out, m)
+	for i := range puts {
+		out[key(&puts[i])] = puts[i]
+	}
+	for _, k := range gone {
+		delete(out, k)
+	}
+	return out
 }
 
 // dropUnusedSpecs forgets versions that no task refers to any more; their
@@ -136,11 +139,13 @@ func (m *model) dropUnusedSpecs() {
 	for _, t := range m.Tasks {
 		used[specKey{t.Service, t.SpecVersion}] = true
 	}
+	var gone []specKey
 	for k := range m.Specs {
 		if !used[k] {
-			delete(m.Specs, k)
+			gone = append(gone, k)
 		}
 	}
+	m.Specs = merged(m.Specs, nil, nil, gone)
 }
 
 // vnis are the networks of a task, as kernel objects and their errors name
@@ -167,9 +172,61 @@ func (m *model) managers() []wire.NodeView {
 	return out
 }
 
-func remove[V any](m map[weft.ID]V, ids []weft.ID) {
-	for _, id := range ids {
-		delete(m, id)
+// netstate is the model as the derivation takes it, but for the services, which
+// listServices lists.
+func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
+	in := netstate.Input{DataPathPort: m.Cluster.DataPathPort, KeyEpoch: m.Cluster.KeyEpoch, Self: netstate.Node{ID: self, VTEP: vtep}}
+	for _, n := range m.Networks {
+		in.Networks = append(in.Networks, n)
+	}
+	for _, n := range m.Nodes {
+		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Keys}
+		if n.ID == self {
+			node.VTEP = vtep
+			in.Self = node
+		}
+		in.Nodes = append(in.Nodes, node)
+	}
+	return in
+}
+
+// listServices are the services as the derivation takes them, in the order of ids,
+// made of the last such list: last itself if it still holds. It is not to be written.
+func (m *model) listServices(last []netstate.Service) []netstate.Service {
+	out := make([]netstate.Service, 0, len(m.Services))
+	same := len(last) == len(m.Services)
+	for i := range last {
+		v, ok := m.Services[last[i].ID]
+		if !ok {
+			same = false
+			continue
+		}
+		s := derived(&v)
+		same = same && s.Equal(&last[i])
+		out = append(out, s)
+	}
+	if same {
+		return last
+	}
+	if len(out) < len(m.Services) { // some are new
+		had := make(map[weft.ID]bool, len(out))
+		for i := range out {
+			had[out[i].ID] = true
+		}
+		for id, v := range m.Services {
+			if !had[id] {
+				out = append(out, derived(&v))
+			}
+		}
+		slices.SortFunc(out, func(a, b netstate.Service) int { return cmp.Compare(a.ID, b.ID) })
+	}
+	return out
+}
+
+// derived is a service as the derivation takes it.
+func derived(v *wire.ServiceView) netstate.Service {
+	return netstate.Service{
+		ID: v.ID, Name: v.Name, Mode: v.EndpointMode, VIPs: v.VIPs, Ports: v.Ports, Networks: v.Networks, HideClient: v.HideClient,
 	}
 }
 
@@ -183,5 +240,3 @@ func loadModel(path string) (*model, error) {
 	}
 	return m, nil
 }
-
-func (m *model) save(path string) error { return saveFile(path, m) }

@@ -57,14 +57,15 @@ type plane struct {
 	// applied wakes whoever reports how far the plane is; it must not block.
 	applied func()
 
-	// mu guards: model, local, past, gen, last, waiters, withdrawn.
-	mu      sync.Mutex
-	model   *model
-	local   map[weft.ID]netstate.LocalTask
-	past    past
-	gen     uint64 // counts changes of the fields above
-	last    lastPass
-	waiters []planeWaiter
+	// mu guards: model, services, local, past, gen, last, withdrawn.
+	mu    sync.Mutex
+	model *model
+	// services are those of model, in the order of ids; never written once set.
+	services []netstate.Service
+	local    map[weft.ID]netstate.LocalTask
+	past     past
+	gen      uint64 // counts changes of the fields above
+	last     lastPass
 	// withdrawn: nothing is published any more.
 	withdrawn bool
 
@@ -97,11 +98,12 @@ type past struct {
 	arrived map[owned]time.Time
 }
 
-// lastPass is how far the last pass got.
+// lastPass is how far the last pass got, and who waits for one that gets further.
 type lastPass struct {
-	gen    uint64
-	failed failure
-	done   carriedOut // by the leader's count
+	gen     uint64
+	failed  failure
+	done    carriedOut // by the leader's count
+	waiters []planeWaiter
 }
 
 type planeWaiter struct {
@@ -134,7 +136,7 @@ func (p *plane) setModel(m *model) {
 		}
 		maps.DeleteFunc(p.past.gone, func(id weft.ID, _ weft.Network) bool { return hasKey(m.Networks, id) })
 		maps.Copy(p.past.ended, m.Ended)
-		p.model = m
+		p.model, p.services = m, m.listServices(p.services)
 	})
 }
 
@@ -235,7 +237,7 @@ func (p *plane) wait(ctx context.Context, gen uint64, vnis []uint32) error {
 		return p.last.failed.of(vnis)
 	}
 	w := planeWaiter{gen: gen, vnis: vnis, done: make(chan error, 1)}
-	p.waiters = append(p.waiters, w)
+	p.last.waiters = append(p.last.waiters, w)
 	p.mu.Unlock()
 	select {
 	case err := <-w.done:
@@ -385,7 +387,7 @@ func (p *plane) missesOthers(members []gossip.Member) bool {
 func (p *plane) prime() {
 	endpoints, _ := p.gossip.Snapshot()
 	in, _ := p.wanted(endpoints)
-	out := netstate.Derive(in)
+	out := p.hands.deriver.Derive(in)
 	p.names.update(out.Names)
 	p.publish(out.Publish, in.Networks)
 }
@@ -439,7 +441,7 @@ func (p *plane) see() news {
 		l.in.Proven, later.proven = p.underlay.natives.Proven()
 	}
 	p.hands.facts.put(&l.in)
-	l.out = netstate.Derive(l.in)
+	l.out = p.hands.deriver.Derive(l.in)
 	p.hands.look = l
 	p.publish(l.out.Publish, l.in.Networks)
 	p.name(vxlan.State{})
@@ -472,13 +474,16 @@ func (p *plane) name(also vxlan.State) {
 // vteps are the nodes that share a network with this one, in order.
 func vteps(s vxlan.State) []netip.Addr {
 	var out []netip.Addr
+	seen := map[netip.Addr]bool{}
 	for _, n := range s.Networks {
-		for _, p := range n.Peers {
-			out = append(out, p.VTEP)
+		for i := range n.Peers {
+			if v := n.Peers[i].VTEP; !seen[v] {
+				seen[v], out = true, append(out, v)
+			}
 		}
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
-	return slices.Compact(out)
+	return out
 }
 
 // publish tells others what runs here, and on which networks this node needs to
@@ -511,9 +516,10 @@ func (p *plane) wanted(endpoints []weft.OwnedEndpoint) (netstate.Input, goal) {
 		in.Networks = append(in.Networks, n)
 		to.vnis[n.VNI], to.gone = n.ID, append(to.gone, n.ID)
 	}
-	for id, t := range p.local {
+	in.Services, in.Local = p.services, make([]netstate.LocalTask, 0, len(p.local))
+	for _, id := range slices.Sorted(maps.Keys(p.local)) {
 		if !p.past.ended[id] {
-			in.Local = append(in.Local, t)
+			in.Local = append(in.Local, p.local[id])
 		}
 	}
 	return in, to
@@ -527,37 +533,15 @@ func (p *plane) settle(to goal, err error) {
 	if before := p.last.done; p.last.done.advance(to, p.last.failed) && !p.last.done.equal(before) && to.confirm {
 		p.applied()
 	}
-	rest := p.waiters[:0]
-	for _, w := range p.waiters {
+	rest := p.last.waiters[:0]
+	for _, w := range p.last.waiters {
 		if w.gen > to.gen {
 			rest = append(rest, w)
 			continue
 		}
 		w.done <- p.last.failed.of(w.vnis)
 	}
-	p.waiters = rest
-}
-
-// netstate is the model as the derivation takes it.
-func (m *model) netstate(self weft.ID, vtep netip.Addr) netstate.Input {
-	in := netstate.Input{DataPathPort: m.Cluster.DataPathPort, KeyEpoch: m.Cluster.KeyEpoch, Self: netstate.Node{ID: self, VTEP: vtep}}
-	for _, n := range m.Networks {
-		in.Networks = append(in.Networks, n)
-	}
-	for _, s := range m.Services {
-		in.Services = append(in.Services, netstate.Service{
-			ID: s.ID, Name: s.Name, Mode: s.EndpointMode, VIPs: s.VIPs, Ports: s.Ports, Networks: s.Networks, HideClient: s.HideClient,
-		})
-	}
-	for _, n := range m.Nodes {
-		node := netstate.Node{ID: n.ID, Hostname: n.Hostname, VTEP: n.DataPath, IngressAddr: n.IngressAddr, IngressAddr6: n.IngressAddr6, Keys: n.Keys}
-		if n.ID == self {
-			node.VTEP = vtep
-			in.Self = node
-		}
-		in.Nodes = append(in.Nodes, node)
-	}
-	return in
+	p.last.waiters = rest
 }
 
 // sleep waits for d or the end of ctx and reports whether ctx goes on.

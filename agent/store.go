@@ -23,6 +23,11 @@ func saveFile(path string, v any) error {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", path, err)
 	}
+	return writeFile(path, b)
+}
+
+// writeFile is saveFile for what is encoded already.
+func writeFile(path string, b []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("make folder of %s: %w", path, err)
 	}
