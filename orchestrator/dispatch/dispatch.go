@@ -97,7 +97,7 @@ func (d *Dispatcher) Run(ctx context.Context) error {
 func (d *Dispatcher) wake(c *state.Changed, told *shared) *shared {
 	everyone := c.All
 	if c.All || c.Cluster || len(c.Services)+len(c.Networks)+len(c.Nodes) > 0 {
-		now := share(d.cfg.Store.View())
+		now := share(d.cfg.Store.View(), d.newest())
 		everyone = everyone || told == nil || !sameShared(told, now)
 		told = now
 	}
@@ -120,8 +120,17 @@ func (d *Dispatcher) wake(c *state.Changed, told *shared) *shared {
 }
 
 func sameShared(a, b *shared) bool {
-	return reflect.DeepEqual(a.nodes, b.nodes) && reflect.DeepEqual(a.services, b.services) &&
+	return reflect.DeepEqual(a.nodes, b.nodes) && slices.EqualFunc(a.services, b.services, sameView) &&
 		reflect.DeepEqual(a.cluster, b.cluster) && reflect.DeepEqual(a.ingress, b.ingress)
+}
+
+func sameView(a, b *wire.ServiceView) bool { return a == b || deepEqual(a, b) }
+
+// newest is the newest shared part that anyone computed.
+func (d *Dispatcher) newest() *shared {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.cache
 }
 
 func (d *Dispatcher) endAll(reason error) {
@@ -196,7 +205,7 @@ func (d *Dispatcher) close(s *session) {
 // serve sends the full set and then increments. It is the only sender of its
 // stream, so Seq needs no lock.
 func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assignments) error) error {
-	sent, at := d.current(s.node)
+	sent, at := d.current(s.node, Set{})
 	full := sent.Full()
 	full.Seq, full.Index, full.Confirm = 1, at.index, at.rests
 	d.advance(s, progress{sent: at.index, upTo: at.index, networks: sent.Networks})
@@ -217,7 +226,7 @@ func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assig
 		if _, ok := d.cfg.Store.View().Node(s.node); !ok {
 			return fmt.Errorf("session of node %s: node was removed: %w", s.node, weft.ErrNotFound)
 		}
-		next, at := d.current(s.node)
+		next, at := d.current(s.node, sent)
 		a := Diff(sent, next)
 		if Empty(a) {
 			d.upToDate(s, at)
@@ -241,22 +250,20 @@ func (d *Dispatcher) serve(ctx context.Context, s *session, send func(wire.Assig
 	}
 }
 
-// current computes the newest set of a node, with the shared part from the
-// cache when it is of the same index.
-func (d *Dispatcher) current(node weft.ID) (Set, *shared) {
+// current computes the newest set of a node from its last one, with the shared part
+// from the cache when it is of the same index.
+func (d *Dispatcher) current(node weft.ID, last Set) (Set, *shared) {
 	v := d.cfg.Store.View()
-	d.mu.Lock()
-	sh := d.cache
-	d.mu.Unlock()
+	sh := d.newest()
 	if sh == nil || sh.index != v.Index() {
-		sh = share(v)
+		sh = share(v, sh)
 		d.mu.Lock()
 		if d.cache == nil || d.cache.index < sh.index {
 			d.cache = sh
 		}
 		d.mu.Unlock()
 	}
-	return compute(v, sh, node), sh
+	return compute(v, sh, node, last), sh
 }
 
 // Report implements wire.Dispatcher. It returns when the states are committed;

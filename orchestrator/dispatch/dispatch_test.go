@@ -110,13 +110,24 @@ func (w *world) base() {
 		state.Change{Cluster: &weft.Cluster{ID: "c", GossipKey: []byte("k")}})
 }
 
+// known is what an agent has made of messages.
+type known struct {
+	Tasks    map[weft.ID]weft.Task
+	Specs    map[SpecKey]weft.SpecVersion
+	Networks map[weft.ID]weft.Network
+	Services map[weft.ID]wire.ServiceView
+	Nodes    map[weft.ID]wire.NodeView
+	Cluster  wire.ClusterView
+	Ended    map[weft.ID]struct{}
+}
+
 // take applies a message as an agent does. Specs go with the last task that
 // uses them.
-func take(s Set, a wire.Assignments) Set {
+func take(s known, a wire.Assignments) known {
 	if a.Full {
-		s = Set{}
+		s = known{}
 	}
-	n := Set{Tasks: put(s.Tasks, a.Tasks, a.GoneTasks, func(t weft.Task) weft.ID { return t.ID }),
+	n := known{Tasks: put(s.Tasks, a.Tasks, a.GoneTasks, func(t weft.Task) weft.ID { return t.ID }),
 		Networks: put(s.Networks, a.Networks, a.GoneNetworks, func(n weft.Network) weft.ID { return n.ID }),
 		Services: put(s.Services, a.Services, a.GoneServices, func(v wire.ServiceView) weft.ID { return v.ID }),
 		Nodes:    put(s.Nodes, a.Nodes, a.GoneNodes, func(v wire.NodeView) weft.ID { return v.ID }),
@@ -225,22 +236,29 @@ func TestIncrementsEqualFullSet(t *testing.T) {
 		w.base()
 		me := id("n", 1)
 		sent := Compute(w.store.View(), me)
-		known := take(Set{}, sent.Full())
+		told := take(known{}, sent.Full())
+		var sh *shared
 		for range 25 {
 			for range rapid.IntRange(1, 4).Draw(t, "changes") {
 				_ = w.do(drawChange(t, w)) // refusals are part of the game
 			}
-			next := Compute(w.store.View(), me)
+			// As sessions do: with what the last ones have in common.
+			v := w.store.View()
+			sh = share(v, sh)
+			next, whole := compute(v, sh, me, sent), Compute(v, me)
+			if now := Diff(whole, next); !reflect.DeepEqual(now, wire.Assignments{}) || !reflect.DeepEqual(next.Full(), whole.Full()) {
+				t.Fatalf("made of the last one\n%+v\nwhole\n%+v", next.Full(), whole.Full())
+			}
 			inc := Diff(sent, next)
 			now := inc
 			now.GoneEnded = nil // can wait
 			if Empty(inc) != reflect.DeepEqual(now, wire.Assignments{}) {
 				t.Fatalf("Empty is wrong about %+v", inc)
 			}
-			known = take(known, inc)
-			fresh := take(Set{}, next.Full())
-			if !reflect.DeepEqual(known, fresh) {
-				t.Fatalf("increment %+v\nleads to %+v\nfull set is %+v", inc, known, fresh)
+			told = take(told, inc)
+			fresh := take(known{}, next.Full())
+			if !reflect.DeepEqual(told, fresh) {
+				t.Fatalf("increment %+v\nleads to %+v\nfull set is %+v", inc, told, fresh)
 			}
 			if again := Diff(next, Compute(w.store.View(), me)); !Empty(again) {
 				t.Fatalf("nothing happened, and the increment is %+v", again)
@@ -252,7 +270,7 @@ func TestIncrementsEqualFullSet(t *testing.T) {
 }
 
 // slowCheck states what a set must hold in other words than compute.
-func slowCheck(t *rapid.T, v *state.Snapshot, me weft.ID, s Set) {
+func slowCheck(t *rapid.T, v *state.Snapshot, me weft.ID, s known) {
 	on := map[weft.ID]bool{"i": true}
 	for _, k := range v.Tasks() {
 		_, has := s.Tasks[k.ID]

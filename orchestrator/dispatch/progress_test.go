@@ -25,7 +25,7 @@ type slowNode struct {
 
 	mu      sync.Mutex // guards: fields below
 	heard   []wire.Assignments
-	applied Set
+	applied known
 	index   uint64
 }
 

@@ -59,11 +59,16 @@ func one[T any](s *Snapshot, table, index string, args ...any) (v T, ok bool) {
 	return *p, true
 }
 
-func list[T any](s *Snapshot, table, index string, args ...any) []T {
+func shared[T any](s *Snapshot, table, index string, args ...any) []*T {
 	ps, err := all[T](s.txn, table, index, args...)
 	if err != nil {
 		panic(err)
 	}
+	return ps
+}
+
+func list[T any](s *Snapshot, table, index string, args ...any) []T {
+	ps := shared[T](s, table, index, args...)
 	out := make([]T, len(ps))
 	for i, p := range ps {
 		out[i] = *p
@@ -96,6 +101,13 @@ func (s *Snapshot) ServiceByName(name string) (weft.Service, bool) {
 
 // Services lists all services.
 func (s *Snapshot) Services() []weft.Service { return list[weft.Service](s, tServices, byID) }
+
+// SharedServices lists all services as the store has them: one that has not changed
+// is the same pointer in the next view, so that who has made something of it need
+// not look at it again. They must not be written.
+func (s *Snapshot) SharedServices() []*weft.Service {
+	return shared[weft.Service](s, tServices, byID)
+}
 
 // Network looks a network up by its id.
 func (s *Snapshot) Network(id weft.ID) (weft.Network, bool) {
@@ -141,6 +153,11 @@ func (s *Snapshot) TasksOfService(service weft.ID) []weft.Task {
 // TasksOfNode lists the tasks that are or were assigned to a node.
 func (s *Snapshot) TasksOfNode(node weft.ID) []weft.Task {
 	return list[weft.Task](s, tTasks, byNode, string(node))
+}
+
+// SharedTasksOfNode is TasksOfNode by pointers, as SharedServices is Services.
+func (s *Snapshot) SharedTasksOfNode(node weft.ID) []*weft.Task {
+	return shared[weft.Task](s, tTasks, byNode, string(node))
 }
 
 // TasksWithPorts lists the tasks that have ports in mode host on a node and have not
