@@ -26,10 +26,16 @@ type turnValue struct {
 	Host         [16]byte
 	MAC          vxlan.MAC
 	HPort, CPort [2]byte
-	Ended        uint16
+	Zero         uint16
 	Link, Seen   uint32
+	State, Since uint32
 	Hop          hopValue
 	VTEP         [16]byte
+}
+
+type passingValue struct {
+	Request endsValue
+	Since   uint32
 }
 
 type hopValue struct {

@@ -17,7 +17,7 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	meshMapAnswers      = "answers"
-	meshMapAnswersPass  = "answers_pass"
+	meshMapAnswersUdp   = "answers_udp"
 	meshMapCounts       = "counts"
 	meshMapEntry        = "entry"
 	meshMapEps          = "eps"
@@ -26,11 +26,12 @@ const (
 	meshMapHooks        = "hooks"
 	meshMapMacs         = "macs"
 	meshMapNets         = "nets"
+	meshMapPassings     = "passings"
 	meshMapPorts        = "ports"
 	meshMapPublished    = "published"
 	meshMapReaches      = "reaches"
 	meshMapRequests     = "requests"
-	meshMapRequestsPass = "requests_pass"
+	meshMapRequestsUdp  = "requests_udp"
 	meshMapSlow         = "slow"
 	meshProgFromLeg     = "from_leg"
 	meshProgFromOutside = "from_outside"
@@ -88,22 +89,23 @@ type meshProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type meshMapSpecs struct {
-	Answers      *ebpf.MapSpec `ebpf:"answers"`
-	AnswersPass  *ebpf.MapSpec `ebpf:"answers_pass"`
-	Counts       *ebpf.MapSpec `ebpf:"counts"`
-	Entry        *ebpf.MapSpec `ebpf:"entry"`
-	Eps          *ebpf.MapSpec `ebpf:"eps"`
-	Fragments    *ebpf.MapSpec `ebpf:"fragments"`
-	Fresh        *ebpf.MapSpec `ebpf:"fresh"`
-	Hooks        *ebpf.MapSpec `ebpf:"hooks"`
-	Macs         *ebpf.MapSpec `ebpf:"macs"`
-	Nets         *ebpf.MapSpec `ebpf:"nets"`
-	Ports        *ebpf.MapSpec `ebpf:"ports"`
-	Published    *ebpf.MapSpec `ebpf:"published"`
-	Reaches      *ebpf.MapSpec `ebpf:"reaches"`
-	Requests     *ebpf.MapSpec `ebpf:"requests"`
-	RequestsPass *ebpf.MapSpec `ebpf:"requests_pass"`
-	Slow         *ebpf.MapSpec `ebpf:"slow"`
+	Answers     *ebpf.MapSpec `ebpf:"answers"`
+	AnswersUdp  *ebpf.MapSpec `ebpf:"answers_udp"`
+	Counts      *ebpf.MapSpec `ebpf:"counts"`
+	Entry       *ebpf.MapSpec `ebpf:"entry"`
+	Eps         *ebpf.MapSpec `ebpf:"eps"`
+	Fragments   *ebpf.MapSpec `ebpf:"fragments"`
+	Fresh       *ebpf.MapSpec `ebpf:"fresh"`
+	Hooks       *ebpf.MapSpec `ebpf:"hooks"`
+	Macs        *ebpf.MapSpec `ebpf:"macs"`
+	Nets        *ebpf.MapSpec `ebpf:"nets"`
+	Passings    *ebpf.MapSpec `ebpf:"passings"`
+	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Published   *ebpf.MapSpec `ebpf:"published"`
+	Reaches     *ebpf.MapSpec `ebpf:"reaches"`
+	Requests    *ebpf.MapSpec `ebpf:"requests"`
+	RequestsUdp *ebpf.MapSpec `ebpf:"requests_udp"`
+	Slow        *ebpf.MapSpec `ebpf:"slow"`
 }
 
 // meshVariableSpecs contains global variables before they are loaded into the kernel.
@@ -132,28 +134,29 @@ func (o *meshObjects) Close() error {
 //
 // It can be passed to loadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type meshMaps struct {
-	Answers      *ebpf.Map `ebpf:"answers"`
-	AnswersPass  *ebpf.Map `ebpf:"answers_pass"`
-	Counts       *ebpf.Map `ebpf:"counts"`
-	Entry        *ebpf.Map `ebpf:"entry"`
-	Eps          *ebpf.Map `ebpf:"eps"`
-	Fragments    *ebpf.Map `ebpf:"fragments"`
-	Fresh        *ebpf.Map `ebpf:"fresh"`
-	Hooks        *ebpf.Map `ebpf:"hooks"`
-	Macs         *ebpf.Map `ebpf:"macs"`
-	Nets         *ebpf.Map `ebpf:"nets"`
-	Ports        *ebpf.Map `ebpf:"ports"`
-	Published    *ebpf.Map `ebpf:"published"`
-	Reaches      *ebpf.Map `ebpf:"reaches"`
-	Requests     *ebpf.Map `ebpf:"requests"`
-	RequestsPass *ebpf.Map `ebpf:"requests_pass"`
-	Slow         *ebpf.Map `ebpf:"slow"`
+	Answers     *ebpf.Map `ebpf:"answers"`
+	AnswersUdp  *ebpf.Map `ebpf:"answers_udp"`
+	Counts      *ebpf.Map `ebpf:"counts"`
+	Entry       *ebpf.Map `ebpf:"entry"`
+	Eps         *ebpf.Map `ebpf:"eps"`
+	Fragments   *ebpf.Map `ebpf:"fragments"`
+	Fresh       *ebpf.Map `ebpf:"fresh"`
+	Hooks       *ebpf.Map `ebpf:"hooks"`
+	Macs        *ebpf.Map `ebpf:"macs"`
+	Nets        *ebpf.Map `ebpf:"nets"`
+	Passings    *ebpf.Map `ebpf:"passings"`
+	Ports       *ebpf.Map `ebpf:"ports"`
+	Published   *ebpf.Map `ebpf:"published"`
+	Reaches     *ebpf.Map `ebpf:"reaches"`
+	Requests    *ebpf.Map `ebpf:"requests"`
+	RequestsUdp *ebpf.Map `ebpf:"requests_udp"`
+	Slow        *ebpf.Map `ebpf:"slow"`
 }
 
 func (m *meshMaps) Close() error {
 	return _MeshClose(
 		m.Answers,
-		m.AnswersPass,
+		m.AnswersUdp,
 		m.Counts,
 		m.Entry,
 		m.Eps,
@@ -162,11 +165,12 @@ func (m *meshMaps) Close() error {
 		m.Hooks,
 		m.Macs,
 		m.Nets,
+		m.Passings,
 		m.Ports,
 		m.Published,
 		m.Reaches,
 		m.Requests,
-		m.RequestsPass,
+		m.RequestsUdp,
 		m.Slow,
 	)
 }

@@ -88,8 +88,8 @@ func NewMesh(cfg MeshConfig) (*Mesh, error) {
 // meshShared are the overlay's maps that the programs read, meshOwn the others.
 var (
 	meshShared = []string{overlay.MapMACs, overlay.MapCounts}
-	meshOwn    = append([]string{meshMapEntry, meshMapPublished, meshMapReaches, meshMapFragments, meshMapFresh, meshMapSlow}, meshFlows...)
-	meshFlows  = []string{meshMapRequests, meshMapAnswers, meshMapRequestsPass, meshMapAnswersPass}
+	meshOwn    = append([]string{meshMapEntry, meshMapPublished, meshMapReaches, meshMapFragments, meshMapFresh, meshMapSlow, meshMapPassings}, meshFlows...)
+	meshFlows  = []string{meshMapRequests, meshMapAnswers, meshMapRequestsUdp, meshMapAnswersUdp}
 	meshProgs  = []string{meshProgFromOutside, meshProgFromLeg, meshProgToLeg}
 )
 
@@ -380,7 +380,7 @@ func (p *meshPins) prune(l leads) error {
 			return err
 		}
 		for key, to := range flows {
-			if l.allows(flowOf(key, to, name == meshMapAnswers || name == meshMapAnswersPass)) {
+			if l.allows(flowOf(key, to, name == meshMapAnswers || name == meshMapAnswersUdp)) {
 				continue
 			}
 			if err := p.maps[name].Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {

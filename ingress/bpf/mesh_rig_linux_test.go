@@ -393,7 +393,7 @@ func again(network string, c net.Conn, task string) error {
 func (r *meshRig) flows(i int) map[endsValue]turnValue {
 	r.t.Helper()
 	known := map[endsValue]turnValue{}
-	for _, name := range []string{meshMapRequestsPass, meshMapRequests} {
+	for _, name := range []string{meshMapRequestsUdp, meshMapRequests} {
 		m, err := ebpf.LoadPinnedMap(r.hosts[i].mesh.path(name), nil)
 		must(r.t, err)
 		defer m.Close()

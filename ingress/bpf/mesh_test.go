@@ -248,7 +248,8 @@ func TestMeshLayouts(t *testing.T) {
 	}{
 		{meshMapEntry, uint32(0), entryValue{}}, {meshMapPublished, uint32(0), uint64(0)}, {meshMapReaches, reachKey{}, hopValue{}},
 		{meshMapRequests, endsValue{}, turnValue{}}, {meshMapAnswers, endsValue{}, turnValue{}},
-		{meshMapRequestsPass, endsValue{}, turnValue{}}, {meshMapAnswersPass, endsValue{}, turnValue{}},
+		{meshMapRequestsUdp, endsValue{}, turnValue{}}, {meshMapAnswersUdp, endsValue{}, turnValue{}},
+		{meshMapPassings, [0]byte{}, passingValue{}},
 	} {
 		m := spec.Maps[c.name]
 		if k, v := binary.Size(c.key), binary.Size(c.value); uint32(k) != m.KeySize || uint32(v) != m.ValueSize {

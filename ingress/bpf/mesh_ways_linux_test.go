@@ -4,15 +4,19 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 	overlay "github.com/weftnet/weft/vxlan/bpf"
 	"github.com/weftnet/weft/vxlan/netns"
@@ -89,7 +93,8 @@ func TestPublishedFastWay(t *testing.T) {
 	}
 }
 
-// shrink leaves room for few flows in each map of them.
+// shrink leaves room for few flows in each map of them: for as many datagrams, and for
+// twice as many connections, of which a quarter may pass.
 func (m *Mesh) shrink(room uint32) {
 	whole := m.spec
 	m.spec = func() (*ebpf.CollectionSpec, error) {
@@ -97,8 +102,10 @@ func (m *Mesh) shrink(room uint32) {
 		if err != nil {
 			return nil, err
 		}
-		for _, name := range meshFlows {
-			spec.Maps[name].MaxEntries = room
+		for name, n := range map[string]uint32{
+			meshMapRequests: 2 * room, meshMapAnswers: 2 * room, meshMapPassings: room / 4, meshMapRequestsUdp: room, meshMapAnswersUdp: room,
+		} {
+			spec.Maps[name].MaxEntries = n
 		}
 		return spec, nil
 	}
@@ -106,14 +113,16 @@ func (m *Mesh) shrink(room uint32) {
 
 // TestPublishedSilentAmongShort: what ends a silent connection is that others need
 // its room. Those that have ended do not, nor datagrams, nor requests of clients
-// that are not heard of again: many more than there is room for leave it alone. Of
-// what is pushed out, datagrams go on by the host's way and connections are reset.
+// that are not heard of again: many more than there is room for leave it alone, also
+// where one of them has closed its half. Of what is pushed out, datagrams go on by
+// the host's way and connections are reset.
 func TestPublishedSilentAmongShort(t *testing.T) {
 	const room = 256
 	r := newMeshRig(t, false, 0)
 	b := r.task(1, 11)
 	r.hosts[0].mesh.shrink(room)
-	r.apply(meshPorts(b)...)
+	halves := ingress.Published{Service: "web", Protocol: weft.TCP, Port: 30014, Target: 14, Backends: []ingress.Backend{b}}
+	r.apply(append(meshPorts(b), halves)...)
 	r.serve(b)
 	host := join(r.hosts[0].addrs[meshClient], 30000)
 	var silent, datagrams net.Conn
@@ -122,6 +131,9 @@ func TestPublishedSilentAmongShort(t *testing.T) {
 		*c, _, _, err = r.open(network, host, 0)
 		must(t, err)
 	}
+	listens, asks := r.halfClosed(b, halves), r.halfClosed(b, halves)
+	must(t, listens.client.CloseWrite())
+	must(t, asks.task.CloseWrite())
 	storms := map[string]func(int){
 		"connections that have ended": func(int) {
 			c, _, _, err := r.open("tcp", host, 0)
@@ -150,6 +162,18 @@ func TestPublishedSilentAmongShort(t *testing.T) {
 			t.Errorf("a silent connection among %d %s: %v", 3*room, what, err)
 		}
 	}
+	if err := carry(listens.task, listens.client); err != nil {
+		t.Errorf("to a silent client that has closed its half: %v", err)
+	}
+	if err := carry(asks.client, asks.task); err != nil {
+		t.Errorf("to a silent task that has closed its half: %v", err)
+	}
+	for _, name := range []string{meshMapRequests, meshMapAnswers} {
+		// Three are open, and each end of another one may be on its way yet.
+		if n := len(r.dump(0, name)); n < 3 || n > room/4+8 {
+			t.Errorf("%d connections are in map %s, want 3 and the %d that passed last", n, name, room/4)
+		}
+	}
 	r.emptyFlows(0) // as if more were open than there is room for
 	r.forget()
 	if err := again("udp", datagrams, string(b.Task)); err != nil {
@@ -158,6 +182,53 @@ func TestPublishedSilentAmongShort(t *testing.T) {
 	if err := again("tcp", silent, ""); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a connection whose flow was pushed out: %v, want a reset", err)
 	}
+}
+
+// both are the ends of one connection.
+type both struct{ client, task *net.TCPConn }
+
+// halfClosed opens a connection to a published port of a task, whose end the test
+// has, too.
+func (r *meshRig) halfClosed(b ingress.Backend, p ingress.Published) both {
+	r.t.Helper()
+	var ln net.Listener
+	must(r.t, netns.Do(filepath.Join(r.dir, string(b.Task)), func() (err error) {
+		ln, err = net.Listen("tcp", fmt.Sprint(":", p.Target))
+		return err
+	}))
+	defer ln.Close()
+	must(r.t, ln.(*net.TCPListener).SetDeadline(time.Now().Add(r.patience)))
+	c, err := r.dial("tcp", join(r.hosts[0].addrs[meshClient], int(p.Port)), 0)
+	must(r.t, err)
+	task, err := ln.Accept()
+	must(r.t, err)
+	r.t.Cleanup(func() { task.Close() })
+	all := both{c.(*net.TCPConn), task.(*net.TCPConn)}
+	must(r.t, errors.Join(carry(all.client, all.task), carry(all.task, all.client)))
+	return all
+}
+
+// carry brings a byte from one end to the other.
+func carry(from, to net.Conn) error {
+	if _, err := from.Write([]byte("x")); err != nil {
+		return err
+	}
+	if err := to.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(to, make([]byte, 1))
+	return err
+}
+
+// dump reads a map of flows of host i.
+func (r *meshRig) dump(i int, name string) map[endsValue]turnValue {
+	r.t.Helper()
+	m, err := ebpf.LoadPinnedMap(r.hosts[i].mesh.path(name), nil)
+	must(r.t, err)
+	defer m.Close()
+	all, err := overlay.Dump[endsValue, turnValue](m)
+	must(r.t, err)
+	return all
 }
 
 // emptyFlows makes host i forget all its flows.

@@ -83,18 +83,16 @@ static inline_always int note(struct __sk_buff *skb, const struct ends *k)
  * routes change, and a client that comes by another link now is answered by that
  * one, if a route leads there. What another flow has taken meanwhile stays that one's.
  */
-static inline_always void heal(struct __sk_buff *skb, const struct entry *e, const struct ends *k, struct turn *t, int is_open)
+apart int heal(struct __sk_buff *skb, const struct entry *e, const struct ends *k, struct turn *t)
 {
-	u32 at = now(), link = skb->ifindex;
+	u32 link = skb->ifindex;
 	struct ends back = {.client = k->client, .host = t->host, .cport = t->cport, .hport = t->hport, .proto = k->proto};
 	struct turn to = {.host = k->host, .mac = t->mac, .hport = k->hport, .cport = k->cport}, *old;
 	struct mac_key task = {.vni = e->vni, .mac = t->mac};
 	struct hop *hop;
 	struct dest *d;
 
-	if (likely(t->seen == at && t->link == link))
-		return;
-	t->seen = at;
+	t->seen = now();
 	hop = reached(link, &k->client);
 	if (hop) {
 		t->link = link;
@@ -102,83 +100,90 @@ static inline_always void heal(struct __sk_buff *skb, const struct entry *e, con
 	}
 	to.link = t->link;
 	to.hop = t->hop;
-	old = is_open ? bpf_map_lookup_elem(&answers, &back) : bpf_map_lookup_elem(&answers_pass, &back);
-	if (!old) {
-		d = bpf_map_lookup_elem(&macs, &task);
-		if (d && (d->kind == DEST_DIRECT || d->kind == DEST_TUNNEL))
-			to.vtep = d->vtep;
-		if (is_open)
-			bpf_map_update_elem(&answers, &back, &to, NOEXIST);
-		else
-			bpf_map_update_elem(&answers_pass, &back, &to, NOEXIST);
-	}
-	if (old && same_addr(&old->host, &to.host) && old->hport == to.hport && old->cport == to.cport) {
-		old->link = to.link;
-		old->hop = to.hop;
-	}
-}
-
-/* keep files a connection that has become open. */
-apart int keep(const struct ends *k, struct turn *t)
-{
-	struct ends back = {.client = k->client, .host = t->host, .cport = t->cport, .hport = t->hport, .proto = k->proto};
-	struct turn *answer = bpf_map_lookup_elem(&answers_pass, &back), copy;
-
-	if (!answer)
-		return 0; /* heal makes it */
-	copy = *answer;
-	return bpf_map_update_elem(&answers, &back, &copy, 0) || bpf_map_update_elem(&requests, k, t, 0);
-}
-
-/* pass files an open connection that ends: silent for minutes it may be still. */
-apart int pass(const struct ends *k, struct turn *t)
-{
-	struct ends back = {.client = k->client, .host = t->host, .cport = t->cport, .hport = t->hport, .proto = k->proto};
-	struct turn *answer = bpf_map_lookup_elem(&answers, &back), copy;
-
-	t->ended = 1;
-	if (bpf_map_update_elem(&requests_pass, k, t, 0))
-		return -1;
-	bpf_map_delete_elem(&requests, k);
-	if (!answer)
+	old = known_answer(&back);
+	if (old) {
+		if (is_of(old, k)) {
+			old->link = to.link;
+			old->hop = to.hop;
+		}
 		return 0;
-	copy = *answer;
-	bpf_map_update_elem(&answers_pass, &back, &copy, 0);
-	bpf_map_delete_elem(&answers, &back);
+	}
+	d = bpf_map_lookup_elem(&macs, &task);
+	if (d && (d->kind == DEST_DIRECT || d->kind == DEST_TUNNEL))
+		to.vtep = d->vtep;
+	return file_answer(&back, &to, NOEXIST);
+}
+
+/* forget takes a connection out of the tables that has passed, unless it has come to something else since. */
+static inline_always void forget(const struct passing *p)
+{
+	struct turn *t = bpf_map_lookup_elem(&requests, &p->request);
+	struct ends back = {.client = p->request.client, .proto = IPPROTO_TCP};
+
+	if (!t || t->since != p->since || lasts(t->state))
+		return;
+	back.host = t->host;
+	back.cport = t->cport;
+	back.hport = t->hport;
+	bpf_map_delete_elem(&requests, &p->request);
+	t = bpf_map_lookup_elem(&answers, &back);
+	if (t && is_of(t, &p->request))
+		bpf_map_delete_elem(&answers, &back);
+}
+
+/* PASS_TRIES is our own choice: other processors may take the room that was made. */
+#define PASS_TRIES 4
+
+/* pass puts a connection among those that pass. If all tries are in vain it stays until the tables are full. */
+apart int pass(const struct ends *k, u32 since)
+{
+	struct passing p;
+
+	for (int i = 0; i < PASS_TRIES; i++) {
+		p = (struct passing){.request = *k, .since = since};
+		if (!bpf_map_push_elem(&passings, &p, 0))
+			return 0;
+		if (!bpf_map_pop_elem(&passings, &p))
+			forget(&p);
+	}
 	return 0;
+}
+
+/* come_to notes what a connection has come to. */
+apart int come_to(const struct ends *k, struct turn *t, u32 what)
+{
+	u32 was = __sync_fetch_and_or(&t->state, what);
+
+	if (!lasts(was) || lasts(was | what))
+		return 0;
+	t->since = now();
+	return pass(k, t->since);
 }
 
 /* request takes a client's packet to the backend, if its flow is known. */
 static inline_always int request(struct __sk_buff *skb, const struct entry *e, int v4)
 {
 	struct ends k = {};
-	struct turn *known = 0, t;
+	struct turn *known, t;
 	void *l3 = bytes(skb) + sizeof(struct eth);
 	u32 head, size, tos;
-	int df = 1, is_open;
+	int df = 1;
 	u8 flags;
 
 	if (read_ends(l3, end(skb), v4, 1, &k, &flags, &head) || !is_published(k.proto, k.hport))
 		return ACT_NEXT;
 	if (is_new(flags))
 		return note(skb, &k);
-	if (k.proto == IPPROTO_TCP)
-		known = bpf_map_lookup_elem(&requests, &k);
-	is_open = !!known;
-	if (!known)
-		known = bpf_map_lookup_elem(&requests_pass, &k);
+	known = known_request(&k);
 	if (!known)
 		return k.proto == IPPROTO_UDP ? note(skb, &k) : ACT_NEXT;
-	heal(skb, e, &k, known, is_open);
+	if (unlikely(known->seen != now() || known->link != skb->ifindex))
+		heal(skb, e, &k, known);
 	t = *known;
-	if (unlikely(flags & (TCP_FIN | TCP_RST))) {
-		if (is_open)
-			pass(&k, &t);
-		else
-			known->ended = 1;
-	} else if (k.proto == IPPROTO_TCP && !is_open && !t.ended) {
-		keep(&k, &t);
-	}
+	if (unlikely(flags & (TCP_FIN | TCP_RST)))
+		come_to(&k, known, flags & TCP_RST ? IS_RESET : IS_OPEN | CLIENT_ENDS);
+	else if (k.proto == IPPROTO_TCP && unlikely(!(t.state & IS_OPEN)))
+		__sync_fetch_and_or(&known->state, IS_OPEN);
 	if (v4) {
 		struct ipv4 *ip = l3;
 
@@ -191,16 +196,12 @@ static inline_always int request(struct __sk_buff *skb, const struct entry *e, i
 	return to_backend(skb, e, v4, &k, &t, size, tos, df);
 }
 
-/* reset is pass for a connection that the backend has reset. */
-apart int reset(const struct ends *k, const struct turn *t)
+/* answered notes that a backend ends a connection, or resets it. asked are the ends of its request, host is the backend. */
+apart int answered(const struct ends *asked, const struct addr *host, u32 what)
 {
-	struct ends asked = {.client = k->client, .host = t->host, .cport = t->cport, .hport = t->hport, .proto = k->proto};
-	struct turn *request = bpf_map_lookup_elem(&requests, &asked), copy;
+	struct turn *request = bpf_map_lookup_elem(&requests, asked);
 
-	if (!request)
-		return 0;
-	copy = *request;
-	return pass(&asked, &copy);
+	return request && same_addr(&request->host, host) ? come_to(asked, request, what) : 0;
 }
 
 static inline_always u32 lesser(u32 a, u32 b) { return a < b ? a : b; }
@@ -227,8 +228,11 @@ static inline_always int answer(struct __sk_buff *skb, const struct entry *e, u3
 	if (!known || !same_mac(in->src, known->mac))
 		return ACT_NEXT;
 	t = *known;
-	if (unlikely(flags & TCP_RST))
-		reset(&k, &t);
+	if (unlikely(flags & (TCP_FIN | TCP_RST))) {
+		struct ends asked = {.client = k.client, .host = t.host, .cport = t.cport, .hport = t.hport, .proto = IPPROTO_TCP};
+
+		answered(&asked, &k.host, flags & TCP_RST ? IS_RESET : BACKEND_ENDS);
+	}
 	from.mac = t.mac;
 	if (outer && !same_addr(&t.vtep, vtep))
 		return ACT_NEXT; /* a node that has another address now: the way by the leg knows it */
@@ -387,10 +391,10 @@ apart int learn(struct __sk_buff *skb, const struct entry *e, struct fresh *f, i
 {
 	struct mac_key to = {.vni = e->vni};
 	struct ends k = {}, was;
-	struct turn back = {}, forth = {}, *old;
+	struct turn t, *old;
 	struct dest *d;
 	struct eth *eth = bytes(skb);
-	u32 head, number = f->hash;
+	u32 head, at, number = f->hash;
 	struct hop *hop;
 	int found = 0;
 	u8 flags, tos;
@@ -409,22 +413,17 @@ apart int learn(struct __sk_buff *skb, const struct entry *e, struct fresh *f, i
 	if (!hop)
 		return ACT_NEXT; /* answers take another way than by this link: the host's */
 	was = k;
-	back = (struct turn){.host = f->ends.host, .mac = to.mac, .hport = f->ends.hport, .cport = f->ends.cport, .link = f->link, .hop = *hop};
+	t = (struct turn){.host = f->ends.host, .mac = to.mac, .hport = f->ends.hport, .cport = f->ends.cport, .link = f->link, .hop = *hop};
 	if (d->kind != DEST_TASK)
-		back.vtep = d->vtep;
+		t.vtep = d->vtep;
 	for (int i = 0; i < PORT_TRIES; i++) {
-		old = k.proto == IPPROTO_TCP ? bpf_map_lookup_elem(&answers, &k) : 0;
-		if (!old && !bpf_map_update_elem(&answers_pass, &k, &back, NOEXIST)) {
+		if (!file_answer(&k, &t, NOEXIST)) {
 			found = 1;
 			break;
 		}
-		if (!old)
-			old = bpf_map_lookup_elem(&answers_pass, &k);
-		if (old && same_addr(&old->host, &back.host) && old->hport == back.hport && old->cport == back.cport) {
-			bpf_map_update_elem(&answers_pass, &k, &back, 0);
-			if (k.proto == IPPROTO_TCP)
-				bpf_map_delete_elem(&answers, &k);
-			found = 1;
+		old = known_answer(&k);
+		if (old && is_of(old, &f->ends)) {
+			found = !file_answer(&k, &t, 0);
 			break;
 		}
 		old = i ? 0 : known_request(&f->ends);
@@ -437,12 +436,13 @@ apart int learn(struct __sk_buff *skb, const struct entry *e, struct fresh *f, i
 	}
 	if (!found)
 		return drop(REFUSED);
-	forth = (struct turn){.host = k.host, .mac = to.mac, .hport = k.hport, .cport = k.cport, .link = f->link, .hop = *hop, .seen = now()};
-	if (bpf_map_update_elem(&requests_pass, &f->ends, &forth, 0))
+	at = now();
+	t = (struct turn){.host = k.host, .mac = to.mac, .hport = k.hport, .cport = k.cport, .link = f->link, .hop = *hop, .seen = at, .since = at};
+	if (file_request(&f->ends, &t))
 		return ACT_NEXT;
 	if (k.proto == IPPROTO_TCP)
-		bpf_map_delete_elem(&requests, &f->ends);
-	if (unlikely(k.cport != was.cport) && rewrite(skb, v4, 1, &was, &forth))
+		pass(&f->ends, at);
+	if (unlikely(k.cport != was.cport) && rewrite(skb, v4, 1, &was, &t))
 		return drop(REFUSED);
 	if (d->kind != DEST_DIRECT || skb->gso_size || skb->len - sizeof(*eth) > d->mtu)
 		return ACT_NEXT;

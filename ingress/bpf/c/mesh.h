@@ -27,6 +27,8 @@ static long (*const bpf_skb_store_bytes)(struct __sk_buff *skb, u32 at, const vo
 static long (*const bpf_l3_csum_replace)(struct __sk_buff *skb, u32 at, u64 from, u64 to, u64 size) = (void *)10;
 static long (*const bpf_l4_csum_replace)(struct __sk_buff *skb, u32 at, u64 from, u64 to, u64 flags) = (void *)11;
 static long (*const bpf_skb_load_bytes)(const struct __sk_buff *skb, u32 at, void *to, u32 len) = (void *)26;
+static long (*const bpf_map_push_elem)(void *map, const void *value, u64 flags) = (void *)87;
+static long (*const bpf_map_pop_elem)(void *map, void *value) = (void *)88;
 static u64 (*const bpf_jiffies64)(void) = (void *)118;
 
 enum {
@@ -34,6 +36,7 @@ enum {
 	F_MARK_MANGLED_0 = 1 << 5,
 	NOEXIST = 1,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
+	BPF_MAP_TYPE_QUEUE = 22,
 };
 
 /* Both ends of a flow, as its packets have them on one side of this node. */
@@ -55,11 +58,27 @@ struct turn {
 	struct addr host;
 	struct mac mac;
 	u16 hport, cport;
-	u16 ended; /* of requests: the client has closed its half, or one of them has reset it */
+	u16 zero;
 	u32 link; /* by which the client comes */
 	u32 seen; /* of requests: when both tables were last known to be right (now) */
+	u32 state; /* of requests of TCP: enum state */
+	u32 since; /* of requests of TCP: when it was last put among those that pass (now) */
 	struct hop hop;
 	struct addr vtep; /* of answers: the backend's node, as it was at first; all zero: it is here */
+};
+
+/* What a connection has come to, as the sum of what was seen of it. */
+enum state {
+	IS_OPEN = 1, /* the client has said more than its request */
+	CLIENT_ENDS = 2,
+	BACKEND_ENDS = 4,
+	IS_RESET = 8,
+};
+
+/* A connection that may not last, by its request. */
+struct passing {
+	struct ends request;
+	u32 since;
 };
 
 #define FAMILY6 (1U << 31)
@@ -115,40 +134,47 @@ struct {
 
 /*
  * From whom a client asks to the backend, and from the backend to whom it asked:
- * open connections.
+ * connections. Those that last have room for MAX_MESH_FLOWS whatever passes.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MAX_MESH_FLOWS);
+	__uint(max_entries, MAX_MESH_FLOWS + MAX_MESH_PASSING);
 	__type(key, struct ends);
 	__type(value, struct turn);
 } requests SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MAX_MESH_FLOWS);
+	__uint(max_entries, MAX_MESH_FLOWS + MAX_MESH_PASSING);
 	__type(key, struct ends);
 	__type(value, struct turn);
 } answers SEC(".maps");
 
 /*
- * Flows that pass: what is no TCP, connections that the client has only asked for,
- * and those that have ended. They crowd out each other, and no open connection that
- * is silent. One that has become open may still stand here, too: the other maps count.
+ * Connections that the client has only asked for, and those that have ended, in the
+ * order in which they came to that. Where there is no more room the oldest is taken
+ * out of the tables, unless it has become open.
  */
+struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__uint(max_entries, MAX_MESH_PASSING);
+	__type(value, struct passing);
+} passings SEC(".maps");
+
+/* The same for what is no TCP: that has no end to be seen, and crowds out itself alone. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_MESH_PASSING);
 	__type(key, struct ends);
 	__type(value, struct turn);
-} requests_pass SEC(".maps");
+} requests_udp SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_MESH_PASSING);
 	__type(key, struct ends);
 	__type(value, struct turn);
-} answers_pass SEC(".maps");
+} answers_udp SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -231,14 +257,32 @@ static inline_always int is_new(u8 flags)
 
 static inline_always struct turn *known_request(const struct ends *k)
 {
-	struct turn *t = k->proto == IPPROTO_TCP ? bpf_map_lookup_elem(&requests, k) : 0;
-
-	return t ? t : bpf_map_lookup_elem(&requests_pass, k);
+	return k->proto == IPPROTO_TCP ? bpf_map_lookup_elem(&requests, k) : bpf_map_lookup_elem(&requests_udp, k);
 }
 
 static inline_always struct turn *known_answer(const struct ends *k)
 {
-	struct turn *t = k->proto == IPPROTO_TCP ? bpf_map_lookup_elem(&answers, k) : 0;
+	return k->proto == IPPROTO_TCP ? bpf_map_lookup_elem(&answers, k) : bpf_map_lookup_elem(&answers_udp, k);
+}
 
-	return t ? t : bpf_map_lookup_elem(&answers_pass, k);
+static inline_always long file_request(const struct ends *k, const struct turn *t)
+{
+	return k->proto == IPPROTO_TCP ? bpf_map_update_elem(&requests, k, t, 0) : bpf_map_update_elem(&requests_udp, k, t, 0);
+}
+
+static inline_always long file_answer(const struct ends *k, const struct turn *t, u64 flags)
+{
+	return k->proto == IPPROTO_TCP ? bpf_map_update_elem(&answers, k, t, flags) : bpf_map_update_elem(&answers_udp, k, t, flags);
+}
+
+/* is_of reports whether an answer's flow is that of these ends of a request. */
+static inline_always int is_of(const struct turn *answer, const struct ends *request)
+{
+	return same_addr(&answer->host, &request->host) && answer->hport == request->hport && answer->cport == request->cport;
+}
+
+/* lasts reports whether a connection is open, be it that one of them has closed its half. */
+static inline_always int lasts(u32 state)
+{
+	return state & IS_OPEN && !(state & IS_RESET) && (state & (CLIENT_ENDS | BACKEND_ENDS)) != (CLIENT_ENDS | BACKEND_ENDS);
 }
