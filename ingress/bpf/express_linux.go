@@ -31,7 +31,7 @@ type wholePass struct {
 func (e *Engine) expressMaps() []string {
 	names := []string{overlay.MapHooks, overlay.MapNets, balanceMapServices, balanceMapSlots, balanceMapFlows, balanceMapPassing}
 	if e.sockets.isOn() {
-		names = append(names, socketMapTasks, socketMapBackends, socketMapAsked)
+		names = append(names, socketMapTasks, socketMapBackends, socketMapConnected, socketMapAsked)
 	}
 	return names
 }

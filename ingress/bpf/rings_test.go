@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
@@ -36,16 +37,22 @@ func TestObjectIsOfTheSources(t *testing.T) {
 }
 
 func TestLayouts(t *testing.T) {
-	spec, err := loadBalance()
+	balance, err := loadBalance()
+	must(t, err)
+	socket, err := loadSocket()
 	must(t, err)
 	for _, c := range []struct {
+		spec       *ebpf.CollectionSpec
 		name       string
 		key, value any
 	}{
-		{balanceMapServices, overlay.AddrKey{}, serviceValue{}}, {balanceMapSlots, slotKey{}, chunkValue{}},
-		{balanceMapFlows, flowKey{}, overlay.MACValue{}}, {balanceMapPassing, flowKey{}, overlay.MACValue{}}, {balanceMapPieces, flowKey{}, overlay.MACValue{}},
+		{balance, balanceMapServices, overlay.AddrKey{}, serviceValue{}}, {balance, balanceMapSlots, slotKey{}, chunkValue{}},
+		{balance, balanceMapFlows, flowKey{}, overlay.MACValue{}}, {balance, balanceMapPassing, flowKey{}, overlay.MACValue{}},
+		{balance, balanceMapPieces, flowKey{}, overlay.MACValue{}},
+		{socket, socketMapTasks, uint64(0), taskValue{}}, {socket, socketMapBackends, backendKey{}, backendValue{}},
+		{socket, socketMapConnected, uint64(0), joinedValue{}}, {socket, socketMapAsked, partnerKey{}, standIn{}}, {socket, socketMapChosen, partnerKey{}, standIn{}},
 	} {
-		m := spec.Maps[c.name]
+		m := c.spec.Maps[c.name]
 		if k, v := binary.Size(c.key), binary.Size(c.value); uint32(k) != m.KeySize || uint32(v) != m.ValueSize {
 			t.Errorf("%s: Go has %d and %d bytes, C %d and %d", c.name, k, v, m.KeySize, m.ValueSize)
 		}

@@ -19,6 +19,7 @@ const (
 	socketMapAsked         = "asked"
 	socketMapBackends      = "backends"
 	socketMapChosen        = "chosen"
+	socketMapConnected     = "connected"
 	socketMapCounts        = "counts"
 	socketMapEps           = "eps"
 	socketMapHooks         = "hooks"
@@ -94,18 +95,19 @@ type socketProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type socketMapSpecs struct {
-	Asked    *ebpf.MapSpec `ebpf:"asked"`
-	Backends *ebpf.MapSpec `ebpf:"backends"`
-	Chosen   *ebpf.MapSpec `ebpf:"chosen"`
-	Counts   *ebpf.MapSpec `ebpf:"counts"`
-	Eps      *ebpf.MapSpec `ebpf:"eps"`
-	Hooks    *ebpf.MapSpec `ebpf:"hooks"`
-	Macs     *ebpf.MapSpec `ebpf:"macs"`
-	Nets     *ebpf.MapSpec `ebpf:"nets"`
-	Ports    *ebpf.MapSpec `ebpf:"ports"`
-	Services *ebpf.MapSpec `ebpf:"services"`
-	Slots    *ebpf.MapSpec `ebpf:"slots"`
-	Tasks    *ebpf.MapSpec `ebpf:"tasks"`
+	Asked     *ebpf.MapSpec `ebpf:"asked"`
+	Backends  *ebpf.MapSpec `ebpf:"backends"`
+	Chosen    *ebpf.MapSpec `ebpf:"chosen"`
+	Connected *ebpf.MapSpec `ebpf:"connected"`
+	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Eps       *ebpf.MapSpec `ebpf:"eps"`
+	Hooks     *ebpf.MapSpec `ebpf:"hooks"`
+	Macs      *ebpf.MapSpec `ebpf:"macs"`
+	Nets      *ebpf.MapSpec `ebpf:"nets"`
+	Ports     *ebpf.MapSpec `ebpf:"ports"`
+	Services  *ebpf.MapSpec `ebpf:"services"`
+	Slots     *ebpf.MapSpec `ebpf:"slots"`
+	Tasks     *ebpf.MapSpec `ebpf:"tasks"`
 }
 
 // socketVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,18 +136,19 @@ func (o *socketObjects) Close() error {
 //
 // It can be passed to loadSocketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type socketMaps struct {
-	Asked    *ebpf.Map `ebpf:"asked"`
-	Backends *ebpf.Map `ebpf:"backends"`
-	Chosen   *ebpf.Map `ebpf:"chosen"`
-	Counts   *ebpf.Map `ebpf:"counts"`
-	Eps      *ebpf.Map `ebpf:"eps"`
-	Hooks    *ebpf.Map `ebpf:"hooks"`
-	Macs     *ebpf.Map `ebpf:"macs"`
-	Nets     *ebpf.Map `ebpf:"nets"`
-	Ports    *ebpf.Map `ebpf:"ports"`
-	Services *ebpf.Map `ebpf:"services"`
-	Slots    *ebpf.Map `ebpf:"slots"`
-	Tasks    *ebpf.Map `ebpf:"tasks"`
+	Asked     *ebpf.Map `ebpf:"asked"`
+	Backends  *ebpf.Map `ebpf:"backends"`
+	Chosen    *ebpf.Map `ebpf:"chosen"`
+	Connected *ebpf.Map `ebpf:"connected"`
+	Counts    *ebpf.Map `ebpf:"counts"`
+	Eps       *ebpf.Map `ebpf:"eps"`
+	Hooks     *ebpf.Map `ebpf:"hooks"`
+	Macs      *ebpf.Map `ebpf:"macs"`
+	Nets      *ebpf.Map `ebpf:"nets"`
+	Ports     *ebpf.Map `ebpf:"ports"`
+	Services  *ebpf.Map `ebpf:"services"`
+	Slots     *ebpf.Map `ebpf:"slots"`
+	Tasks     *ebpf.Map `ebpf:"tasks"`
 }
 
 func (m *socketMaps) Close() error {
@@ -153,6 +156,7 @@ func (m *socketMaps) Close() error {
 		m.Asked,
 		m.Backends,
 		m.Chosen,
+		m.Connected,
 		m.Counts,
 		m.Eps,
 		m.Hooks,

@@ -46,6 +46,12 @@ type standIn struct {
 	Zero uint16
 }
 
+type joinedValue struct {
+	Addr [16]byte
+	Port uint32 // as in partnerKey
+	Is   standIn
+}
+
 // socketTables are what the programs of sockets read besides rings.
 type socketTables struct {
 	tasks    map[uint64]taskValue // by network-namespace cookie

@@ -36,7 +36,7 @@ var socketAttach = map[string]ebpf.AttachType{
 
 // ownSockets are the maps of those programs alone; rings they have in common with
 // the program at the veth.
-var ownSockets = []string{socketMapTasks, socketMapBackends, socketMapAsked, socketMapChosen}
+var ownSockets = []string{socketMapTasks, socketMapBackends, socketMapConnected, socketMapAsked, socketMapChosen}
 
 const cgroupRoot = "/sys/fs/cgroup"
 
@@ -345,16 +345,27 @@ func (s *sockets) mayEnd(lost func() bool, at time.Time) bool {
 // more: who waits for a backend that is gone learns it at once. paths are the
 // namespaces of the tasks.
 func (p *pinned) release(k keep, paths []string) error {
+	connected, err := overlay.Dump[uint64, joinedValue](p.maps[socketMapConnected])
+	if err != nil {
+		return err
+	}
 	asked, err := overlay.Dump[partnerKey, standIn](p.maps[socketMapAsked])
 	if err != nil {
 		return err
 	}
 	gone := map[uint64]bool{}
+	for cookie, j := range connected {
+		if !k.allows(j.Is.service(), j.Is.MAC) {
+			gone[cookie] = true
+			if err := forget(p.maps[socketMapConnected], cookie); err != nil {
+				return err
+			}
+		}
+	}
 	for key, s := range asked {
 		if !k.allows(s.service(), s.MAC) {
-			gone[key.Cookie] = true
-			if err := p.maps[socketMapAsked].Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("forget a socket: %w", err)
+			if err := forget(p.maps[socketMapAsked], key); err != nil {
+				return err
 			}
 		}
 	}
@@ -369,6 +380,14 @@ func (p *pinned) release(k keep, paths []string) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// forget deletes what is known of a socket, which may have been pushed out meanwhile.
+func forget[K comparable](m *ebpf.Map, key K) error {
+	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget a socket: %w", err)
+	}
+	return nil
 }
 
 // destroy ends the TCP sockets of the calling thread's namespace with these

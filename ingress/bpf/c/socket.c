@@ -13,7 +13,8 @@
 #define MAX_TASKS 16384
 #define MAX_TASK_NETS 8
 #define MAX_BACKENDS 131072
-#define MAX_SOCKETS 131072
+#define MAX_CONNECTED 131072
+#define MAX_DATAGRAM 65536
 
 /* struct bpf_sock_addr, linux/bpf.h */
 struct bpf_sock_addr {
@@ -26,7 +27,6 @@ struct bpf_sock_addr {
 	u64 sk;
 };
 
-static u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
 static u64 (*const bpf_get_socket_cookie)(void *ctx) = (void *)46;
 static u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
 
@@ -58,6 +58,13 @@ struct stand_in {
 	u16 zero;
 };
 
+/* The partner of a socket that is connected to a service. */
+struct joined {
+	struct addr addr;
+	u32 port;
+	struct stand_in is;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MAX_TASKS);
@@ -74,10 +81,18 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
-/* By the backend that a socket speaks with: the service that it asked for. */
+/* By cookie: who is connected has one partner, and needs no more to be found by. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MAX_SOCKETS);
+	__uint(max_entries, MAX_CONNECTED);
+	__type(key, u64);
+	__type(value, struct joined);
+} connected SEC(".maps");
+
+/* By the backend that a socket sends datagrams to: the service that it asked for. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_DATAGRAM);
 	__type(key, struct partner);
 	__type(value, struct stand_in);
 } asked SEC(".maps");
@@ -85,7 +100,7 @@ struct {
 /* By the service that a socket sends datagrams to: the backend that gets them. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, MAX_SOCKETS);
+	__uint(max_entries, MAX_DATAGRAM);
 	__type(key, struct partner);
 	__type(value, struct stand_in);
 } chosen SEC(".maps");
@@ -135,6 +150,14 @@ static inline_always void direct(const struct partner *p)
 		bpf_map_delete_elem(&asked, p);
 }
 
+/* number is as good as one at random for each socket: the finish of MurmurHash3. */
+static inline_always u32 number(u64 cookie)
+{
+	cookie ^= cookie >> 33;
+	cookie *= 0xff51afd7ed558ccd;
+	return cookie >> 32 ^ cookie >> 61;
+}
+
 /*
  * resolve finds the backend for a socket that speaks to p, and writes its address
  * to out. It says 0 if p is no service of the socket's task, or nobody takes it:
@@ -171,7 +194,7 @@ static inline_always int resolve(void *ctx, struct partner *p, int is_tcp, struc
 		if (i >= t->count)
 			break;
 		key.vni = t->vni[i];
-		ep = pick(&key, bpf_get_prandom_u32());
+		ep = pick(&key, number(p->cookie));
 		if (ep)
 			break;
 	}
@@ -186,10 +209,14 @@ static inline_always int resolve(void *ctx, struct partner *p, int is_tcp, struc
 	if (!addr)
 		return 0;
 	*out = *addr;
-	back(p, out, &mac);
-	if (!is_tcp) {
+	if (is_tcp) {
+		struct joined j = {.addr = *out, .port = p->port, .is = {.addr = p->addr, .vni = mac.vni, .mac = mac.mac}};
+
+		bpf_map_update_elem(&connected, &p->cookie, &j, 0);
+	} else {
 		struct stand_in s = {.addr = *out, .vni = mac.vni, .mac = mac.mac};
 
+		back(p, out, &mac);
 		bpf_map_update_elem(&chosen, p, &s, 0);
 	}
 	return 1;
@@ -223,28 +250,32 @@ static inline_always int to6(struct bpf_sock_addr *ctx, int is_tcp)
 	return 1;
 }
 
-/* service gives the address that a socket asked for, of the partner that it has. */
-static inline_always const struct stand_in *service_of(void *ctx, struct partner *p)
+/* service_of gives the service that a socket asked for, of the partner that it has. */
+static inline_always const struct stand_in *service_of(void *ctx, struct partner *p, int is_peer)
 {
 	u64 netns = bpf_get_netns_cookie(ctx);
+	const struct joined *j;
 
 	if (!bpf_map_lookup_elem(&tasks, &netns))
 		return 0;
 	p->cookie = bpf_get_socket_cookie(ctx);
-	return bpf_map_lookup_elem(&asked, p);
+	if (!is_peer)
+		return bpf_map_lookup_elem(&asked, p);
+	j = bpf_map_lookup_elem(&connected, &p->cookie);
+	return j && j->port == p->port && same_addr(&j->addr, &p->addr) ? &j->is : 0;
 }
 
-static inline_always int from4(struct bpf_sock_addr *ctx)
+static inline_always int from4(struct bpf_sock_addr *ctx, int is_peer)
 {
 	struct partner p = {.addr = mapped4(ctx->user_ip4), .port = ctx->user_port};
-	const struct stand_in *s = service_of(ctx, &p);
+	const struct stand_in *s = service_of(ctx, &p, is_peer);
 
 	if (s)
 		ctx->user_ip4 = s->addr.w[3];
 	return 1;
 }
 
-static inline_always int from6(struct bpf_sock_addr *ctx)
+static inline_always int from6(struct bpf_sock_addr *ctx, int is_peer)
 {
 	struct partner p = {.port = ctx->user_port};
 	const struct stand_in *s;
@@ -253,7 +284,7 @@ static inline_always int from6(struct bpf_sock_addr *ctx)
 	p.addr.w[1] = ctx->user_ip6[1];
 	p.addr.w[2] = ctx->user_ip6[2];
 	p.addr.w[3] = ctx->user_ip6[3];
-	s = service_of(ctx, &p);
+	s = service_of(ctx, &p, is_peer);
 	if (s) {
 		ctx->user_ip6[0] = s->addr.w[0];
 		ctx->user_ip6[1] = s->addr.w[1];
@@ -290,25 +321,25 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 SEC("cgroup/recvmsg4")
 int recvmsg4(struct bpf_sock_addr *ctx)
 {
-	return from4(ctx);
+	return from4(ctx, 0);
 }
 
 SEC("cgroup/recvmsg6")
 int recvmsg6(struct bpf_sock_addr *ctx)
 {
-	return from6(ctx);
+	return from6(ctx, 0);
 }
 
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	return from4(ctx);
+	return from4(ctx, 1);
 }
 
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	return from6(ctx);
+	return from6(ctx, 1);
 }
 
 char _license[] SEC("license") = "Apache-2.0";
