@@ -521,7 +521,7 @@ func TestNoLab(t *testing.T) {
 		"cut":  l.Cut("h1", "h2", false),
 		"heal": l.Heal(),
 		"kill": l.Kill(t.Context(), "h1"),
-		"mtu":  l.SetMTU("h1", 1400),
+		"mtu":  l.SetMTU("h1", 1400), "impair": l.Impair("h1", Impairment{}),
 	} {
 		if !errors.Is(err, weft.ErrNotFound) || !strings.Contains(err.Error(), "weft lab up --name t-none") {
 			t.Errorf("%s: %v", what, err)

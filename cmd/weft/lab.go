@@ -50,7 +50,7 @@ touched. Two labs with different names live side by side.`,
 	c.PersistentFlags().StringVar(&f.logLevel, "daemon-log-level", "info", "log level of daemons that are started: debug, info, warn or error")
 	c.AddCommand(
 		labUp(f, log), labLs(f, log), labDown(f, log), labEnv(f, log), labExec(f, log), labClient(f, log),
-		labCut(f, log), labHeal(f, log), labKill(f, log), labStart(f, log), labMTU(f, log), labDemo(f, log),
+		labCut(f, log), labHeal(f, log), labKill(f, log), labStart(f, log), labMTU(f, log), labImpair(f, log), labDemo(f, log),
 	)
 	return c
 }
@@ -316,6 +316,26 @@ func labMTU(f *labFlags, log *slog.Logger) *cobra.Command {
 			return l.SetMTU(args[0], mtu)
 		},
 	}
+}
+
+func labImpair(f *labFlags, log *slog.Logger) *cobra.Command {
+	var i lab.Impairment
+	c := &cobra.Command{
+		Use: "impair HOST", Short: "Delay and lose packets that a host sends", Args: cobra.ExactArgs(1),
+		Long: `Delay and lose packets that a host sends. Without options its link is whole
+again. The kernel needs netem.`,
+		Example: "  weft lab impair --delay 100ms --loss 5 h1",
+		RunE: func(_ *cobra.Command, args []string) error {
+			l, err := f.open(log)
+			if err != nil {
+				return err
+			}
+			return l.Impair(args[0], i)
+		},
+	}
+	c.Flags().DurationVar(&i.Delay, "delay", 0, "how much later each packet leaves, up to 10s")
+	c.Flags().Float64Var(&i.Loss, "loss", 0, "percent of packets that do not leave")
+	return c
 }
 
 // labExitCode is the code that a command run in the lab ended with; ok is false
