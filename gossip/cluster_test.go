@@ -20,16 +20,17 @@ import (
 
 // Address plan: node n is 10.99.0.n:7946, its VTEP 10.99.1.n.
 
-// latency of the links, one way.
-const latency = 250 * time.Microsecond
+// nearby is the latency of links, one way, unless a test sets another.
+const nearby = 250 * time.Microsecond
 
 // fabric is an in-memory network with one-way latency. What goes to a dead or
 // cut-off node is dropped, as on a wire: nobody is told.
 type fabric struct {
-	mu    sync.Mutex // guards: all below
-	ports map[string]*fabricPort
-	cut   func(from, to string) bool
-	loss  float64
+	mu      sync.Mutex // guards: all below
+	ports   map[string]*fabricPort
+	cut     func(from, to string) bool
+	loss    float64
+	latency time.Duration
 }
 
 type fabricPort struct {
@@ -41,12 +42,19 @@ type fabricPort struct {
 	once    sync.Once
 }
 
-func newFabric() *fabric { return &fabric{ports: map[string]*fabricPort{}} }
+func newFabric() *fabric { return &fabric{ports: map[string]*fabricPort{}, latency: nearby} }
+
+// far is the latency now.
+func (f *fabric) far() time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.latency
+}
 
 func (f *fabric) port(addr netip.AddrPort) *fabricPort {
 	p := &fabricPort{
 		f: f, addr: addr.String(), done: make(chan struct{}),
-		packets: make(chan *memberlist.Packet, 1024), streams: make(chan net.Conn, 64),
+		packets: make(chan *memberlist.Packet, 1024), streams: make(chan net.Conn, 4096),
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -95,7 +103,7 @@ func (p *fabricPort) WriteToAddress(b []byte, a memberlist.Address) (time.Time, 
 		return now, nil
 	}
 	packet := &memberlist.Packet{Buf: append([]byte(nil), b...), From: net.UDPAddrFromAddrPort(netip.MustParseAddrPort(p.addr))}
-	time.AfterFunc(latency, func() {
+	time.AfterFunc(p.f.far(), func() {
 		if to := p.f.way(p.addr, a.Addr); to != nil {
 			packet.Timestamp = time.Now()
 			select {
@@ -120,7 +128,7 @@ func (p *fabricPort) DialAddressTimeout(a memberlist.Address, timeout time.Durat
 		}
 		return nil, fmt.Errorf("dial %s: timeout", a.Addr)
 	}
-	time.Sleep(2 * latency)
+	time.Sleep(2 * p.f.far())
 	near, far := net.Pipe()
 	select {
 	case to.streams <- far:

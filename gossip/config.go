@@ -72,6 +72,11 @@ const (
 	seedMax   = 30 * time.Second
 )
 
+// newcomerFor is how long a node that was alone takes every difference in who is alive
+// for its own lack. Members of old do not: a single newcomer, whose news takes half a
+// second to get round, would set half of them to full exchanges.
+const newcomerFor = 10 * time.Second
+
 // Config of a Gossip.
 type Config struct {
 	// Node is this node's id, its name among the members.

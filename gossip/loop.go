@@ -36,6 +36,7 @@ type loop struct {
 	joining    atomic.Bool    // one join at a time
 	differs    int            // digests in a row with other live members
 	answered   time.Time      // the last of them, with our own digest
+	met        time.Time      // when the first other member came to sight; zero = there is none
 	seedWait   time.Duration
 	nextSeed   time.Time
 	wasMissing int
@@ -146,6 +147,12 @@ func (l *loop) lookAtMembers() {
 		l.g.cfg.Log.Error("frames of members cannot be read", weft.KeyErr, err)
 	}
 	slices.SortFunc(live, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
+	switch {
+	case len(live) == 1:
+		l.met = time.Time{}
+	case l.met.IsZero():
+		l.met = time.Now()
+	}
 	l.tell(live)
 	l.g.setMembers(time.Now(), live)
 }
@@ -223,7 +230,8 @@ func (l *loop) receive(f inFrame) {
 }
 
 // compareLive joins a member that twice in a row thought others alive than we
-// do: a full exchange tells both, long before memberlist's own turn.
+// do: a full exchange tells both, long before memberlist's own turn. A newcomer does so
+// at once: others may have come with it, of whom its seed did not know yet.
 func (l *loop) compareLive(from weft.ID, d cold) {
 	l.g.mu.Lock()
 	mine := l.g.core.digest(from)
@@ -237,7 +245,7 @@ func (l *loop) compareLive(from weft.ID, d cold) {
 		l.answered = now
 		l.send(envelope{to: []weft.ID{from}, m: mine})
 	}
-	if l.differs++; l.differs >= 2 {
+	if l.differs++; l.differs >= 2 || time.Since(l.met) < newcomerFor {
 		if a, ok := l.addrs[from]; ok && l.join([]string{a.Addr}) {
 			l.differs = 0
 		}
