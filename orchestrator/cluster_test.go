@@ -30,6 +30,8 @@ type rig struct {
 	log      *slog.Logger
 	managers []*member
 	logs     func(ctx context.Context, n weft.Node) (wire.Agent, error)
+	// way is how long a message between managers takes, one way; nil: no time.
+	way func() time.Duration
 }
 
 type member struct {
@@ -103,8 +105,12 @@ func (r *rig) start(m *member, boot *Bootstrap) {
 			m.tr.Connect(o.tr.LocalAddr(), o.tr)
 		}
 	}
+	var tr raft.Transport = m.tr
+	if r.way != nil {
+		tr = &lateTransport{InmemTransport: m.tr, way: r.way}
+	}
 	mgr, err := New(Config{
-		Node: m.id, Addr: m.addr, Transport: m.tr, Stores: m.stores, Bootstrap: boot,
+		Node: m.id, Addr: m.addr, Transport: tr, Stores: m.stores, Bootstrap: boot,
 		CA: fakeCA{}, Logs: func(ctx context.Context, n weft.Node) (wire.Agent, error) { return r.logs(ctx, n) },
 		Log: r.log.With("member", m.addr.Addr().String()),
 	})

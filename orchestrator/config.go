@@ -85,10 +85,11 @@ type Stores struct {
 // on a machine whose disk or scheduler stalls for as long, for nothing.
 type Timing struct {
 	// Heartbeat without which a follower stands for election. Default
-	// 500 ms, at least 50 ms: an fsync was seen to take 18 ms at p99.
+	// 500 ms, at least 50 ms: an fsync was seen to take 18 ms at p99. Where
+	// managers are far from each other it is longer (patience).
 	Heartbeat time.Duration
 	// Lease after which a leader that hears no majority steps down. Default
-	// half of Heartbeat, never more than it.
+	// Heartbeat, never more than it.
 	Lease time.Duration
 	// Reconcile is the shortest time between two passes of the leader's
 	// loop. Default 2 ms.
@@ -98,7 +99,7 @@ type Timing struct {
 // DefaultTiming is for a LAN and ordinary disks: the next commit after the loss
 // of a leader comes in about 1 s.
 func DefaultTiming() Timing {
-	return Timing{Heartbeat: 500 * time.Millisecond, Lease: 250 * time.Millisecond, Reconcile: 2 * time.Millisecond}
+	return Timing{Heartbeat: 500 * time.Millisecond, Lease: 500 * time.Millisecond, Reconcile: 2 * time.Millisecond}
 }
 
 func (c *Config) setDefaults() {
@@ -107,7 +108,7 @@ func (c *Config) setDefaults() {
 		c.Timing.Heartbeat = d.Heartbeat
 	}
 	if c.Timing.Lease == 0 {
-		c.Timing.Lease = c.Timing.Heartbeat / 2
+		c.Timing.Lease = c.Timing.Heartbeat
 	}
 	if c.Timing.Reconcile == 0 {
 		c.Timing.Reconcile = d.Reconcile

@@ -98,6 +98,7 @@ func (m *Manager) Run(ctx context.Context) (err error) {
 			return stores.Err() // whoever runs the manager opens the log again
 		}
 	})
+	g.Go(func() error { return m.followDistance(ctx, r, tr) })
 	g.Go(func() error {
 		if m.Await(ctx) == nil {
 			m.wokeBy(time.Now())
