@@ -7,8 +7,8 @@ import (
 )
 
 // TestFarNodes: with 100 ms between nodes, one way, and 5 % loss nobody who is alive
-// is taken for dead: a probe's answer is then late for its own time limit's half, and
-// whoever is asked to probe in the place of another comes too late at first.
+// is taken for dead, though a probe's answer takes most of the time that it has, and
+// who is asked to probe in the place of another is too late at first.
 func TestFarNodes(t *testing.T) {
 	quiet := time.Minute
 	if *Long {
