@@ -272,10 +272,16 @@ func (l *Lab) makeFabric(r record) error {
 	return nil
 }
 
-// bringUp starts the daemons that do not run, all at once, then forms or
-// completes the cluster.
+// hostsAtOnce is how many hosts start, join and are waited for at a time. Starts are the
+// processor's work, and each has a limit of its own: with fifty at once on two cores
+// the first would not be done before that of the last had passed.
+const hostsAtOnce = 8
+
+// bringUp starts the daemons that do not run, hostsAtOnce, then forms or completes the
+// cluster.
 func (l *Lab) bringUp(ctx context.Context, r *record) error {
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(hostsAtOnce)
 	infos := make([]NodeInfo, r.Hosts)
 	hosts := r.hosts(l.plan)
 	for i, h := range hosts {
@@ -352,6 +358,7 @@ func (l *Lab) form(ctx context.Context, r record, hosts []Host, infos []NodeInfo
 		return fmt.Errorf("ask %s for the join tokens: %w", hosts[manager].Name, err)
 	}
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(hostsAtOnce)
 	for _, h := range hosts {
 		if !inactive(h) {
 			continue
@@ -374,6 +381,7 @@ func (l *Lab) form(ctx context.Context, r record, hosts []Host, infos []NodeInfo
 // node ids: cleaning up after a kill needs them when nobody is left to ask.
 func (l *Lab) learnNodes(ctx context.Context, r *record, hosts []Host) error {
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(hostsAtOnce)
 	nodes := make([]weft.ID, len(hosts))
 	for i, h := range hosts {
 		if isDown(h) {
