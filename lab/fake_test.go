@@ -23,7 +23,17 @@ import (
 
 // fakePrograms are what the test binary is besides a test binary.
 var fakePrograms = map[string]func([]string) error{
-	"daemon": fakeDaemon, "containerd": fakeIdle, "container": fakeIdle,
+	"daemon": fakeDaemon, "containerd": fakeIdle, "container": fakeIdle, "burn": burnForever,
+}
+
+// burnForever keeps one core busy, until it is killed or the process that began it
+// has ended.
+func burnForever([]string) error {
+	for parent := os.Getppid(); os.Getppid() == parent; {
+		for range 100_000_000 {
+		}
+	}
+	return nil
 }
 
 // fakeIdle waits to be killed.
