@@ -67,7 +67,13 @@ func buildFor(t *testing.T, cfg Config) *Machine {
 
 func boot(t *testing.T, m *Machine, args ...string) Result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), bootLimit)
+	return bootWithin(t, m, bootLimit, args...)
+}
+
+// bootWithin is boot with a limit of its own.
+func bootWithin(t *testing.T, m *Machine, limit time.Duration, args ...string) Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	r, err := m.Boot(ctx, nil, args...)
 	if err != nil {
