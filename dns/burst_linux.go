@@ -16,12 +16,16 @@ const burstSize = 32
 // borrowed from Server.bursts while there is something to read, so that a task
 // at rest has none.
 type burst struct {
-	in   [burstSize][maxUDPQuery]byte
+	// in has the questions, and quick answers in place of them: what is in the
+	// caches is written to. The thorough ones go to out.
+	in   [burstSize][ednsSize]byte
 	out  [burstSize][ednsSize]byte
 	from [burstSize]unix.RawSockaddrInet6 // the larger of both families
 
+	questions     [burstSize]plainQuery
 	inVec, outVec [burstSize]unix.Iovec
 	inMsg, outMsg [burstSize]mmsghdr
+	used          int // of inMsg: recv has written to them
 	replies       int // filled in outMsg
 }
 
@@ -37,6 +41,7 @@ func newBurst() *burst {
 		b.inVec[i].Base = &b.in[i][0]
 		b.inVec[i].SetLen(maxUDPQuery)
 		b.inMsg[i].hdr.Name = (*byte)(unsafe.Pointer(&b.from[i]))
+		b.inMsg[i].hdr.Namelen = uint32(unsafe.Sizeof(b.from[i]))
 		b.inMsg[i].hdr.Iov = &b.inVec[i]
 		b.inMsg[i].hdr.SetIovlen(1)
 		b.outMsg[i].hdr.Iov = &b.outVec[i]
@@ -47,14 +52,19 @@ func newBurst() *burst {
 
 // recv reads what is there, at most burstSize packets, and does not wait.
 func (b *burst) recv(fd uintptr) (int, syscall.Errno) {
-	for i := range b.inMsg {
+	for i := range b.used {
 		b.inMsg[i].hdr.Namelen = uint32(unsafe.Sizeof(b.from[i]))
 	}
-	b.replies = 0
+	b.used, b.replies = 0, 0
 	for {
 		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.inMsg[0])), burstSize, unix.MSG_DONTWAIT, 0, 0)
-		if errno != unix.EINTR {
-			return int(n), errno
+		switch errno {
+		case 0:
+			b.used = int(n)
+			return int(n), 0
+		case unix.EINTR:
+		default:
+			return 0, errno
 		}
 	}
 }

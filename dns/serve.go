@@ -117,7 +117,7 @@ func (t *session) serveBursts(ctx context.Context, pc *net.UDPConn) error {
 		return true
 	}
 	send := func(fd uintptr) bool { b.send(fd); return true }
-	var q plainQuery
+	var sc scope
 	for {
 		if err := raw.Read(recv); err != nil {
 			return err
@@ -125,7 +125,7 @@ func (t *session) serveBursts(ctx context.Context, pc *net.UDPConn) error {
 		if errno != 0 {
 			return errno
 		}
-		t.answerBurst(ctx, pc, b, n, &q)
+		t.answerBurst(ctx, pc, b, n, &sc)
 		if b.replies > 0 {
 			if err := raw.Write(send); err != nil {
 				return err
@@ -136,25 +136,30 @@ func (t *session) serveBursts(ctx context.Context, pc *net.UDPConn) error {
 }
 
 // answerBurst answers the first n packets of b.
-func (t *session) answerBurst(ctx context.Context, pc *net.UDPConn, b *burst, n int, q *plainQuery) {
-	snap := t.s.snap.Load()
-	quick := uint64(0)
+func (t *session) answerBurst(ctx context.Context, pc *net.UDPConn, b *burst, n int, sc *scope) {
+	sc.look(t.s.snap.Load(), t.view)
 	for i := range n {
-		packet, out := b.packet(i), b.out[i][:]
-		if q.read(packet) {
-			if size, ok := q.answer(snap, t.view, packet, out, t.turn.Load()+1); ok {
-				t.turn.Add(1)
+		q := &b.questions[i]
+		q.isPlain = q.read(b.packet(i), sc.snap.seed)
+	}
+	sc.touch(b.questions[:n])
+	turn, quick := t.turn.Load(), uint64(0)
+	for i := range n {
+		packet := b.packet(i)
+		if q := &b.questions[i]; q.isPlain {
+			if size, ok := q.answer(sc, packet, b.in[i][:], turn+quick+1); ok {
 				quick++
-				b.reply(i, out[:size])
+				b.reply(i, b.in[i][:size])
 				continue
 			}
 		}
 		from := b.sender(i)
 		// A failed write is the asker's loss, as a lost packet is: it asks again.
-		if out := t.answerPacket(ctx, packet, out, func(late []byte) { pc.WriteToUDPAddrPort(late, from) }); out != nil {
+		if out := t.answerPacket(ctx, packet, b.out[i][:], func(late []byte) { pc.WriteToUDPAddrPort(late, from) }); out != nil {
 			b.reply(i, out)
 		}
 	}
+	t.turn.Add(quick)
 	t.s.stats.queries.Add(quick)
 	t.s.stats.local.Add(quick)
 }

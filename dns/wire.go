@@ -31,58 +31,111 @@ const (
 
 // plainQuery is such a question, read.
 type plainQuery struct {
-	name  [maxNameLen]byte // folded, with dots
-	len   int
-	end   int // of the question in the packet
-	qtype uint16
-	edns  bool
-	do    bool
-	limit int // bytes of the answer that the asker takes on UDP
-	room  [16 * maxInTable]byte
-	// zones are the networks of view in snap.
+	// isPlain: it is one. The rest has a meaning only then.
+	isPlain  bool
+	edns, do bool
+	qtype    uint16
+	limit    uint16           // bytes of the answer that the asker takes on UDP
+	touched  uint32           // nothing: see touch
+	hash     uint64           // of name
+	len      int              // of name
+	end      int              // of the question in the packet
+	name     [maxNameLen]byte // folded, with dots
+}
+
+// scope is what a view sees of a Snapshot.
+type scope struct {
 	snap  *Snapshot
 	view  *view
-	zones []*zone
+	zones []*zone // of the view's networks
 }
 
-// held finds, as lookup does, what the first of v's networks has that has an address
-// of the family for name; nil = ask lookup.
-func (q *plainQuery) held(snap *Snapshot, v *view, name []byte) (addrs []byte, ttl uint32, d verdict) {
-	if q.snap != snap || q.view != v {
-		q.snap, q.view, q.zones = snap, v, q.zones[:0]
-		for _, id := range v.networks {
-			if z := snap.networks[id]; z != nil {
-				q.zones = append(q.zones, z)
+// look makes s a scope of snap.
+func (s *scope) look(snap *Snapshot, v *view) {
+	if s.snap == snap && s.view == v {
+		return
+	}
+	s.snap, s.view, s.zones = snap, v, nil
+	for _, id := range v.networks {
+		if z := snap.networks[id]; z != nil {
+			s.zones = append(s.zones, z)
+		}
+	}
+}
+
+// touch reads what the tables have for questions, first all their slots, then all
+// their entries. It finds nothing, but the lines of memory are near when answers are
+// made: the processor waits for many of them at the same time here, where an answer
+// would wait for one after the other.
+func (s *scope) touch(questions []plainQuery) {
+	var tables [burstSize]*table
+	var lines [burstSize]uint32
+	for _, z := range s.zones {
+		for i := range questions {
+			tables[i] = &z.shard(questions[i].hash).table
+			lines[i] = tables[i].mask
+		}
+		for i := range questions {
+			lines[i] = tables[i].slot(uint32(questions[i].hash))
+		}
+		for i := range questions {
+			lines[i] = uint32(tables[i].mem[at(lines[i])])
+		}
+		for i := range questions {
+			questions[i].touched += lines[i]
+		}
+	}
+}
+
+// held finds, as lookup does, what the first of the networks has that has an address
+// of the family for q's name. ok is false if lookup is to be asked.
+func (s *scope) held(q *plainQuery) (addrs string, ttl uint32, ok bool) {
+	name, want6 := q.name[:q.len], q.qtype == miekg.TypeAAAA
+	isHeld := false
+	for _, z := range s.zones {
+		t := &z.shard(q.hash).table
+		e := t.get(q.hash, name)
+		if e == "" && !t.isPart && z.suffix != "" {
+			if host, ok := cutSuffix(name, z.suffix); ok {
+				hash := maphash.Bytes(s.snap.seed, host)
+				t = &z.shard(hash).table
+				e = t.get(hash, host)
 			}
 		}
-	}
-	hash := maphash.Bytes(snap.seed, name)
-	for _, z := range q.zones {
-		addrs, ttl, known := z.quick(hash, name, q.qtype == miekg.TypeAAAA)
-		if host, ok := cutSuffix(name, z.suffix); !known && ok && z.suffix != "" {
-			addrs, ttl, known = z.quick(maphash.Bytes(snap.seed, host), host, q.qtype == miekg.TypeAAAA)
+		if e == "" {
+			if t.isPart {
+				return "", 0, false
+			}
+			continue
 		}
+		addrs, count, others := e.family(want6)
 		switch {
-		case len(addrs) > 0:
-			return addrs, ttl, verdictFound
-		case known: // without an address of the family, or with many
-			return nil, 0, verdictForward
+		case count == manyInTable:
+			return "", 0, false
+		case count > 0:
+			return addrs, e.ttl(), true
 		}
+		isHeld = isHeld || others > 0
 	}
-	return nil, 0, verdictForward
+	return "", 0, isHeld
 }
 
-// quick looks a name of this hash up in the table.
-func (z *zone) quick(hash uint64, name []byte, want6 bool) (addrs []byte, ttl uint32, known bool) {
-	s := z.shard(hash)
-	if addrs, ttl = s.table.get(hash, name, want6); len(addrs) > 0 {
-		return addrs, ttl, true
-	}
-	return nil, 0, s.byName[string(name)] != nil
-}
+// folded is the form of each byte that a plain name may have; 0 = escapes and the like,
+// which are respond's business.
+const folded = zero16 + zero16 +
+	zero8 + "\x00\x00\x00\x00\x00-\x00\x00" +
+	"0123456789\x00\x00\x00\x00\x00\x00" +
+	"\x00abcdefghijklmnopqrstuvwxyz\x00\x00\x00\x00_" +
+	"\x00abcdefghijklmnopqrstuvwxyz\x00\x00\x00\x00\x00" +
+	zero16 + zero16 + zero16 + zero16 + zero16 + zero16 + zero16 + zero16
 
-// read reports whether the packet is such a question.
-func (q *plainQuery) read(p []byte) bool {
+const (
+	zero8  = "\x00\x00\x00\x00\x00\x00\x00\x00"
+	zero16 = zero8 + zero8
+)
+
+// read reports whether the packet is such a question; seed is that of the Snapshot.
+func (q *plainQuery) read(p []byte, seed maphash.Seed) bool {
 	const counts = 1 << 48 // one question, nothing else
 	if len(p) < headerLen || binary.BigEndian.Uint16(p[2:])&(flagQR|maskOpcode) != 0 {
 		return false
@@ -99,6 +152,7 @@ func (q *plainQuery) read(p []byte) bool {
 	if q.qtype != miekg.TypeA && q.qtype != miekg.TypeAAAA {
 		return false
 	}
+	q.hash = maphash.Bytes(seed, q.name[:q.len])
 	q.edns, q.do, q.limit = has != counts, false, minUDPSize
 	return !q.edns || q.readEDNS(p[q.end:])
 }
@@ -121,18 +175,15 @@ func (q *plainQuery) readName(p []byte) (off int, ok bool) {
 		if n > 0 {
 			q.name[n-1] = '.'
 		}
-		for _, c := range p[off : off+l] {
-			switch {
-			case 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_':
-			case 'A' <= c && c <= 'Z':
-				c += 'a' - 'A'
-			default: // escapes are respond's business
+		label := p[off : off+l]
+		into := q.name[n:][:len(label)]
+		for i, c := range label {
+			if c = folded[c]; c == 0 {
 				return 0, false
 			}
-			q.name[n] = c
-			n++
+			into[i] = c
 		}
-		n++ // the dot
+		n += l + 1 // the dot
 		off += l
 	}
 	return 0, false
@@ -144,14 +195,14 @@ func (q *plainQuery) readEDNS(p []byte) bool {
 		return false
 	}
 	q.do = binary.BigEndian.Uint16(p[7:])&ttlFlagDO != 0
-	q.limit = min(max(int(binary.BigEndian.Uint16(p[3:])), minUDPSize), maxUDPAnswer)
+	q.limit = min(max(binary.BigEndian.Uint16(p[3:]), minUDPSize), maxUDPAnswer)
 	return true
 }
 
 // answer writes the answer to packet p, which q was read from, into out and
-// returns its length. ok is false when it is not for here to give, or does not
-// fit.
-func (q *plainQuery) answer(snap *Snapshot, v *view, p, out []byte, turn uint64) (n int, ok bool) {
+// returns its length; out may be the room of p. ok is false when it is not for here
+// to give, or does not fit; nothing is written then.
+func (q *plainQuery) answer(s *scope, p, out []byte, turn uint64) (n int, ok bool) {
 	name := q.name[:q.len]
 	if name[0] == '_' || hasARPA(name) { // SRV and reverse names
 		return 0, false
@@ -160,29 +211,21 @@ func (q *plainQuery) answer(snap *Snapshot, v *view, p, out []byte, turn uint64)
 	if q.qtype == miekg.TypeAAAA {
 		size = 16
 	}
-	raw, ttl, d := q.held(snap, v, name)
-	if raw == nil {
-		var addrs []netip.Addr
-		if addrs, ttl, d = snap.lookup(v, name, size == 16); d == verdictForward || len(addrs) > maxInTable {
+	var more []netip.Addr
+	var d verdict
+	raw, ttl, ok := s.held(q)
+	count := len(raw) / size
+	if !ok {
+		if more, ttl, d = s.snap.lookup(s.view, name, size == 16); d == verdictForward {
 			return 0, false
 		}
-		raw = q.room[:0]
-		for _, a := range addrs {
-			if size == 4 {
-				b := a.As4()
-				raw = append(raw, b[:]...)
-			} else {
-				b := a.As16()
-				raw = append(raw, b[:]...)
-			}
-		}
+		count = len(more)
 	}
-	count := len(raw) / size
 	need := q.end + count*(rrHeadLen+size)
 	if q.edns {
 		need += optLen
 	}
-	if need > min(q.limit, len(out)) {
+	if need > min(int(q.limit), len(out)) {
 		return 0, false
 	}
 	flags := binary.BigEndian.Uint16(p[2:])&(flagRD|flagCD) | flagQR | flagAA | flagRA
@@ -193,22 +236,29 @@ func (q *plainQuery) answer(snap *Snapshot, v *view, p, out []byte, turn uint64)
 	binary.BigEndian.PutUint16(out[2:], flags)
 	binary.BigEndian.PutUint16(out[6:], uint16(count))
 	clear(out[8:11]) // and the last byte says whether there is EDNS, as in the question
-	at := 0
-	if count > 0 {
-		at = int(turn%uint64(count)) * size
+	first := 0
+	if count > 1 {
+		first = int(turn % uint64(count))
 	}
-	for range count {
-		rr := out[n : n+rrHeadLen+size]
-		binary.BigEndian.PutUint16(rr, pointerName)
-		binary.BigEndian.PutUint16(rr[2:], q.qtype)
-		binary.BigEndian.PutUint16(rr[4:], miekg.ClassINET)
-		binary.BigEndian.PutUint32(rr[6:], ttl)
-		binary.BigEndian.PutUint16(rr[10:], uint16(size))
-		copy(rr[rrHeadLen:], raw[at:at+size])
-		n += len(rr)
-		if at += size; at == len(raw) {
-			at = 0
+	for i := range count {
+		k := first + i
+		if k >= count {
+			k -= count
 		}
+		rr := out[n : n+rrHeadLen+size]
+		binary.BigEndian.PutUint64(rr, pointerName<<48|uint64(q.qtype)<<32|miekg.ClassINET<<16|uint64(ttl>>16))
+		binary.BigEndian.PutUint32(rr[8:], ttl<<16|uint32(size))
+		switch {
+		case more == nil:
+			copy(rr[rrHeadLen:], raw[k*size:])
+		case size == 4:
+			b := more[k].As4()
+			copy(rr[rrHeadLen:], b[:])
+		default:
+			b := more[k].As16()
+			copy(rr[rrHeadLen:], b[:])
+		}
+		n += len(rr)
 	}
 	if q.edns {
 		opt := out[n : n+optLen]

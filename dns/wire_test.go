@@ -20,11 +20,13 @@ import (
 // quick answers a packet as the loop does; nil = it is left to respond.
 func quick(snap *Snapshot, v *view, packet []byte, turn uint64) []byte {
 	var q plainQuery
+	var sc scope
+	sc.look(snap, v)
 	out := make([]byte, ednsSize)
-	if !q.read(packet) {
+	if !q.read(packet, snap.seed) {
 		return nil
 	}
-	n, ok := q.answer(snap, v, packet, out, turn)
+	n, ok := q.answer(&sc, packet, out, turn)
 	if !ok {
 		return nil
 	}
@@ -176,12 +178,14 @@ func TestQuickAllocatesNothing(t *testing.T) {
 		}
 		out, turn := make([]byte, ednsSize), uint64(0)
 		var q plainQuery
+		var sc scope
+		sc.look(snap, v)
 		if n := testing.AllocsPerRun(100, func() {
 			turn++
-			if !q.read(packet) {
+			if !q.read(packet, snap.seed) {
 				t.Fatal("not read")
 			}
-			if _, ok := q.answer(snap, v, packet, out, turn); !ok {
+			if _, ok := q.answer(&sc, packet, out, turn); !ok {
 				t.Fatal("not answered")
 			}
 		}); n != 0 {
@@ -197,12 +201,14 @@ func BenchmarkQuick(b *testing.B) {
 	packet, _ := m.Pack()
 	out := make([]byte, ednsSize)
 	var q plainQuery
+	var sc scope
+	sc.look(snap, v)
 	b.ReportAllocs()
 	for i := range b.N {
-		if !q.read(packet) {
+		if !q.read(packet, snap.seed) {
 			b.Fatal("not read")
 		}
-		if _, ok := q.answer(snap, v, packet, out, uint64(i)); !ok {
+		if _, ok := q.answer(&sc, packet, out, uint64(i)); !ok {
 			b.Fatal("not answered")
 		}
 	}
@@ -230,18 +236,73 @@ func TestTableIsTheMap(t *testing.T) {
 			for _, want6 := range []bool{false, true} {
 				var want []byte
 				set := names[name]
-				if set != nil && len(set.v4) <= maxInTable {
+				count := 0
+				if set != nil {
+					count = len(set.family(want6))
 					for _, a := range set.family(want6) {
 						want = append(want, a.AsSlice()...)
 					}
 				}
-				got, ttl := table.get(maphash.String(seed, name), []byte(name), want6)
-				if !bytes.Equal(got, want) || len(got) > 0 && ttl != set.ttl {
-					t.Fatalf("%q: %v with TTL %d, the map says %v", name, got, ttl, want)
+				if count > maxInTable {
+					count, want = manyInTable, nil
+				}
+				e := table.get(maphash.String(seed, name), []byte(name))
+				if (e != "") != (set != nil) {
+					t.Fatalf("%q: in the table %v, in the map %v", name, e != "", set != nil)
+				}
+				if e == "" {
+					continue
+				}
+				got, n, others := e.family(want6)
+				if got != string(want) || n != count || (others > 0) != (len(set.family(!want6)) > 0) || count > 0 && e.ttl() != set.ttl {
+					t.Fatalf("%q: %d of %d and %d with TTL %d, the map says %v", name, len(got), n, others, e.ttl(), set)
 				}
 			}
 		}
 	})
+}
+
+// TestTableThatIsFull: what finds no room in a table is answered by the maps.
+func TestTableThatIsFull(t *testing.T) {
+	var n Network
+	v := compile(&View{Networks: []weft.ID{blue}})
+	s := Service{Name: "big"}
+	for i := range 2 * maxTable / 64 { // names of 60 bytes and more
+		s.Tasks = append(s.Tasks, Task{Names: []string{fmt.Sprintf("%060d", i)}, Addrs: addrs("10.0.0.1")})
+	}
+	n.Services = []Service{s} // one: all names are in one shard
+	snap := NewSnapshot(Records{Networks: map[weft.ID]Network{blue: n}})
+	if shards := snap.networks[blue].shards; len(shards) != 1 || !shards[0].table.isPart || len(shards[0].table.mem) > 2*maxTable {
+		t.Fatalf("%d shards, of which the first has %d bytes, and is a part: %v", len(shards), len(shards[0].table.mem), shards[0].table.isPart)
+	}
+	for i := 0; i < len(s.Tasks); i += 997 {
+		m := new(miekg.Msg)
+		m.SetQuestion(s.Tasks[i].Names[0]+".", miekg.TypeA)
+		packet, err := m.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := quick(snap, v, packet, 0)
+		if _, want := thorough(snap, v, packet, 0); !bytes.Equal(got, want) || len(got) != len(packet)+16 {
+			t.Fatalf("%s is answered %x, want %x", s.Tasks[i].Names[0], got, want)
+		}
+	}
+}
+
+// TestFolded: the constant is lower case of what a plain name may have.
+func TestFolded(t *testing.T) {
+	for c := range 256 {
+		var want byte
+		switch {
+		case 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '-' || c == '_':
+			want = byte(c)
+		case 'A' <= c && c <= 'Z':
+			want = byte(c) + 'a' - 'A'
+		}
+		if len(folded) != 256 || folded[c] != want {
+			t.Errorf("%q of %d is %q, want %q", rune(c), len(folded), folded[c], want)
+		}
+	}
 }
 
 // BenchmarkSnapshot is the price of all of 100,000 names.
@@ -292,12 +353,14 @@ func BenchmarkQuickMany(b *testing.B) {
 	}
 	out := make([]byte, ednsSize)
 	var q plainQuery
+	var sc scope
+	sc.look(snap, v)
 	for i := 0; b.Loop(); i++ {
 		p := packets[i%len(packets)]
-		if !q.read(p) {
+		if !q.read(p, snap.seed) {
 			b.Fatal("not read")
 		}
-		if _, ok := q.answer(snap, v, p, out, uint64(i)); !ok {
+		if _, ok := q.answer(&sc, p, out, uint64(i)); !ok {
 			b.Fatal("not answered")
 		}
 	}
