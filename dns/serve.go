@@ -99,40 +99,33 @@ func (t *session) serveUDP(ctx context.Context, pc net.PacketConn) error {
 	return fmt.Errorf("read dns questions on %v: %w", pc.LocalAddr(), err)
 }
 
-// serveBursts answers what arrives together with two calls of the kernel.
+// serveBursts answers what arrives together with two calls of the kernel. All of it
+// happens in one Read, that of the first to the last burst: a third call, which would
+// say that there is nothing more, is left out where a burst was not full. What comes
+// after it wakes the Read, also if it has not begun to wait.
 func (t *session) serveBursts(ctx context.Context, pc *net.UDPConn) error {
 	raw, err := pc.SyscallConn()
 	if err != nil {
 		return err
 	}
-	var b *burst
-	var n int
-	var errno syscall.Errno
-	recv := func(fd uintptr) bool {
-		b = t.s.bursts.Get().(*burst)
-		if n, errno = b.recv(fd); errno == syscall.EAGAIN {
-			t.s.bursts.Put(b)
-			return false // until there is something to read
-		}
-		return true
-	}
-	send := func(fd uintptr) bool { b.send(fd); return true }
 	var sc scope
-	for {
-		if err := raw.Read(recv); err != nil {
-			return err
-		}
-		if errno != 0 {
-			return errno
-		}
-		t.answerBurst(ctx, pc, b, n, &sc)
-		if b.replies > 0 {
-			if err := raw.Write(send); err != nil {
-				return err
+	var errno syscall.Errno
+	serve := func(fd uintptr) (failed bool) {
+		b := t.s.bursts.Get().(*burst)
+		defer t.s.bursts.Put(b)
+		for n := burstSize; n == burstSize; {
+			if n, errno = b.recv(fd); errno != 0 {
+				return errno != syscall.EAGAIN
 			}
+			t.answerBurst(ctx, pc, b, n, &sc)
+			b.send(fd)
 		}
-		t.s.bursts.Put(b)
+		return false // until there is something to read
 	}
+	if err := raw.Read(serve); err != nil {
+		return err
+	}
+	return errno
 }
 
 // answerBurst answers the first n packets of b.
