@@ -86,11 +86,13 @@ func prepareNames(ctx context.Context, r *rig) (plan, error) {
 			return variant{}, err
 		}
 		servers = append(servers, s)
-		return variant{kind, s.measure}, nil
+		return variant{kind, func(ctx context.Context) (sample, error) { return s.measure(ctx, r.metrics) }}, nil
 	}
-	p := plan{
-		Metrics:  []metric{{perCPU, "1/CPU-s", true}, {halfLoad, "ms", false}},
-		Restless: true, Close: closeAll, Limits: nameLimits(r.cases),
+	p := plan{Restless: true, Close: closeAll, Limits: nameLimits(r.cases, r.metrics)}
+	for _, m := range []metric{{perCPU, "1/CPU-s", true}, {halfLoad, "ms", false}} {
+		if slices.Contains(r.metrics, m.Name) {
+			p.Metrics = append(p.Metrics, m)
+		}
 	}
 	p.Baseline, err = add(serverEcho)
 	for _, kind := range r.cases {
@@ -115,7 +117,7 @@ func prepareNames(ctx context.Context, r *rig) (plan, error) {
 
 // nameLimits are those of the cases that are measured: 0.95 of an echo written the
 // same way, more than one that reads and writes one by one, 1.7 of CoreDNS.
-func nameLimits(cases []string) []limit {
+func nameLimits(cases, metrics []string) []limit {
 	var out []limit
 	for _, n := range nameCounts {
 		weft, core := fmt.Sprintf("%s-%d", serverWeft, n), fmt.Sprintf("%s-%d", serverCore, n)
@@ -130,7 +132,7 @@ func nameLimits(cases []string) []limit {
 			out = append(out, limit{Case: weft, Metric: perCPU, Over: core, Least: 1.7})
 		}
 	}
-	return out
+	return slices.DeleteFunc(out, func(l limit) bool { return !slices.Contains(metrics, l.Metric) })
 }
 
 // nameServer is a server in a process of its own.
@@ -285,8 +287,8 @@ func (s *nameServer) ask(c net.Conn, buf []byte, i, k int) (int, error) {
 	return k, nil
 }
 
-// measure asks all the server can do, then half of it.
-func (s *nameServer) measure(ctx context.Context) (sample, error) {
+// measure asks all the server can do, then half of it, if that is among the metrics.
+func (s *nameServer) measure(ctx context.Context, metrics []string) (sample, error) {
 	before, err := ranFor(s.cmd.Process.Pid)
 	if err != nil {
 		return nil, err
@@ -301,11 +303,18 @@ func (s *nameServer) measure(ctx context.Context) (sample, error) {
 	if err != nil {
 		return nil, err
 	}
-	late, err := s.trickle(ctx, float64(answered)/took.Seconds()/2)
-	if err != nil {
-		return nil, err
+	out := sample{}
+	if slices.Contains(metrics, perCPU) {
+		out[perCPU] = float64(answered) / (after - before).Seconds()
 	}
-	return sample{perCPU: float64(answered) / (after - before).Seconds(), halfLoad: late.Seconds() * 1e3}, nil
+	if slices.Contains(metrics, halfLoad) {
+		late, err := s.trickle(ctx, float64(answered)/took.Seconds()/2)
+		if err != nil {
+			return nil, err
+		}
+		out[halfLoad] = late.Seconds() * 1e3
+	}
+	return out, nil
 }
 
 // flood keeps nameWindow questions under way on each socket. A lost one is left
