@@ -28,45 +28,32 @@ const guestSpells = 3
 // is idle passes in real time, which says nothing. It is taken off, and bounded.
 const mostIdle = 0.02
 
-// guest measures all paths in this machine's namespaces and prints the series as
-// one line of the console's results. Progress goes to standard error.
+// guestWork is what a guest measures: paths, if it is nothing else.
+type guestWork struct {
+	cases, metrics            []string
+	isDocker, isCrypt, isName bool
+}
+
+// guest measures in this machine's namespaces and prints the series as one line of
+// the console's results. Progress goes to standard error.
 func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	err := func() error {
+		var w guestWork
 		f := flag.NewFlagSet(guestWord, flag.ContinueOnError)
 		f.SetOutput(stderr)
 		rounds := f.Int("rounds", 1, "`number` of rounds")
 		cases := f.String("cases", strings.Join(casePaths, ","), "the paths")
 		metrics := f.String("metrics", "", "the patterns")
-		isDocker := f.Bool("docker", false, "two nodes of Docker Engine are the baseline")
-		isCrypt := f.Bool("wireguard", false, "the paths are those of WireGuard")
+		f.BoolVar(&w.isDocker, "docker", false, "two nodes of Docker Engine are the baseline")
+		f.BoolVar(&w.isCrypt, "wireguard", false, "the paths are those of WireGuard")
+		f.BoolVar(&w.isName, "names", false, "cases and metrics are those of names")
 		if err := f.Parse(args); err != nil {
 			return err
 		}
-		log := slog.New(slog.NewTextHandler(stderr, nil))
-		// Docker's own paths are made with its nodes.
-		paths, counts := slices.DeleteFunc(split(*cases), func(n string) bool { return slices.Contains(dockersOwn, n) }), guestCounts
-		if *isCrypt {
-			paths, counts = nil, cryptCounts
-		}
-		g, err := newGround(ctx, log, paths)
+		w.cases, w.metrics = split(*cases), split(*metrics)
+		p, err := w.plan(ctx, stderr)
 		if err != nil {
 			return err
-		}
-		list := g.openers(paths)
-		var p plan
-		switch {
-		case *isDocker:
-			var own []opener
-			own, err = g.docker(ctx, split(*cases))
-			list = append(own, list...)
-		case *isCrypt:
-			list, err = g.wireguard(ctx, split(*cases))
-		}
-		if err == nil {
-			p, err = trafficPlan(ctx, g, list, split(*metrics), onClock(counts))
-		}
-		if err != nil {
-			return errors.Join(err, g.close())
 		}
 		s, err := p.measure(ctx, guestWord, *rounds, stderr)
 		if err = errors.Join(err, p.Close(ctx)); err != nil {
@@ -84,6 +71,40 @@ func guest(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
+}
+
+// plan makes what is measured. On error it has cleaned up.
+func (w guestWork) plan(ctx context.Context, stderr io.Writer) (plan, error) {
+	if w.isName {
+		return prepareNames(ctx, newRig(options{cases: w.cases, metrics: w.metrics, stderr: stderr}))
+	}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	// Docker's own paths are made with its nodes.
+	paths, counts := slices.DeleteFunc(slices.Clone(w.cases), func(n string) bool { return slices.Contains(dockersOwn, n) }), guestCounts
+	if w.isCrypt {
+		paths, counts = nil, cryptCounts
+	}
+	g, err := newGround(ctx, log, paths)
+	if err != nil {
+		return plan{}, err
+	}
+	list := g.openers(paths)
+	switch {
+	case w.isDocker:
+		var own []opener
+		own, err = g.docker(ctx, w.cases)
+		list = append(own, list...)
+	case w.isCrypt:
+		list, err = g.wireguard(ctx, w.cases)
+	}
+	var p plan
+	if err == nil {
+		p, err = trafficPlan(ctx, g, list, w.metrics, onClock(counts))
+	}
+	if err != nil {
+		return plan{}, errors.Join(err, g.close())
+	}
+	return p, nil
 }
 
 func split(list string) []string {
