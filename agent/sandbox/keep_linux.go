@@ -175,7 +175,10 @@ func (m *Linux) plan(b *box, s Spec, g gateway, path string, n near) (p plan, er
 		return p, errNoNamespace
 	}
 	p.have = in.state
-	if n.link != nil {
+	if err == nil && n.link != nil {
+		if s.Gateway {
+			n.shortcut, err = m.shortcuts.faultOf(n.link, g.link)
+		}
 		p.have[Object{Leg, LegName}] = n.fault(in.far, g, p.leg)
 	}
 	return p, err

@@ -31,6 +31,7 @@ func (m *Linux) legAddr(task weft.ID) (netip.Prefix, error) {
 type near struct {
 	link       netlink.Link
 	isIsolated bool
+	shortcut   string // what is wrong with it; "" = nothing
 	// recorded is the address in its alias, invalid if the alias is not whole.
 	recorded netip.Prefix
 }
@@ -101,6 +102,7 @@ func (n near) fault(far netlink.Link, g gateway, addr netip.Prefix) string {
 	say(n.recorded != addr, "its address was not recorded")
 	say(g.link == nil || n.link.Attrs().MasterIndex != g.link.Attrs().Index, "it was not on the bridge")
 	say(len(out) == 0 && !n.isIsolated, "it was not isolated")
+	say(len(out) == 0 && n.shortcut != "", n.shortcut)
 	say(n.link.Attrs().Flags&net.FlagUp == 0, "it was down")
 	say(far.Attrs().Flags&net.FlagUp == 0, faultInner)
 	return strings.Join(out, ", ")
@@ -163,6 +165,9 @@ func (m *Linux) makeLeg(task weft.ID, path string, g gateway, addr netip.Prefix)
 	}
 	if err := netlink.LinkSetIsolated(n.link, true); err != nil {
 		return fmt.Errorf("isolate %s: %w", name, err)
+	}
+	if err := m.shortcuts.make(n.link, g.link); err != nil {
+		return err
 	}
 	if err := netlink.LinkSetUp(n.link); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)

@@ -45,6 +45,8 @@ type Linux struct {
 	mu   sync.Mutex
 	host memory
 
+	shortcuts shortcuts
+
 	// boot and groups are asked for once: neither changes while a process lives.
 	boot   func() string
 	groups func() (string, error)

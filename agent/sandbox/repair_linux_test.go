@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -99,7 +100,18 @@ func (r *repaired) seen() string {
 			}
 			fmt.Fprintln(&b, where, a.Name, a.Flags&net.FlagUp != 0, a.Alias, a.MasterIndex != 0)
 			if p, err := netlink.LinkGetProtinfo(l); err == nil && a.MasterIndex != 0 {
-				fmt.Fprintln(&b, where, a.Name, p.Isolated)
+				filters, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+				fmt.Fprintln(&b, where, a.Name, p.Isolated, a.HardwareAddr, err)
+				for _, f := range filters {
+					for _, action := range f.(*netlink.U32).Actions {
+						to := action.(*netlink.MirredAction)
+						name := "nowhere"
+						if l, err := netlink.LinkByIndex(to.Ifindex); err == nil {
+							name = l.Attrs().Name
+						}
+						fmt.Fprintln(&b, where, a.Name, f.Attrs().Priority, f.Attrs().Protocol, to.MirredAction, name)
+					}
+				}
 			}
 			addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
 			if err != nil {
@@ -219,6 +231,25 @@ var damage = []struct {
 	{name: "isolation off", outside: func(n string) error {
 		return on(n, func(l netlink.Link) error { return netlink.LinkSetIsolated(l, false) })
 	}, kinds: []string{"gateway leg wrong"}},
+	{name: "leg's shortcut gone", outside: func(n string) error { return on(n, delIngress) }, kinds: []string{"gateway leg wrong"}},
+	{name: "leg's shortcut for IPv4 alone", outside: func(n string) error {
+		return on(n, func(l netlink.Link) error {
+			return netlink.FilterDel(&netlink.U32{FilterAttrs: netlink.FilterAttrs{
+				LinkIndex: l.Attrs().Index, Parent: netlink.MakeHandle(0xffff, 0), Priority: shortcutPriority + 1, Protocol: unix.ETH_P_IPV6}})
+		})
+	}, kinds: []string{"gateway leg wrong"}},
+	{name: "leg's shortcut elsewhere", outside: func(n string) error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return on(n, func(l netlink.Link) error {
+			return errors.Join(delIngress(l), new(shortcuts).make(l, &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: lo.Attrs().Index, HardwareAddr: l.Attrs().HardwareAddr}}))
+		})
+	}, kinds: []string{"gateway leg wrong"}},
+	{name: "leg's hardware address", outside: func(n string) error {
+		return on(n, func(l netlink.Link) error { return netlink.LinkSetHardwareAddr(l, net.HardwareAddr{2, 0, 0, 0, 0, 9}) })
+	}, kinds: []string{"gateway leg wrong"}},
 	{name: "leg's alias lost", outside: func(n string) error {
 		return on(n, func(l netlink.Link) error { return netlink.LinkSetAlias(l, "") })
 	}, kinds: []string{"gateway leg wrong"}},
@@ -227,6 +258,11 @@ var damage = []struct {
 	{name: "bridge's address deleted", outside: func(string) error { return delAddr(weft.GatewayBridge, "172.31.240.1/20") }, kinds: []string{"gateway bridge address missing"}},
 	{name: "bridge deleted", outside: func(string) error { return on(weft.GatewayBridge, netlink.LinkDel) }, kinds: []string{"gateway bridge missing"}},
 	{name: "forwarding off", outside: func(string) error { return write(forwardKey, "0") }, kinds: []string{"gateway sysctl wrong"}},
+}
+
+func delIngress(l netlink.Link) error {
+	return netlink.QdiscDel(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_INGRESS}})
 }
 
 // TestDamageIsRepaired: each damage is put right in one pass and counted once, by
