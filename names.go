@@ -47,9 +47,31 @@ func BalancerName(vni uint32) string { return fmt.Sprintf("wi%d", vni) }
 // GatewayBridge is the per-host bridge by which tasks reach the outside.
 const GatewayBridge = "weft-gw"
 
+// GatewayLeg is the end of it inside a task.
+const GatewayLeg = "gw0"
+
 // GatewayPool is the range of the gateway bridge, unless the host uses it
 // already. No overlay may overlap it: a container has a leg in both.
 func GatewayPool() netip.Prefix { return netip.MustParsePrefix("172.31.240.0/20") }
+
+// GatewayPool6 is the range of IPv6 addresses behind every gateway bridge, for ports in
+// mode host: each host has its own use of it, and no packet leaves a host with one. The
+// global ID of RFC 4193 is the word "weftg". No overlay may overlap it, either.
+func GatewayPool6() netip.Prefix { return netip.MustParsePrefix("fd77:6566:7467::/64") }
+
+// GatewayAddr6 is the host's own address in GatewayPool6.
+func GatewayAddr6() netip.Addr { return GatewayTwin(netip.AddrFrom4([4]byte{0, 0, 0, 1})) }
+
+// GatewayTwin is the address in GatewayPool6 that goes with an IPv4 address behind the
+// gateway bridge; invalid without one.
+func GatewayTwin(a netip.Addr) netip.Addr {
+	if !a.Is4() {
+		return netip.Addr{}
+	}
+	twin, low := GatewayPool6().Addr().As16(), a.As4()
+	copy(twin[12:], low[:])
+	return netip.AddrFrom16(twin)
+}
 
 // IngressLeg is the host's own port on the ingress network.
 const IngressLeg = "weft-ingress"

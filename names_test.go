@@ -45,6 +45,24 @@ func TestInterfaceNames(t *testing.T) {
 	}
 }
 
+// Twins are one to one, none is the host's own or another bridge's, and only IPv4 has one.
+func TestGatewayTwins(t *testing.T) {
+	pool := GatewayPool()
+	first, last := pool.Addr(), netip.MustParseAddr("172.31.255.255")
+	for a := first; a.Compare(last) <= 0; a = a.Next() {
+		twin := GatewayTwin(a)
+		low := twin.As16()
+		if !GatewayPool6().Contains(twin) || twin == GatewayAddr6() || netip.AddrFrom4([4]byte(low[12:])) != a {
+			t.Fatalf("the twin of %s is %s", a, twin)
+		}
+	}
+	for _, none := range []netip.Addr{{}, netip.IPv6Loopback()} {
+		if got := GatewayTwin(none); got.IsValid() {
+			t.Errorf("the twin of %s is %s", none, got)
+		}
+	}
+}
+
 // Every golden value here is seen by other nodes or survives a restart.
 func TestDerivedValuesAreStable(t *testing.T) {
 	a := netip.MustParseAddr("10.0.1.2")
@@ -55,6 +73,7 @@ func TestDerivedValuesAreStable(t *testing.T) {
 		{VIPMAC("task", netip.MustParseAddr("fd00::a00:102")).String(), "8e:87:28:00:01:02"},
 		{EndpointMAC("task", netip.MustParseAddr("fd00::1:2")).String()[9:], "01:00:02"},
 		{EndpointMAC("task", a).String(), EndpointMAC("task", netip.MustParseAddr("::ffff:10.0.1.2")).String()},
+		{GatewayTwin(netip.MustParseAddr("172.31.240.2")).String(), "fd77:6566:7467::ac1f:f002"},
 		{HostVethName("0123456789abcdefghijklmno"), "wv0123456789a"},
 		{TaskNetNS("0123456789abcdefghijklmno", "zyxwvutsrqponmlkjihgfedcb"), "weft-01234567-tzyxwvutsrqpo"},
 		{OverlayNetNS("0123456789abcdefghijklmno", 4097), "weft-01234567-n4097"},

@@ -33,6 +33,9 @@ func modeHost(t *testing.T, removed bool) {
 			Service: svc, Protocol: weft.TCP, Port: 8080, Target: 80, IPs: []netip.Addr{vtepA}, Host: true,
 			Backends: []ingress.Backend{{Task: one.ID, Addr: netip.MustParseAddr("172.31.0.9")}},
 		}}
+		if hasIPv6() {
+			want[0].Backends[0].Addr6 = netip.MustParseAddr("fd77:6566:7467::ac1f:9")
+		}
 		published := func() []ingress.Published {
 			r.balancer.mu.Lock()
 			defer r.balancer.mu.Unlock()

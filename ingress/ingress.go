@@ -143,6 +143,11 @@ type Gateway struct {
 	// Protect are the overlay's own ranges and nodes' bridges that tasks
 	// must not reach through the gateway.
 	Protect []netip.Prefix
+	// Addr6 is the host's IPv6 address there, by which ports in mode host are answered
+	// on IPv6, too; invalid = on IPv4 only. Legs are those of the tasks that have such
+	// ports: Link and Addr6 of each.
+	Addr6 netip.Prefix
+	Legs  []EntryTask
 }
 
 // Engine is the seam to the kernel. Probe may be called at any time; Apply and

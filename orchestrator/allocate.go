@@ -226,7 +226,9 @@ func inPools(p netip.Prefix, pools []netip.Prefix) bool {
 
 // usedPrefixes is what a new subnet must not overlap, with the name of each.
 func usedPrefixes(v *state.Snapshot) []ipam.Named {
-	used := []ipam.Named{{What: "the gateway bridge of every host", Prefix: weft.GatewayPool()}}
+	used := []ipam.Named{
+		{What: "the gateway bridge of every host", Prefix: weft.GatewayPool()}, {What: "the gateway bridge of every host", Prefix: weft.GatewayPool6()},
+	}
 	for _, n := range v.Networks() {
 		for _, s := range n.Spec.Subnets {
 			used = append(used, ipam.Named{What: "network " + n.Spec.Name, Prefix: s.Prefix})

@@ -98,7 +98,7 @@ func (t *term) found(ctx context.Context) error {
 	if b == nil {
 		return errors.New("the log has no cluster object: the initialisation of this cluster was cut off; leave and initialise again")
 	}
-	used := append([]netip.Prefix{weft.GatewayPool()}, b.Node.Description.UsedPrefixes...)
+	used := append([]netip.Prefix{weft.GatewayPool(), weft.GatewayPool6()}, b.Node.Description.UsedPrefixes...)
 	subnet, err := pickIngress(b.Cluster, used)
 	if err != nil {
 		return fmt.Errorf("choose subnet of the ingress network: %w", err)

@@ -487,6 +487,9 @@ func (d *deriver) backends(network, service weft.ID) []ingress.Backend {
 func (d *deriver) gateway() ingress.Gateway {
 	g := d.in.Gateway
 	g.Protect = slices.Clone(g.Protect)
+	if g.Legs = d.legs(); len(g.Legs) > 0 {
+		g.Addr6 = netip.PrefixFrom(weft.GatewayAddr6(), weft.GatewayPool6().Bits())
+	}
 	for _, n := range d.in.Networks {
 		for _, s := range n.Spec.Subnets {
 			g.Protect = append(g.Protect, s.Prefix)

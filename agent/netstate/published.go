@@ -135,7 +135,7 @@ func (d *deriver) ofTasks() []ingress.Published {
 			}
 			r.Host = true
 			if t.State != weft.EndpointStarting {
-				r.Backends = []ingress.Backend{{Task: t.Task.ID, Addr: t.Gateway, Draining: t.State == weft.EndpointDraining}}
+				r.Backends = []ingress.Backend{{Task: t.Task.ID, Addr: t.Gateway, Addr6: d.twin(&t), Draining: t.State == weft.EndpointDraining}}
 			}
 			out = append(out, r)
 		}
@@ -151,6 +151,29 @@ func (d *deriver) service(id weft.ID) *Service {
 		return nil
 	}
 	return &d.in.Services[i]
+}
+
+// twin is the IPv6 address of a task behind the gateway bridge; invalid on a host
+// without IPv6.
+func (d *deriver) twin(t *LocalTask) netip.Addr {
+	if d.in.NoIPv6 {
+		return netip.Addr{}
+	}
+	return weft.GatewayTwin(t.Gateway)
+}
+
+// legs are the gateway legs of the tasks that publish ports in mode host, which are
+// asked over IPv6 there. A leg has its address before the task takes connections.
+func (d *deriver) legs() []ingress.EntryTask {
+	var out []ingress.EntryTask
+	for i := range d.in.Local {
+		t := &d.in.Local[i]
+		isHost := func(p weft.PortSpec) bool { return p.Published != 0 }
+		if a := d.twin(t); a.IsValid() && slices.ContainsFunc(t.Task.Ports, isHost) {
+			out = append(out, ingress.EntryTask{Task: t.Task.ID, NetNS: t.NetNS, Link: weft.GatewayLeg, Addr6: netip.PrefixFrom(a, weft.GatewayPool6().Bits())})
+		}
+	}
+	return out
 }
 
 // specOf is where a rule stands, as the leader compares it. Its addresses are all

@@ -41,7 +41,8 @@ func TestPublished(t *testing.T) {
 	mesh := func(p weft.PortSpec) weft.PortSpec { p.Protocol = weft.TCP; return p }
 	host := func(p weft.PortSpec) weft.PortSpec { p.Protocol, p.Mode = weft.TCP, weft.PublishHost; return p }
 	gateway := func(slot int, draining bool) []ingress.Backend {
-		return []ingress.Backend{{Task: weft.ID(fmt.Sprintf("own%d", slot)), Addr: netip.MustParseAddr("172.31.240.2"), Draining: draining}}
+		return []ingress.Backend{{Task: weft.ID(fmt.Sprintf("own%d", slot)), Addr: netip.MustParseAddr("172.31.240.2"),
+			Addr6: netip.MustParseAddr("fd77:6566:7467::ac1f:f002"), Draining: draining}}
 	}
 	backends := []ingress.Backend{{Task: "web1", Addr: netip.MustParseAddr("10.255.0.5"), MAC: weft.EndpointMAC("web1", netip.MustParseAddr("10.255.0.5"))}}
 	for _, c := range []struct {
@@ -118,6 +119,43 @@ func TestModeHostNeedsNoMesh(t *testing.T) {
 	in.Local[0].Task.Ports[0].Interface = "eth0"
 	if !in.IsBound() {
 		t.Error("a port of an interface is not bound")
+	}
+}
+
+// TestModeHostOverIPv6: the legs of tasks with ports in mode host, and no others, are
+// asked over IPv6, from before they take connections until they are gone; on a host
+// without IPv6 none is.
+func TestModeHostOverIPv6(t *testing.T) {
+	port := weft.PortSpec{Protocol: weft.TCP, Target: 80, Published: 9000, Mode: weft.PublishHost}
+	in := base()
+	in.Gateway = ingress.Gateway{Bridge: weft.GatewayBridge, Subnet: netip.MustParsePrefix("172.31.240.0/20")}
+	if g := Derive(in).Ingress.Gateway; g.Addr6.IsValid() || len(g.Legs) > 0 {
+		t.Errorf("without ports in mode host the gateway is %+v", g)
+	}
+	in.Local = []LocalTask{
+		localHost(3, weft.EndpointDraining, "172.31.240.4", port), localHost(1, weft.EndpointStarting, "172.31.240.2", port),
+		localHost(2, weft.EndpointReady, "172.31.240.3"), localHost(4, weft.EndpointReady, "", port),
+	}
+	leg := func(slot int, addr string) ingress.EntryTask {
+		id := weft.ID(fmt.Sprintf("own%d", slot))
+		return ingress.EntryTask{Task: id, NetNS: "/ns/" + string(id), Link: "gw0", Addr6: netip.MustParsePrefix(addr)}
+	}
+	g := Derive(in).Ingress.Gateway
+	want := []ingress.EntryTask{leg(1, "fd77:6566:7467::ac1f:f002/64"), leg(3, "fd77:6566:7467::ac1f:f004/64")}
+	if !slices.Equal(g.Legs, want) || g.Addr6 != netip.MustParsePrefix("fd77:6566:7467::1/64") {
+		t.Errorf("gateway %+v, want the legs %+v", g, want)
+	}
+	in.NoIPv6 = true
+	out := Derive(in).Ingress
+	if g := out.Gateway; g.Addr6.IsValid() || len(g.Legs) > 0 {
+		t.Errorf("on a host without IPv6 the gateway is %+v", g)
+	}
+	for _, p := range out.Published {
+		for _, b := range p.Backends {
+			if p.Host && b.Addr6.IsValid() {
+				t.Errorf("on a host without IPv6 a port leads to %s", b.Addr6)
+			}
+		}
 	}
 }
 

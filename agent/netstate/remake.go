@@ -68,6 +68,11 @@ func (d *Deriver) remade(t *touched, was []Service) Output {
 		out.Names.Networks[n.ID] = d.remadeNames(n, out.Names.Networks[n.ID], some)
 	}
 	out.Ingress.Published = d.remadePublished(t)
+	if t.anyLocal {
+		if g := d.d.gateway(); !reflect.DeepEqual(g, out.Ingress.Gateway) {
+			out.Ingress.Gateway = g
+		}
+	}
 	if t.anyLocal || len(t.services) > 0 {
 		if ends := d.d.ends(); !reflect.DeepEqual(ends, out.Ingress.Ends) {
 			out.Ingress.Ends = ends

@@ -16,7 +16,7 @@ import (
 )
 
 // LegName is the gateway leg inside a task. Overlay ports are eth0, eth1, ….
-const LegName = "gw0"
+const LegName = weft.GatewayLeg
 
 // Config of a Linux maker.
 type Config struct {

@@ -55,6 +55,9 @@ type Engine struct {
 	// gateway is the sysctl of the gateway bridge that was right after the last
 	// Apply. Owned by Apply.
 	gateway string
+	// gateway6 is the index of the gateway bridge when it last had its IPv6 address;
+	// 0 = it is to have none. Owned by Apply.
+	gateway6 int
 	// within is what the last Apply left in tasks' namespaces, last the table
 	// it was given. Owned by Apply.
 	within inside
@@ -284,7 +287,7 @@ func (e *Engine) applyHostWhole(p *place, t ingress.Table, was *ingress.Table) e
 // the overlay's packets come over it, and removes it where not.
 func (e *Engine) applyHost6(p *place, conn *nftables.Conn, t ingress.Table) error {
 	under6 := slices.ContainsFunc(t.Underlay.Members, func(a netip.Addr) bool { return a.Unmap().Is6() })
-	if (t.Ingress.Addr6.IsValid() || under6) && e.ip6 {
+	if (t.Ingress.Addr6.IsValid() || t.Gateway.Addr6.IsValid() || under6) && e.ip6 {
 		e.without6 = false
 		return e.converge(p, conn, hostRules6(t))
 	}
@@ -318,7 +321,8 @@ func (e *Engine) Stats(ctx context.Context) (ingress.Stats, error) {
 // Close implements ingress.Engine: it removes the host's table. The tables of
 // networks go with their namespaces.
 func (e *Engine) Close(ctx context.Context) error {
-	e.host, e.without6, e.places, e.set, e.last = nil, false, nil, legLink{}, ingress.Table{}
+	bridge, gateway6 := e.last.Gateway.Bridge, e.last.Gateway.Addr6
+	e.host, e.without6, e.places, e.set, e.last, e.gateway6 = nil, false, nil, legLink{}, ingress.Table{}, 0
 	within := errors.Join(e.closeInside(), e.closeEnds())
 	conn, err := open()
 	if err != nil {
@@ -327,6 +331,9 @@ func (e *Engine) Close(ctx context.Context) error {
 	err = removeTable(conn, ruleset{family: nftables.TableFamilyIPv4}.table())
 	if e.ip6 {
 		err = errors.Join(err, removeTable(conn, ruleset{family: nftables.TableFamilyIPv6}.table()))
+	}
+	if gateway6.IsValid() {
+		err = errors.Join(err, removeAddr6(bridge, gateway6))
 	}
 	return errors.Join(within, err)
 }

@@ -346,6 +346,7 @@ func (f *fabric) gateway(subnet string, tasks ...string) {
 		l, err := netlink.LinkByName("leg" + strconv.Itoa(i))
 		must(f.t, err)
 		must(f.t, netlink.LinkSetIsolated(l, true))
+		f.t.Cleanup(func() { must(f.t, netlink.LinkDel(l)) }) // at once: the namespace takes its time
 		f.in(path, func() error {
 			for _, c := range []string{"all", "gw0"} { // a redirect would lead past the gateway
 				if err := writeSysctl("net/ipv4/conf/"+c+"/accept_redirects", "0"); err != nil {

@@ -1,8 +1,8 @@
 package nft
 
 import (
-	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -11,6 +11,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
 
@@ -28,12 +29,12 @@ func hostRules(t ingress.Table) ruleset {
 	return r
 }
 
-// hostRules6 is its IPv6 twin. Tasks have no way out over IPv6 yet, so that the
-// gateway bridge takes part in no forwarding at all.
+// hostRules6 is its IPv6 twin. Tasks have no way out over IPv6 yet: of the gateway
+// bridge nothing is forwarded but what ports in mode host are asked, and answers to it.
 func hostRules6(t ingress.Table) ruleset {
 	r := ipv6.publishedRules(t)
 	r.chains = append(r.chains,
-		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: append(lastingRules(t.Ingress.Link), ipv6.entryRules(t.Ingress.Link, t.Ingress.Addr6.Addr())...)},
+		chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource, rules: append(lastingRules(t.Ingress.Link, t.Gateway.Bridge), postroutingChain6(t)...)},
 		chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: nftables.ChainPriorityFilter, rules: forwardChain6(t)},
 		chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityFilter, rules: ipv6.inputChain(t)},
 	)
@@ -98,6 +99,17 @@ func postroutingChain(t ingress.Table) []rule {
 	return rules
 }
 
+// postroutingChain6 is that for IPv6, but for the way out.
+func postroutingChain6(t ingress.Table) []rule {
+	rules := ipv6.entryRules(t.Ingress.Link, t.Ingress.Addr6.Addr())
+	if b := t.Gateway.Bridge; b != "" {
+		near := weft.GatewayPool6()
+		rules = append(rules, rule{"port of a task, from " + near.String() + ": from the address of " + b, join(
+			outLink(expr.CmpOpEq, b), translated(expr.CmpOpNeq), from(near), []expr.Any{&expr.Masq{}})})
+	}
+	return rules
+}
+
 // forwardChain keeps the host from becoming a router between overlay networks:
 // only translated requests enter by the ingress leg, nothing new comes out of
 // it, tasks do not reach overlay ranges through their gateway, and the gateway
@@ -118,13 +130,13 @@ func forwardChain(t ingress.Table) []rule {
 }
 
 // forwardChain6 is forwardChain for IPv6, which tasks do not get out by: the host
-// routes nothing of the gateway bridge but published ports that a task asks for.
+// routes nothing of the gateway bridge but what published ports are asked and answer.
 func forwardChain6(t ingress.Table) []rule {
 	rules := append(clampRules(t), entryForward(t)...)
 	if b := t.Gateway.Bridge; b != "" {
 		rules = append(rules,
 			rule{"from " + b + " untranslated: drop", join(inLink(b), translated(expr.CmpOpEq), dropped())},
-			rule{"into " + b + " new: drop", join(outLink(expr.CmpOpEq, b), unasked(), dropped())})
+			rule{"into " + b + " new, untranslated: drop", join(outLink(expr.CmpOpEq, b), unasked(), translated(expr.CmpOpEq), dropped())})
 	}
 	return rules
 }
@@ -244,11 +256,12 @@ func linkName(name string) []byte {
 	return b
 }
 
+// from matches packets whose source is of a prefix of the table's family.
 func from(p netip.Prefix) []expr.Any {
-	mask := binary.BigEndian.AppendUint32(nil, ^uint32(0)<<(32-p.Bits()))
+	f := familyOf(p.Addr())
 	return []expr.Any{
-		ipv4.load(1, ipv4.source),
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		f.load(1, f.source),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.bytes, Mask: net.CIDRMask(p.Bits(), int(8*f.bytes)), Xor: make([]byte, f.bytes)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Masked().Addr().AsSlice()},
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -53,9 +54,22 @@ var (
 	askedKey6 = nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeInetService)
 )
 
+// wish is what is wanted in one task's namespace: a task's port on the ingress network,
+// its gateway leg, or both. What is not wanted has no link.
+type wish struct {
+	ingress.EntryTask
+	gateway ingress.EntryTask
+	// ports are those on which the task answers at its gateway leg.
+	ports []end
+}
+
+func (w wish) equal(o wish) bool {
+	return w.EntryTask == o.EntryTask && w.gateway == o.gateway && slices.Equal(w.ports, o.ports)
+}
+
 // insideRules is a task's table of the family.
-func (f *family) insideRules(e ingress.Entry, t ingress.EntryTask) ruleset {
-	own, _ := f.addrs(e, t)
+func (f *family) insideRules(e ingress.Entry, t wish) ruleset {
+	own, _ := f.addrs(e, t.EntryTask)
 	entries := set{name: "entries", key: nftables.TypeEtherAddr, data: entryData, isMap: true, elements: map[string]string{}, show: showEntry}
 	for _, n := range e.Nodes {
 		entries.elements[string(n.MAC)] = string(binaryutil.NativeEndian.PutUint32(n.Mark())) + string(binaryutil.NativeEndian.PutUint16(n.Zone())) + "\x00\x00"
@@ -79,7 +93,7 @@ func (f *family) insideRules(e ingress.Entry, t ingress.EntryTask) ruleset {
 		filter("guard", nftables.ChainHookPrerouting, -290, f.guardRule(t.Link)),
 		filter("mark", nftables.ChainHookPrerouting, -150, keepMark(t.Link), restoreMark("what is passed on: its mark", notInLink(t.Link))),
 		{name: "ports", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityNATSource},
-		filter("asked", nftables.ChainHookInput, 300, f.askedRule(t.Link)),
+		filter("asked", nftables.ChainHookInput, 300, f.askedRules(t)...),
 		route("answer", -350, f.answerRule()),
 		// A socket that has accepted a connection bears its mark already, so that
 		// its packets need no second route (tcp_fwmark_accept).
@@ -168,12 +182,21 @@ func restoreMark(words string, match []expr.Any) rule {
 	})}
 }
 
-// askedRule remembers at which address a datagram asked. A server that waits at
+// askedRules remember at which address a datagram asked. A server that waits at
 // all addresses does not say which of them answers, and the route to a client
-// afar would choose the address of the way out.
-func (f *family) askedRule(link string) rule {
+// afar would choose the address of the way out. What came by the gateway leg, for
+// ports in mode host, would be answered by whichever way the last rule leads.
+func (f *family) askedRules(t wish) []rule {
+	rules := []rule{f.askedRule(t.Link, join(inLink(t.Link), marked(expr.CmpOpEq)))}
+	if l := t.gateway.Link; l != "" {
+		rules = append(rules, f.askedRule(l, inLink(l)))
+	}
+	return rules
+}
+
+func (f *family) askedRule(link string, match []expr.Any) rule {
 	client := f.bytes / 4
-	return rule{link + ": a datagram: remember at which address it asked", join(inLink(link), marked(expr.CmpOpEq), isUDP(), []expr.Any{
+	return rule{link + ": a datagram: remember at which address it asked", join(match, isUDP(), []expr.Any{
 		f.load(insideKey, f.source),
 		&expr.Payload{DestRegister: insideKey + client, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 2},
 		&expr.Payload{DestRegister: insideKey + client + 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},

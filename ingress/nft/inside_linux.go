@@ -3,10 +3,10 @@ package nft
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strconv"
 	"time"
 
@@ -19,9 +19,10 @@ import (
 )
 
 // The ways back in a task's namespace: by rule, then by the one route of their
-// table.
+// table. Numbers are our own choice.
 const (
-	wayTable = 4096 // of routes; our own choice
+	wayTable = 4096 // of routes, by the port on the ingress network
+	legTable = 4097 // by the gateway leg (legs_linux.go)
 	// ruleMarked: what bears an entry node's mark, wherever it seems to go. It
 	// stands behind the rule of local addresses, which a sandbox moves to 100
 	// (agent/sandbox): what comes in bears the mark, too.
@@ -52,13 +53,37 @@ type inside struct {
 
 type insideTask struct {
 	place *place
-	want  ingress.EntryTask
+	want  wish
 	seen  time.Time
 	leg   [2]netip.Prefix
 	mtu   int
-	// link is the port's index at the last look: another one has the kernel's
-	// settings, which is nobody's fault.
-	link int
+	// link is the port's index at the last look, gateway the gateway leg's: another
+	// one has the kernel's settings, which is nobody's fault.
+	link, gateway int
+}
+
+// wishes are those of all tasks, one for each namespace.
+func (e *Engine) wishes(t ingress.Table) []wish {
+	var out []wish
+	at := map[string]int{}
+	for _, task := range t.Ingress.Tasks {
+		at[task.NetNS] = len(out)
+		out = append(out, wish{EntryTask: task})
+	}
+	if !e.ip6 {
+		return out
+	}
+	ports := legPorts(t.Published)
+	for _, leg := range t.Gateway.Legs {
+		w := wish{EntryTask: ingress.EntryTask{Task: leg.Task, NetNS: leg.NetNS}, gateway: leg, ports: ports[leg.Addr6.Addr()]}
+		if i, ok := at[leg.NetNS]; ok {
+			w.EntryTask = out[i].EntryTask
+			out[i] = w
+			continue
+		}
+		out = append(out, w)
+	}
+	return out
 }
 
 // applyInside makes the ways back of all tasks. It goes before the host's table,
@@ -70,9 +95,9 @@ func (e *Engine) applyInside(t ingress.Table, audit bool) error {
 	now := inside{tasks: map[string]*insideTask{}, nodes: t.Ingress.Nodes}
 	same := reflect.DeepEqual(was.nodes, now.nodes)
 	var errs []error
-	for _, task := range t.Ingress.Tasks {
+	for _, task := range e.wishes(t) {
 		k := was.tasks[task.NetNS]
-		if same && !audit && k != nil && k.want == task && k.leg == leg && k.mtu == t.Ingress.MTU && time.Since(k.seen) < insideMaxGap {
+		if same && !audit && k != nil && k.want.equal(task) && k.leg == leg && k.mtu == t.Ingress.MTU && time.Since(k.seen) < insideMaxGap {
 			now.tasks[task.NetNS] = k
 			continue
 		}
@@ -90,7 +115,7 @@ func (e *Engine) applyInside(t ingress.Table, audit bool) error {
 	return errors.Join(errs...)
 }
 
-func (e *Engine) applyTask(entry ingress.Entry, t ingress.EntryTask, was *insideTask) (*insideTask, error) {
+func (e *Engine) applyTask(entry ingress.Entry, t wish, was *insideTask) (*insideTask, error) {
 	ns, err := netns.Open(t.NetNS)
 	if err != nil {
 		return nil, err
@@ -102,40 +127,56 @@ func (e *Engine) applyTask(entry ingress.Entry, t ingress.EntryTask, was *inside
 	}
 	now := &insideTask{place: p, want: t, seen: time.Now(), leg: [2]netip.Prefix{entry.Addr, entry.Addr6}, mtu: entry.MTU}
 	if was != nil && was.place.inode == p.inode {
-		now.place, now.link = was.place, was.link
+		now.place, now.link, now.gateway = was.place, was.link, was.gateway
 	} else {
 		was = nil
 	}
+	// Only what was made by this engine, in the same namespace and for the same wish,
+	// can have been broken by others.
+	audit := was != nil && was.want.equal(t) && was.leg == now.leg && was.mtu == now.mtu
 	return now, ns.Do(func() error {
-		l, err := netlink.LinkByName(t.Link)
-		if err != nil {
-			return fmt.Errorf("look up link %s: %w", t.Link, err)
+		if t.gateway.Link != "" {
+			if err := e.applyLeg(now, audit); err != nil {
+				return err
+			}
 		}
-		// Only what was made by this engine, in the same namespace and for the
-		// same wish, can have been broken by others.
-		audit := was != nil && was.want == t && was.leg == now.leg && was.mtu == now.mtu && now.link == l.Attrs().Index
-		now.link = l.Attrs().Index
-		conn, err := open()
-		if err != nil {
-			return fmt.Errorf("open nftables: %w", err)
+		if t.Link == "" {
+			return nil
 		}
-		if err := e.setWaySysctls(now, audit); err != nil {
+		return e.applyPort(entry, now, audit)
+	})
+}
+
+// applyPort makes the way back by a task's port on the ingress network.
+func (e *Engine) applyPort(entry ingress.Entry, now *insideTask, audit bool) error {
+	t := now.want
+	l, err := netlink.LinkByName(t.Link)
+	if err != nil {
+		return fmt.Errorf("look up link %s: %w", t.Link, err)
+	}
+	audit = audit && now.link == l.Attrs().Index
+	now.link = l.Attrs().Index
+	conn, err := open()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	if err := e.setWaySysctls(now, audit); err != nil {
+		return err
+	}
+	for _, f := range families(e.ip6) {
+		own, via := f.addrs(entry, t.EntryTask)
+		if !own.IsValid() || !via.IsValid() {
+			continue
+		}
+		w := f.way(own, via, now.link, entry.MTU)
+		if err := e.setWay(f, now.place.name, w, w.portRules(f), audit); err != nil {
 			return err
 		}
-		for _, f := range families(e.ip6) {
-			own, via := f.addrs(entry, t)
-			if !own.IsValid() || !via.IsValid() {
-				continue
-			}
-			if err := e.setWay(f, now, f.way(own, via, entry.MTU), audit); err != nil {
-				return err
-			}
-			if err := e.converge(now.place, conn, f.insideRules(entry, t)); err != nil {
-				return err
-			}
+		if err := e.converge(now.place, conn, f.insideRules(entry, t)); err != nil {
+			return err
 		}
-		return e.converge(now.place, conn, insideLink(entry, t))
-	})
+	}
+	return e.converge(now.place, conn, insideLink(entry, t.EntryTask))
 }
 
 // setWaySysctls lets packets of clients afar come in by the port, although the
@@ -160,19 +201,21 @@ func (e *Engine) closing() string {
 
 // way is how answers of one family leave a task.
 type way struct {
-	own netip.Prefix // of its port
-	via netip.Addr
-	mtu int // 0 = the port's
+	table int
+	link  int          // index of its port
+	own   netip.Prefix // of its port
+	via   netip.Addr
+	mtu   int // 0 = the port's
 }
 
 // leastIPv6 is what every link of IPv6 carries (RFC 8200 section 5).
 const leastIPv6 = 1280
 
-func (f *family) way(own netip.Prefix, via netip.Addr, mtu int) way {
+func (f *family) way(own netip.Prefix, via netip.Addr, link, mtu int) way {
 	if f.is6 && mtu > 0 {
 		mtu = max(mtu, leastIPv6)
 	}
-	return way{own, via, mtu}
+	return way{wayTable, link, own, via, mtu}
 }
 
 func (f *family) netlinkFamily() int {
@@ -182,24 +225,26 @@ func (f *family) netlinkFamily() int {
 	return netlink.FAMILY_V4
 }
 
-// rules are the wanted routing rules, by priority.
-func (w way) rules(f *family) map[int]netlink.Rule {
-	out := map[int]netlink.Rule{}
-	for _, priority := range []int{ruleMarked, ruleOwn, ruleDatagrams} {
-		r := *netlink.NewRule()
-		r.Family, r.Priority, r.Table = f.netlinkFamily(), priority, wayTable
-		out[priority] = r
-	}
-	r, mask := out[ruleMarked], ingress.EntryMarkMask
-	r.Mark, r.Mask = ingress.EntryMark, &mask
-	out[ruleMarked] = r
-	r = out[ruleOwn]
+// rule is one to the way's table.
+func (w way) rule(f *family, priority int) netlink.Rule {
+	r := netlink.NewRule()
+	r.Family, r.Priority, r.Table = f.netlinkFamily(), priority, w.table
+	return *r
+}
+
+// fromOwn is one for what comes from the way's own address.
+func (w way) fromOwn(f *family, priority int) netlink.Rule {
+	r := w.rule(f, priority)
 	r.Src = &net.IPNet{IP: w.own.Addr().AsSlice(), Mask: net.CIDRMask(w.own.Addr().BitLen(), w.own.Addr().BitLen())}
-	out[ruleOwn] = r
-	r = out[ruleDatagrams]
-	r.IPProto = unix.IPPROTO_UDP
-	out[ruleDatagrams] = r
-	return out
+	return r
+}
+
+// portRules are the routing rules of the way by a task's port.
+func (w way) portRules(f *family) []netlink.Rule {
+	isMarked, datagrams, mask := w.rule(f, ruleMarked), w.rule(f, ruleDatagrams), ingress.EntryMarkMask
+	isMarked.Mark, isMarked.Mask = ingress.EntryMark, &mask
+	datagrams.IPProto = unix.IPPROTO_UDP
+	return []netlink.Rule{isMarked, w.fromOwn(f, ruleOwn), datagrams}
 }
 
 // sameRule compares what the kernel keeps of a rule of ours.
@@ -216,24 +261,29 @@ func sameRule(a, b netlink.Rule) bool {
 		}
 		return r.Src.String()
 	}
-	return a.Priority == b.Priority && a.Table == b.Table && a.Mark == b.Mark && mask(a) == mask(b) && src(a) == src(b) && a.IPProto == b.IPProto && a.IifName == b.IifName
+	sport := func(r netlink.Rule) netlink.RulePortRange {
+		if r.Sport == nil {
+			return netlink.RulePortRange{}
+		}
+		return *r.Sport
+	}
+	return a.Priority == b.Priority && sport(a) == sport(b) && a.Table == b.Table && a.Mark == b.Mark && mask(a) == mask(b) && src(a) == src(b) && a.IPProto == b.IPProto && a.IifName == b.IifName
 }
 
-// setWay makes the rules and the route of one family right.
-func (e *Engine) setWay(f *family, t *insideTask, w way, audit bool) error {
+// setWay makes the rules and the route of one family right. of is whose they are.
+func (e *Engine) setWay(f *family, of string, w way, want []netlink.Rule, audit bool) error {
 	have, err := listRules(f.netlinkFamily())
 	if err != nil {
 		return fmt.Errorf("list routing rules: %w", err)
 	}
-	want := w.rules(f)
-	missing := maps.Clone(want)
+	missing := slices.Clone(want)
 	for i := range have {
 		r := &have[i]
-		if r.Table != wayTable {
+		if r.Table != w.table {
 			continue
 		}
-		if m, ok := missing[r.Priority]; ok && sameRule(*r, m) {
-			delete(missing, r.Priority)
+		if k := slices.IndexFunc(missing, func(m netlink.Rule) bool { return sameRule(*r, m) }); k >= 0 {
+			missing = slices.Delete(missing, k, k+1)
 			continue
 		}
 		r.Family = f.netlinkFamily()
@@ -241,15 +291,16 @@ func (e *Engine) setWay(f *family, t *insideTask, w way, audit bool) error {
 			return fmt.Errorf("delete routing rule %d: %w", r.Priority, err)
 		}
 	}
-	for priority, r := range missing {
-		if err := netlink.RuleAdd(&r); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add routing rule %d: %w", priority, err)
+	for i := range missing {
+		r := &missing[i]
+		if err := netlink.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule %d: %w", r.Priority, err)
 		}
 		if audit {
-			e.report(weft.Repair{Kind: kindRule, Object: fmt.Sprintf("rule %d of %s", priority, t.place.name), Reason: "it was gone"})
+			e.report(weft.Repair{Kind: kindRule, Object: fmt.Sprintf("rule %d of %s", r.Priority, of), Reason: "it was gone"})
 		}
 	}
-	return e.setRoute(f, t, w, audit)
+	return e.setRoute(f, of, w, audit)
 }
 
 func listRules(family int) ([]netlink.Rule, error) {
@@ -262,8 +313,8 @@ func listRules(family int) ([]netlink.Rule, error) {
 
 // setRoute makes the one route of the table right. It bears the MTU of the
 // narrowest way to an entry node: all answers take it, whichever node they go to.
-func (e *Engine) setRoute(f *family, t *insideTask, w way, audit bool) error {
-	filter := &netlink.Route{Table: wayTable}
+func (e *Engine) setRoute(f *family, of string, w way, audit bool) error {
+	filter := &netlink.Route{Table: w.table}
 	list := func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(f.netlinkFamily(), filter, netlink.RT_FILTER_TABLE)
 	}
@@ -280,14 +331,14 @@ func (e *Engine) setRoute(f *family, t *insideTask, w way, audit bool) error {
 		gw, _ := netip.AddrFromSlice(r.Gw)
 		src, _ := netip.AddrFromSlice(r.Src)
 		isDefault := r.Dst == nil || r.Dst.IP.IsUnspecified()
-		if isDefault && r.LinkIndex == t.link && gw.Unmap() == w.via && src.Unmap() == w.own.Addr() {
+		if isDefault && r.LinkIndex == w.link && gw.Unmap() == w.via && src.Unmap() == w.own.Addr() {
 			if found = r.MTU == w.mtu; !found {
 				broken = fmt.Sprintf("its MTU was %d instead of %d", r.MTU, w.mtu)
 			}
 			continue // one with another MTU is replaced, without a gap
 		}
 		if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("delete route %s of table %d: %w", r.Dst, wayTable, err)
+			return fmt.Errorf("delete route %s of table %d: %w", r.Dst, w.table, err)
 		}
 	}
 	if found {
@@ -295,14 +346,14 @@ func (e *Engine) setRoute(f *family, t *insideTask, w way, audit bool) error {
 	}
 	all := &net.IPNet{IP: make(net.IP, w.via.BitLen()/8), Mask: net.CIDRMask(0, w.via.BitLen())}
 	r := &netlink.Route{
-		Table: wayTable, Dst: all, LinkIndex: t.link, Gw: w.via.AsSlice(), Src: w.own.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+		Table: w.table, Dst: all, LinkIndex: w.link, Gw: w.via.AsSlice(), Src: w.own.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 		MTU: w.mtu,
 	}
 	if err := netlink.RouteReplace(r); err != nil {
 		return fmt.Errorf("add route by %s: %w", w.via, err)
 	}
 	if audit {
-		e.report(weft.Repair{Kind: kindRoute, Object: "way back of " + t.place.name, Reason: broken})
+		e.report(weft.Repair{Kind: kindRoute, Object: "way back of " + of, Reason: broken})
 	}
 	return nil
 }
@@ -321,7 +372,10 @@ func (e *Engine) closeInside() error {
 				errs = append(errs, removeTable(conn, ruleset{family: fam, name: insideTable}.table()))
 			}
 			for _, f := range families(e.ip6) {
-				errs = append(errs, f.removeWay())
+				errs = append(errs, f.removeWay(wayTable), f.removeWay(legTable))
+			}
+			if t.want.gateway.Link != "" {
+				errs = append(errs, removeAddr6(t.want.gateway.Link, t.want.gateway.Addr6))
 			}
 			return errors.Join(errs...)
 		})
@@ -333,14 +387,14 @@ func (e *Engine) closeInside() error {
 	return errors.Join(errs...)
 }
 
-func (f *family) removeWay() error {
+func (f *family) removeWay(table int) error {
 	rules, err := listRules(f.netlinkFamily())
 	if err != nil {
 		return fmt.Errorf("list routing rules: %w", err)
 	}
 	for i := range rules {
 		r := &rules[i]
-		if r.Table != wayTable {
+		if r.Table != table {
 			continue
 		}
 		r.Family = f.netlinkFamily()
@@ -348,13 +402,13 @@ func (f *family) removeWay() error {
 			return fmt.Errorf("delete routing rule %d: %w", r.Priority, err)
 		}
 	}
-	routes, err := netlink.RouteListFiltered(f.netlinkFamily(), &netlink.Route{Table: wayTable}, netlink.RT_FILTER_TABLE)
+	routes, err := netlink.RouteListFiltered(f.netlinkFamily(), &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
 	for i := range routes {
 		if err := netlink.RouteDel(&routes[i]); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("delete route of table %d: %w", wayTable, err)
+			return fmt.Errorf("delete route of table %d: %w", table, err)
 		}
 	}
 	return nil
@@ -370,11 +424,11 @@ func (e *Engine) probeInside() error {
 	entry := ingress.Entry{
 		Addr: netip.PrefixFrom(node.Addr, 16), Addr6: netip.PrefixFrom(netip.IPv6Loopback(), 64), Nodes: []ingress.EntryNode{node},
 	}
-	task := ingress.EntryTask{Link: "lo", Addr: entry.Addr, Addr6: entry.Addr6}
+	task := wish{EntryTask: ingress.EntryTask{Link: "lo", Addr: entry.Addr, Addr6: entry.Addr6}, gateway: ingress.EntryTask{Link: "lo"}}
 	for _, f := range families(e.ip6) {
 		if err := loads(conn, f.insideRules(entry, task)); err != nil {
 			return err
 		}
 	}
-	return loads(conn, insideLink(entry, task))
+	return loads(conn, insideLink(entry, task.EntryTask))
 }

@@ -134,8 +134,11 @@ func writeSysctl(key, value string) error {
 // host, which are behind the gateway bridge. As with the leg, the setting stays.
 func (e *Engine) prepareGateway(t ingress.Table) error {
 	if t.Gateway.Bridge == "" || !slices.ContainsFunc(t.Published, func(p ingress.Published) bool { return p.Host }) {
-		e.gateway = ""
+		e.gateway, e.gateway6 = "", 0
 		return nil
+	}
+	if err := e.prepareGateway6(t.Gateway); err != nil {
+		return err
 	}
 	key := "net/ipv4/conf/" + t.Gateway.Bridge + "/route_localnet"
 	was, err := readSysctl(key)
@@ -157,7 +160,13 @@ func (e *Engine) prepareGateway(t ingress.Table) error {
 // has a task's address when it passes on a packet whose source is a client's, and
 // not its own (RFC 4861 section 7.2.2); the overlay makes legs without.
 func setLinkLocal(l netlink.Link, of netip.Addr) (added bool, err error) {
-	want := linkLocal(of)
+	return setAddr6(l, netip.PrefixFrom(linkLocal(of), 64))
+}
+
+// setAddr6 gives a link an address that is its own at once, and says whether it was
+// not there.
+func setAddr6(l netlink.Link, p netip.Prefix) (added bool, err error) {
+	want := p.Addr()
 	list := func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V6) }
 	have, err := list()
 	for i := 1; errors.Is(err, netlink.ErrDumpInterrupted) && i < dumpTries; i++ {
@@ -169,7 +178,7 @@ func setLinkLocal(l netlink.Link, of netip.Addr) (added bool, err error) {
 	if slices.ContainsFunc(have, func(a netlink.Addr) bool { return a.IP.Equal(want.AsSlice()) }) {
 		return false, nil
 	}
-	a := &netlink.Addr{IPNet: &net.IPNet{IP: want.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}
+	a := &netlink.Addr{IPNet: &net.IPNet{IP: want.AsSlice(), Mask: net.CIDRMask(p.Bits(), 128)}, Flags: unix.IFA_F_NODAD}
 	if err := netlink.AddrAdd(l, a); err != nil && !errors.Is(err, unix.EEXIST) {
 		return false, fmt.Errorf("add address %s to %s: %w", want, l.Attrs().Name, err)
 	}

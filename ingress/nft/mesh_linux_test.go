@@ -543,7 +543,7 @@ func TestMeshRemembersWhatWasAsked(t *testing.T) {
 	if _, _, _, err := m.ask("udp", m.hosts[0].addr+":30000", 0); err != nil {
 		t.Fatal(err)
 	}
-	rules := ipv4.insideRules(m.hosts[0].entry, m.tasks[0])
+	rules := ipv4.insideRules(m.hosts[0].entry, wish{EntryTask: m.tasks[0]})
 	asked := func() (n int) {
 		must(t, withConn(m.tasks[0].NetNS, func(c *nftables.Conn) error {
 			all, err := readElements(rules.sets[slices.IndexFunc(rules.sets, func(s set) bool { return s.name == "asked" })].object(rules.table()))

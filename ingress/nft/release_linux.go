@@ -89,7 +89,7 @@ func (k trackable) concerns(f tracked) bool {
 
 func trackableOf(t ingress.Table) trackable {
 	k := trackable{backends: make(map[end]bool, len(t.Published)), open: make(map[end]bool, len(t.Published)), draining: map[end]bool{}}
-	for _, p := range []netip.Prefix{t.Ingress.Addr, t.Ingress.Addr6, t.Gateway.Subnet} {
+	for _, p := range []netip.Prefix{t.Ingress.Addr, t.Ingress.Addr6, t.Gateway.Subnet, t.Gateway.Addr6} {
 		if p.IsValid() {
 			k.ranges = append(k.ranges, p.Masked())
 		}

@@ -62,7 +62,8 @@ func TestGoldenRulesets(t *testing.T) {
 		addr := netip.MustParseAddr(a)
 		within.Nodes = append(within.Nodes, ingress.EntryNode{MAC: weft.NodeMAC("n", addr), Addr: addr})
 	}
-	taskInside := ingress.EntryTask{Link: "eth1", Addr: netip.MustParsePrefix("10.255.0.9/16"), Addr6: netip.MustParsePrefix("fd00:ff::9/64")}
+	taskInside := wish{EntryTask: ingress.EntryTask{Link: "eth1", Addr: netip.MustParsePrefix("10.255.0.9/16"), Addr6: netip.MustParsePrefix("fd00:ff::9/64")}}
+	withLeg := wish{EntryTask: taskInside.EntryTask, gateway: ingress.EntryTask{Link: weft.GatewayLeg}}
 	for _, tc := range []struct {
 		name  string
 		rules ruleset
@@ -87,8 +88,9 @@ func TestGoldenRulesets(t *testing.T) {
 			{Service: "s", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: many[:1]},
 		}})},
 		{"inside", ipv4.insideRules(within, taskInside)},
+		{"inside_with_leg", ipv6.insideRules(within, withLeg)},
 		{"inside_ipv6", ipv6.insideRules(within, taskInside)},
-		{"inside_link", insideLink(within, taskInside)},
+		{"inside_link", insideLink(within, taskInside.EntryTask)},
 		{"host_empty", hostRules(ingress.Table{})},
 		{"router_ipv6", ipv6.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
 		{"router", ipv4.routerRules(ingress.Router{VNIs: []uint32{4097}, Backends: many[:2]})},
