@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -111,10 +112,14 @@ func (m *Mesh) Name() string { return m.table.Name() }
 
 // Note says what this engine does otherwise on this host.
 func (m *Mesh) Note() string {
-	if m.lacks == "" {
-		return ""
+	var notes []string
+	if n, ok := m.table.(interface{ Note() string }); ok && n.Note() != "" {
+		notes = append(notes, n.Note())
 	}
-	return "published ports go through the host's stack: " + m.lacks
+	if m.lacks != "" {
+		notes = append(notes, "published ports go through the host's stack: "+m.lacks)
+	}
+	return strings.Join(notes, "; ")
 }
 
 // Probe implements ingress.Engine: only the other engine must work.

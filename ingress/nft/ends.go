@@ -63,7 +63,7 @@ func (f *family) endsRules(e ingress.End) ruleset {
 	}
 	in := append(f.endsDirect(e),
 		rule{"to a service address: by vip", join([]expr.Any{f.load(insideKey, f.destination), has(endsOwn, insideKey)}, f.then(expr.VerdictGoto, "vip"))},
-		rule{"a datagram to another address: its answers, too, come from there", join(isUDP(), f.asking(), f.forget(endsAsked))},
+		rule{"a datagram to another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_UDP), f.asking(), f.forget(endsAsked))},
 	)
 	return ruleset{family: f.host, name: endsTable,
 		sets: []set{own, known(endsAsked, askedTimeout), known(endsOpen, flowTimeout), known(endsClosed, endingTimeout)},
@@ -71,7 +71,7 @@ func (f *family) endsRules(e ingress.End) ruleset {
 			// Behind what the mesh remembers (inside.go), before connection tracking.
 			hooked("in", nftables.ChainHookInput, 310, in...),
 			hooked("out", nftables.ChainHookOutput, -350,
-				rule{"an answering datagram: from the service address", join(isUDP(), f.answering(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeSource(f.endsData())}, f.accept())},
+				rule{"an answering datagram: from the service address", join(isProtocol(unix.IPPROTO_UDP), f.answering(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeSource(f.endsData())}, f.accept())},
 				rule{"of a connection to the own address: by connections", join(endMarked(), isTCP(), f.then(expr.VerdictGoto, "connections"))},
 			),
 			{name: "vip" + f.suffix, rules: append(f.endsDatagrams(), f.endsConnections()...)},
@@ -100,7 +100,7 @@ func (f *family) endsDirect(e ingress.End) (rules []rule) {
 // endsDatagrams is what a datagram to a service address meets.
 func (f *family) endsDatagrams() []rule {
 	wild := func(v byte) []expr.Any {
-		return join(isUDP(), []expr.Any{
+		return join(isProtocol(unix.IPPROTO_UDP), []expr.Any{
 			&expr.Socket{Key: expr.SocketKeyWildcard, Register: insideTmp}, // linux/netfilter/nf_tables.h: NFT_SOCKET_WILDCARD
 			&expr.Cmp{Op: expr.CmpOpEq, Register: insideTmp, Data: []byte{v}},
 		})
@@ -108,9 +108,9 @@ func (f *family) endsDatagrams() []rule {
 	return []rule{
 		{"a datagram for a server at all addresses: by datagram", join(wild(1), f.then(expr.VerdictGoto, "datagram"))},
 		{"a datagram for a server at the service address: as it is", join(wild(0), f.accept())},
-		{"a datagram: by datagram", join(isUDP(), f.then(expr.VerdictJump, "datagram"))},
-		{"a datagram that a server at the own address waits for: let in", join(isUDP(), anySocket(), f.accept())},
-		{"a datagram for nobody: refused by the service address", join(isUDP(), f.asking(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeDestination(f.endsData())}, f.accept())},
+		{"a datagram: by datagram", join(isProtocol(unix.IPPROTO_UDP), f.then(expr.VerdictJump, "datagram"))},
+		{"a datagram that a server at the own address waits for: let in", join(isProtocol(unix.IPPROTO_UDP), anySocket(), f.accept())},
+		{"a datagram for nobody: refused by the service address", join(isProtocol(unix.IPPROTO_UDP), f.asking(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeDestination(f.endsData())}, f.accept())},
 	}
 }
 
@@ -221,13 +221,6 @@ func endMarked() []expr.Any {
 }
 
 func isTCP() []expr.Any { return isProtocol(unix.IPPROTO_TCP) }
-
-func isProtocol(p byte) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: insideTmp},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: insideTmp, Data: []byte{p}},
-	}
-}
 
 // endsProbe has an address of each family.
 func endsProbe() ingress.End {

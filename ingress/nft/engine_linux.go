@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 	"time"
@@ -31,6 +32,9 @@ type Engine struct {
 	// lacksTimes: the kernel cannot give a connection times of its own. Found
 	// out by Probe.
 	lacksTimes bool
+	// lacksSCTP: connection tracking does not know SCTP, so that its ports cannot be
+	// translated. Found out by Probe.
+	lacksSCTP bool
 	// hurry divides all times that flows are known for; 0 and 1 leave them. Tests
 	// of idle connections set it before the first Apply.
 	hurry int
@@ -83,6 +87,14 @@ func (e *Engine) CanRefuse() bool { return e.reject || e.atPorts }
 // CanPublish6 reports whether published ports are answered on the host's IPv6
 // addresses, too, where the ingress network has IPv6.
 func (e *Engine) CanPublish6() bool { return e.ip6 }
+
+// Note says what this engine does not do on this host.
+func (e *Engine) Note() string {
+	if !e.lacksSCTP {
+		return ""
+	}
+	return "this kernel does not track connections of SCTP (CONFIG_NF_CT_PROTO_SCTP), so ports of SCTP are not published"
+}
 
 // Name implements ingress.Engine.
 func (e *Engine) Name() string { return "nft" }
@@ -137,6 +149,8 @@ func (e *Engine) probeHost() error {
 		rules6 = rules6.withoutTimes()
 	}
 	e.ip6 = loads(conn, rules6) == nil
+	_, err = readSysctl("net/netfilter/nf_conntrack_sctp_timeout_established")
+	e.lacksSCTP = errors.Is(err, fs.ErrNotExist)
 	return nil
 }
 
@@ -157,6 +171,9 @@ func (e *Engine) Apply(ctx context.Context, t ingress.Table) error {
 		return err
 	}
 	var errs []error
+	if e.lacksSCTP {
+		t.Published = slices.DeleteFunc(slices.Clone(t.Published), func(p ingress.Published) bool { return p.Protocol == weft.SCTP })
+	}
 	places := map[string]*place{}
 	audit := sameTable(&e.last, &t) // nothing is new: look at everything
 	e.last = t

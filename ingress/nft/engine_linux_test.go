@@ -416,8 +416,12 @@ func TestHostLeadsNowhere(t *testing.T) {
 	}
 }
 
+// patience bounds the wait for an answer that is to come. What SCTP has lost it sends
+// again after 3 s at first.
+const patience = 12 * time.Second
+
 func echo(c net.Conn) error {
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	if _, err := c.Write([]byte("still here\n")); err != nil {
 		return err
 	}

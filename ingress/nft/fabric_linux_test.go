@@ -18,6 +18,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
@@ -165,15 +166,42 @@ func (f *fabric) entry6() ingress.Entry {
 }
 
 func (f *fabric) serve(ns, name string) {
-	var ln net.Listener
+	var lns []net.Listener
 	var pc net.PacketConn
 	f.in(ns, func() (err error) {
-		if ln, err = net.Listen("tcp", ":80"); err != nil {
+		ln, err := net.Listen("tcp", ":80")
+		if err != nil {
 			return err
+		}
+		lns = append(lns, ln)
+		if ingresstest.HasSCTP() == nil {
+			if ln, err = ingresstest.ListenSCTP(netip.AddrPortFrom(netip.IPv6Unspecified(), 80)); err != nil {
+				return err
+			}
+			lns = append(lns, ln)
 		}
 		pc, err = net.ListenPacket("udp", ":7")
 		return err
 	})
+	for _, ln := range lns {
+		f.acceptAll(ln, name)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		buf := make([]byte, 1500)
+		for {
+			_, from, err := pc.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			fmt.Fprintf(writerTo{pc, from}, "%s %s\n", name, from)
+		}
+	})
+	f.t.Cleanup(func() { pc.Close(); wg.Wait() })
+}
+
+// acceptAll answers with a name, and echoes, until the test ends.
+func (f *fabric) acceptAll(ln net.Listener, name string) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -191,17 +219,7 @@ func (f *fabric) serve(ns, name string) {
 			})
 		}
 	})
-	wg.Go(func() {
-		buf := make([]byte, 1500)
-		for {
-			_, from, err := pc.ReadFrom(buf)
-			if err != nil {
-				return
-			}
-			fmt.Fprintf(writerTo{pc, from}, "%s %s\n", name, from)
-		}
-	})
-	f.t.Cleanup(func() { ln.Close(); pc.Close(); wg.Wait() })
+	f.t.Cleanup(func() { ln.Close(); wg.Wait() })
 }
 
 type writerTo struct {

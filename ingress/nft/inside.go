@@ -23,7 +23,7 @@ import (
 //
 //	prerouting  a packet from an entry node's hardware address is marked, and
 //	            tracked in that node's zone; a new connection keeps the mark
-//	input       datagrams: who asked, and at which address, is remembered
+//	input       datagrams, SCTP: who asked, and at which address, is remembered
 //	output      an answer gets its connection's mark, and by it the route back
 //	egress      ... and the entry node's hardware address
 //
@@ -37,6 +37,9 @@ const (
 	// askedTimeout is how long a datagram may be answered after the last one
 	// of its flow: as long as connection tracking keeps a stream of them.
 	askedTimeout = 120 * time.Second
+	// associatedTimeout is the same for SCTP, where each end asks for the other every
+	// 30 s at most (RFC 9260 section 16, HB.interval).
+	associatedTimeout = 300 * time.Second
 	// askedSize bounds the memory of one task's table of them.
 	askedSize = 65536
 )
@@ -61,10 +64,12 @@ type wish struct {
 	gateway ingress.EntryTask
 	// ports are those on which the task answers at its gateway leg.
 	ports []end
+	// sctp: ports of SCTP are published on this node.
+	sctp bool
 }
 
 func (w wish) equal(o wish) bool {
-	return w.EntryTask == o.EntryTask && w.gateway == o.gateway && slices.Equal(w.ports, o.ports)
+	return w.EntryTask == o.EntryTask && w.gateway == o.gateway && slices.Equal(w.ports, o.ports) && w.sctp == o.sctp
 }
 
 // insideRules is a task's table of the family.
@@ -94,7 +99,7 @@ func (f *family) insideRules(e ingress.Entry, t wish) ruleset {
 		filter("mark", nftables.ChainHookPrerouting, -150, keepMark(t.Link), restoreMark("what is passed on: its mark", notInLink(t.Link))),
 		{name: "ports", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityNATSource},
 		filter("asked", nftables.ChainHookInput, 300, f.askedRules(t)...),
-		route("answer", -350, f.answerRule()),
+		route("answer", -350, f.answerRule("datagram", unix.IPPROTO_UDP), f.answerRule("association", unix.IPPROTO_SCTP)),
 		// A socket that has accepted a connection bears its mark already, so that
 		// its packets need no second route (tcp_fwmark_accept).
 		route("back", -150, restoreMark("an answer: its mark", nil), rule{"no mark but ours", join(marked(expr.CmpOpEq), setMark(0))}),
@@ -184,32 +189,38 @@ func restoreMark(words string, match []expr.Any) rule {
 
 // askedRules remember at which address a datagram asked. A server that waits at
 // all addresses does not say which of them answers, and the route to a client
-// afar would choose the address of the way out. What came by the gateway leg, for
-// ports in mode host, would be answered by whichever way the last rule leads.
+// afar would choose the address of the way out. SCTP chooses so for associations,
+// too. What came by the gateway leg, for ports in mode host, would be answered by
+// whichever way the last rule leads.
 func (f *family) askedRules(t wish) []rule {
-	rules := []rule{f.askedRule(t.Link, join(inLink(t.Link), marked(expr.CmpOpEq)))}
+	var rules []rule
+	from := func(link string, match []expr.Any) {
+		rules = append(rules, f.askedRule(link+": a datagram", join(match, isProtocol(unix.IPPROTO_UDP)), askedTimeout),
+			f.askedRule(link+": an association", join(match, isProtocol(unix.IPPROTO_SCTP)), associatedTimeout))
+	}
+	from(t.Link, join(inLink(t.Link), marked(expr.CmpOpEq)))
 	if l := t.gateway.Link; l != "" {
-		rules = append(rules, f.askedRule(l, inLink(l)))
+		from(l, inLink(l))
 	}
 	return rules
 }
 
-func (f *family) askedRule(link string, match []expr.Any) rule {
+func (f *family) askedRule(what string, match []expr.Any, known time.Duration) rule {
 	client := f.bytes / 4
-	return rule{link + ": a datagram: remember at which address it asked", join(match, isUDP(), []expr.Any{
+	return rule{what + ": remember at which address it asked", join(match, []expr.Any{
 		f.load(insideKey, f.source),
 		&expr.Payload{DestRegister: insideKey + client, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 2},
 		&expr.Payload{DestRegister: insideKey + client + 1, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
 		f.load(insideKey+client+2, f.destination),
-		&expr.Dynset{SrcRegKey: insideKey, SrcRegData: insideKey + client + 2, SetName: "asked", Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: askedTimeout},
+		&expr.Dynset{SrcRegKey: insideKey, SrcRegData: insideKey + client + 2, SetName: "asked", Operation: uint32(unix.NFT_DYNSET_OP_UPDATE), Timeout: known},
 	})}
 }
 
 // answerRule lets the answer come from there. It stands before connection
 // tracking, which knows the flow by that address.
-func (f *family) answerRule() rule {
+func (f *family) answerRule(what string, proto byte) rule {
 	client := f.bytes / 4
-	return rule{"an answering datagram: from the address that was asked", join(isUDP(), []expr.Any{
+	return rule{"an answering " + what + ": from the address that was asked", join(isProtocol(proto), []expr.Any{
 		f.load(insideKey, f.destination),
 		&expr.Payload{DestRegister: insideKey + client, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
 		&expr.Payload{DestRegister: insideKey + client + 1, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 2},
@@ -222,9 +233,10 @@ func (f *family) answerRule() rule {
 func (f *family) writeSource(register uint32) expr.Any { return f.writeAddress(register, f.source) }
 
 // writeAddress writes an address at its offset in the header, and the sums over it:
-// that of the transport's header, and IPv4's own at 10 (RFC 791). IPv6 has none, but the
-// library names no sums at all without one, so it is said to be where the address is:
-// the kernel changes the sums first and then writes the address over it (nft_payload.c).
+// that of the transport's header (SCTP's does not cover it, RFC 9260 section 6.8), and
+// IPv4's own at 10 (RFC 791). IPv6 has none, but the library names no sums at all
+// without one, so it is said to be where the address is: the kernel changes the sums
+// first and then writes the address over it (nft_payload.c).
 func (f *family) writeAddress(register, offset uint32) expr.Any {
 	own := uint32(10)
 	if f.is6 {
@@ -236,10 +248,10 @@ func (f *family) writeAddress(register, offset uint32) expr.Any {
 	}
 }
 
-func isUDP() []expr.Any {
+func isProtocol(proto byte) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: insideTmp},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: insideTmp, Data: []byte{unix.IPPROTO_UDP}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: insideTmp, Data: []byte{proto}},
 	}
 }
 

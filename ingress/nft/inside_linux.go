@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"reflect"
@@ -66,16 +67,17 @@ type insideTask struct {
 func (e *Engine) wishes(t ingress.Table) []wish {
 	var out []wish
 	at := map[string]int{}
+	sctp := slices.ContainsFunc(t.Published, func(p ingress.Published) bool { return p.Protocol == weft.SCTP })
 	for _, task := range t.Ingress.Tasks {
 		at[task.NetNS] = len(out)
-		out = append(out, wish{EntryTask: task})
+		out = append(out, wish{EntryTask: task, sctp: sctp})
 	}
 	if !e.ip6 {
 		return out
 	}
 	ports := legPorts(t.Published)
 	for _, leg := range t.Gateway.Legs {
-		w := wish{EntryTask: ingress.EntryTask{Task: leg.Task, NetNS: leg.NetNS}, gateway: leg, ports: ports[leg.Addr6.Addr()]}
+		w := wish{EntryTask: ingress.EntryTask{Task: leg.Task, NetNS: leg.NetNS}, gateway: leg, ports: ports[leg.Addr6.Addr()], sctp: sctp}
 		if i, ok := at[leg.NetNS]; ok {
 			w.EntryTask = out[i].EntryTask
 			out[i] = w
@@ -135,6 +137,11 @@ func (e *Engine) applyTask(entry ingress.Entry, t wish, was *insideTask) (*insid
 	// can have been broken by others.
 	audit := was != nil && was.want.equal(t) && was.leg == now.leg && was.mtu == now.mtu
 	return now, ns.Do(func() error {
+		if t.sctp {
+			if err := e.setScope(now, audit); err != nil {
+				return err
+			}
+		}
 		if t.gateway.Link != "" {
 			if err := e.applyLeg(now, audit); err != nil {
 				return err
@@ -192,6 +199,34 @@ func (e *Engine) setWaySysctls(t *insideTask, audit bool) error {
 		{"net/netfilter/nf_conntrack_tcp_timeout_close_wait", e.closing()},
 		{"net/ipv4/tcp_fwmark_accept", "1"},
 	}, t.place.name, audit)
+}
+
+// scopePrivate is SCTP_SCOPE_POLICY_PRIVATE (linux/sctp.h).
+const scopePrivate = "2"
+
+// setScope lets servers of SCTP take clients of public addresses at their own, which are
+// private. As it comes, the kernel leaves private addresses of IPv4 out of such an
+// association if the task has any of IPv6, private or not, and then knows nothing of what
+// comes to the one that it left out (sctp_in_scope). The setting comes with the module,
+// which the first socket loads. A kernel without leaves it to the container to see that
+// it has no such sockets.
+func (e *Engine) setScope(t *insideTask, audit bool) error {
+	const key = "net/sctp/addr_scope_policy"
+	_, err := readSysctl(key)
+	if errors.Is(err, fs.ErrNotExist) {
+		audit = false
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+		if errors.Is(err, unix.EPROTONOSUPPORT) {
+			return nil
+		}
+		if err == nil {
+			err = unix.Close(fd)
+		}
+		if err != nil {
+			return fmt.Errorf("ask for SCTP: %w", err)
+		}
+	}
+	return e.setSysctls([][2]string{{key, scopePrivate}}, t.place.name, audit)
 }
 
 // closing is closingTimeout as a sysctl.

@@ -23,7 +23,7 @@ import (
 const legGateway, legFirst, legSecond = "172.31.240.1/20", "172.31.240.2", "172.31.240.3"
 
 // legMesh is a mesh of which the first task behind the gateway bridge has ports in mode
-// host: 8080, of TCP and UDP.
+// host: 8080, of TCP and UDP, and of SCTP where the kernel has it.
 func legMesh(t *testing.T) (*mesh, ingress.Table) {
 	m := newMesh(t, 1)
 	if !m.hosts[0].e.CanPublish6() {
@@ -37,7 +37,7 @@ func legMesh(t *testing.T) (*mesh, ingress.Table) {
 		Legs: []ingress.EntryTask{{Task: "h", NetNS: m.dir + "/leg0", Link: weft.GatewayLeg, Addr6: leg}},
 	}}
 	b := []ingress.Backend{{Task: "h", Addr: addr, Addr6: leg.Addr()}}
-	for p, target := range map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7} {
+	for p, target := range map[weft.Protocol]uint16{weft.TCP: 80, weft.UDP: 7, weft.SCTP: 80} {
 		table.Published = append(table.Published, ingress.Published{Service: "h", Protocol: p, Port: 8080, Target: target, Host: true, Backends: b})
 	}
 	slices.SortFunc(table.Published, func(a, b ingress.Published) int {
@@ -50,7 +50,7 @@ func legMesh(t *testing.T) (*mesh, ingress.Table) {
 func (m *mesh) wantHost(when string) {
 	m.t.Helper()
 	for client, to := range map[string]string{meshClient: "192.0.2.1:8080", meshClient6: "[2001:db8:0::1]:8080"} {
-		for _, network := range []string{"tcp", "udp"} {
+		for _, network := range m.networks() {
 			if _, name, seen, err := m.ask(network, to, 0); err != nil || name != "leg0" || seen.Addr().String() != client {
 				m.t.Errorf("%s: %s to %s: %q saw %s, %v; want %s", when, network, to, name, seen, err, client)
 			}
@@ -127,7 +127,7 @@ func TestPublishedInBothModes(t *testing.T) {
 	for range 2 { // by one way and the other, from one port of the client
 		for client, host := range map[string]string{meshClient: "192.0.2.1", meshClient6: "[2001:db8:0::1]"} {
 			for _, port := range []string{"8080", "30000"} {
-				for _, network := range []string{"tcp", "udp"} {
+				for _, network := range m.networks() {
 					if _, name, seen, err := m.ask(network, host+":"+port, 0); err != nil || name != "leg0" || seen.Addr().String() != client {
 						t.Errorf("%s to port %s of %s: %q saw %s, %v; want %s", network, port, host, name, seen, err, client)
 					}
@@ -164,7 +164,7 @@ func TestPublishedOnTheHostRepairs(t *testing.T) {
 		{"nothing", "", func() error { return nil }, nil},
 		{"bridge's address", "", del(weft.GatewayBridge, table.Gateway.Addr6), []string{kindAddress}},
 		{"leg's address", ns, del(weft.GatewayLeg, leg.Addr6), []string{kindAddress, kindRoute}},
-		{"rules", ns, delRules, []string{kindRule, kindRule, kindRule}},
+		{"rules", ns, delRules, []string{kindRule, kindRule, kindRule, kindRule}},
 		{"route", ns, func() error {
 			return netlink.RouteDel(&netlink.Route{Table: legTable, Dst: &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}})
 		}, []string{kindRoute}},

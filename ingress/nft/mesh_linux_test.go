@@ -20,7 +20,9 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan: entry hosts 0, 1 and 2 have the legs 10.0.16.250 to 252 and are
@@ -162,6 +164,11 @@ func (m *mesh) ask(network, to string, from int) (net.Conn, string, netip.AddrPo
 	}
 	var c net.Conn
 	if err := netns.Do(m.client, func() (err error) {
+		if network == "sctp" {
+			own, _ := netip.AddrFromSlice(ip)
+			c, err = ingresstest.DialSCTP(netip.AddrPortFrom(own.Unmap(), uint16(from)), netip.MustParseAddrPort(to))
+			return err
+		}
 		c, err = d.DialContext(m.t.Context(), network, to)
 		return err
 	}); err != nil {
@@ -173,7 +180,7 @@ func (m *mesh) ask(network, to string, from int) (net.Conn, string, netip.AddrPo
 }
 
 func greeted(c net.Conn, udp bool) (string, netip.AddrPort, error) {
-	must := c.SetDeadline(time.Now().Add(3 * time.Second))
+	must := c.SetDeadline(time.Now().Add(patience))
 	if udp {
 		_, err := c.Write([]byte("x"))
 		must = errors.Join(must, err)
@@ -205,6 +212,7 @@ func (m *mesh) ports(b ...ingress.Backend) []ingress.Published {
 		{Service: "web", Protocol: weft.TCP, Port: 30000, Target: 80, Backends: b},
 		{Service: "web", Protocol: weft.UDP, Port: 30000, Target: 7, Backends: b},
 		{Service: "web", Protocol: weft.UDP, Port: 30001, Target: 9, Backends: b}, // nobody is there
+		{Service: "web", Protocol: weft.SCTP, Port: 30000, Target: 80, Backends: b},
 	}
 }
 
@@ -213,12 +221,20 @@ func (h *meshHost) addresses() map[string]string {
 	return map[string]string{meshClient: h.addr + ":30000", meshClient6: "[" + h.addr6 + "]:30000"}
 }
 
+// networks are those by which tasks can be asked.
+func (m *mesh) networks() []string {
+	if ingresstest.HasSCTP() != nil {
+		return []string{"tcp", "udp"}
+	}
+	return []string{"tcp", "udp", "sctp"}
+}
+
 // wantKept asks by every host for itself and checks what the task sees.
 func (m *mesh) wantKept(when string) {
 	m.t.Helper()
 	for i, h := range m.hosts {
 		for client, to := range h.addresses() {
-			for _, network := range []string{"tcp", "udp"} {
+			for _, network := range m.networks() {
 				_, name, seen, err := m.ask(network, to, 0)
 				if err != nil || seen.Addr().String() != client {
 					m.t.Errorf("%s: %s by host %d to %s: %q saw %s, %v; want %s", when, network, i, to, name, seen, err, client)
@@ -249,6 +265,59 @@ func TestMeshKeepsClients(t *testing.T) {
 	// The way out leads to the very network that the client is of.
 	m.in(m.tasks[0].NetNS, func() error { return addAddr("gw0", "198.51.100.1/24") })
 	m.wantKept("a neighbour's address")
+}
+
+// TestMeshSCTP: however a server listens, and whatever way out its task has, an
+// association comes to it with its client's address and stays.
+func TestMeshSCTP(t *testing.T) {
+	if err := ingresstest.HasSCTP(); err != nil {
+		netnstest.Missing(t, "sctp", err)
+	}
+	m := newMesh(t, 2)
+	b := m.task(11) // on port 80, on all addresses of both families
+	for port, at := range map[uint16]string{81: "0.0.0.0", 82: b.Addr.String(), 83: b.Addr6.String()} {
+		m.serveSCTP(m.tasks[0].NetNS, netip.AddrPortFrom(netip.MustParseAddr(at), port))
+	}
+	ports := m.ports(b)
+	for _, target := range []uint16{81, 82, 83} {
+		ports = append(ports, ingress.Published{Service: "web", Protocol: weft.SCTP, Port: 30000 + target, Target: target, Backends: []ingress.Backend{b}})
+	}
+	m.publish(ports...)
+	ask := func(when string) {
+		for i, h := range m.hosts {
+			for client, port := range map[string][]int{meshClient: {30000, 30081, 30082}, meshClient6: {30000, 30083}} {
+				for _, p := range port {
+					to := strings.Replace(h.addresses()[client], "30000", strconv.Itoa(p), 1)
+					c, _, seen, err := m.ask("sctp", to, 0)
+					if err == nil {
+						err = echo(c)
+					}
+					if err != nil || seen.Addr().String() != client {
+						t.Errorf("%s: by host %d to %s: saw %s, %v; want %s", when, i, to, seen, err, client)
+					}
+				}
+			}
+		}
+	}
+	ask("no way out")
+	m.in(m.tasks[0].NetNS, moveLocal)
+	m.in(m.tasks[0].NetNS, func() error {
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "gw0", Flags: net.FlagUp}}); err != nil {
+			return err
+		}
+		return errors.Join(addAddr("gw0", "172.31.240.2/20"), addRoute("0.0.0.0/0", "172.31.240.1", 0))
+	})
+	ask("a way out elsewhere")
+}
+
+// serveSCTP listens in a namespace and answers with the port.
+func (m *mesh) serveSCTP(ns string, at netip.AddrPort) {
+	var ln net.Listener
+	m.in(ns, func() (err error) {
+		ln, err = ingresstest.ListenSCTP(at)
+		return err
+	})
+	m.acceptAll(ln, strconv.Itoa(int(at.Port())))
 }
 
 // moveLocal puts the rule of local addresses where agent/sandbox does, so that a

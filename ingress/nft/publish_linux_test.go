@@ -16,6 +16,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // Address plan: mesh's, with one host. Ports from 10000 to 20000 and from 40001
@@ -257,4 +258,34 @@ func TestPublishedConnectionOfTheDead(t *testing.T) {
 		t.Errorf("more on the connection: %v, want a reset", err)
 	}
 	m.wantKept("the other backend")
+}
+
+// Where connection tracking does not know SCTP its ports are left to the host, and said
+// to be.
+func TestPublishedWithoutSCTP(t *testing.T) {
+	m := newMesh(t, 1)
+	b := m.task(11)
+	e := m.hosts[0].e
+	if note := e.Note(); note != "" {
+		netnstest.Missing(t, "userns", fmt.Errorf("%s: %w", note, weft.ErrUnsupported))
+	}
+	has := func() bool {
+		_, ok := elements(t, "/proc/thread-self/ns/net", ipv4.publishedRules(ingress.Table{}), "ports")[portOf(weft.SCTP, 30000)]
+		return ok
+	}
+	m.publish(m.ports(b)...)
+	if !has() {
+		t.Error("the port of SCTP is not published")
+	}
+	e.lacksSCTP = true
+	m.publish(m.ports(b)...)
+	if has() {
+		t.Error("the port of SCTP is published without connection tracking of it")
+	}
+	if note := e.Note(); !strings.Contains(note, "ports of SCTP are not published") {
+		t.Errorf("the engine says %q", note)
+	}
+	if _, name, _, err := m.ask("tcp", "192.0.2.1:30000", 0); err != nil || name != string(b.Task) {
+		t.Errorf("the port of TCP: %q, %v", name, err)
+	}
 }

@@ -29,6 +29,7 @@ const inside = "WEFT_TEST_INSIDE"
 //	tcx     programs attached to links (Linux 6.6)
 //	clsact  filters that are BPF programs
 //	ipvs    the IP virtual server
+//	sctp    sockets of SCTP
 //	soak    the long forms of tests
 const require = "WEFT_TEST_REQUIRE"
 
