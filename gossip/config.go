@@ -21,11 +21,10 @@ type Transport = memberlist.NodeAwareTransport
 //	suspicionMult x max(1, log10(members)) x probeInterval
 //
 // once a second member suspects it too, and maxSuspicion times that until then.
-// A dead node of three is thus out of sight after 2 to 3 s. Half of these times
-// were seen to work without a false alarm in virtual time, but a node that gets
-// no processor for half a second is common on loaded machines, and a false
-// alarm takes all endpoints of a node away. memberlist stretches the timeouts
-// of a node that finds itself slow, up to awareness times.
+// A dead node of three is thus failed after 2 to 3 s. It is out of sight before
+// (watch.go), without membership being told: a verdict of membership is spread, and has to
+// be refuted. memberlist stretches the timeouts of a node that finds itself slow, up
+// to awareness times.
 const (
 	probeInterval = 500 * time.Millisecond
 	probeTimeout  = 250 * time.Millisecond

@@ -66,6 +66,11 @@ func goldenMessages() []goldenMessage {
 
 func TestGoldenFrames(t *testing.T) { testGolden(t, "testdata/frames-v2.txt", goldenMessages()) }
 
+// TestGoldenWatch: kinds that version 2 got later; older builds count them as malformed.
+func TestGoldenWatch(t *testing.T) {
+	testGolden(t, "testdata/frames-v2-watch.txt", []goldenMessage{{"doubt", doubt{nodeID(2), 400 * time.Millisecond}}, {"vouch", vouch{nodeID(2)}}})
+}
+
 // TestVersionOneIsRefused: builds of before the first release spoke version 1;
 // what is in their golden files is dropped, and counts as foreign.
 func TestVersionOneIsRefused(t *testing.T) {

@@ -39,6 +39,9 @@ type Member struct {
 	ID   weft.ID
 	Addr netip.Addr // of its gossip port
 	VTEP netip.Addr
+	// Doubted: it has been silent for so long that it is about to be given up.
+	// Whoever has another way to ask should ask now.
+	Doubted bool
 }
 
 // Runner is the life of a Table.

@@ -29,6 +29,7 @@ type loop struct {
 	open *opener
 	// members has room for one: look at serf's members again.
 	members chan struct{}
+	watch   *watch
 	addrs   map[weft.ID]memberlist.Address // of all members, dead ones too
 	dead    []weft.ID                      // failed members
 
@@ -64,6 +65,8 @@ func (l *loop) run(ctx context.Context) error {
 	defer seeds.Stop()
 	due := time.NewTimer(0)
 	defer due.Stop()
+	listen := time.NewTimer(0)
+	defer listen.Stop()
 	l.lookAtMembers()
 	l.trySeeds(time.Now())
 	for {
@@ -76,6 +79,8 @@ func (l *loop) run(ctx context.Context) error {
 			l.takeKeys()
 		case <-due.C:
 			l.withCore((*core).advance)
+		case <-listen.C:
+			l.listen()
 		case f := <-l.mux.frames:
 			l.receive(f)
 		case <-l.members:
@@ -86,7 +91,35 @@ func (l *loop) run(ctx context.Context) error {
 			l.withCore((*core).tick)
 			l.knock()
 		}
+		l.follow(listen)
 		l.sendAll(due)
+	}
+}
+
+// listen gives the watch its time, after all that has come: a member's answer may
+// lie there.
+func (l *loop) listen() {
+	for range len(l.mux.frames) {
+		l.receive(<-l.mux.frames)
+	}
+	l.watch.advance(time.Now())
+}
+
+// follow does what the watch says, and sets the timer for its next moment.
+func (l *loop) follow(listen *time.Timer) {
+	if l.watch.changed {
+		l.watch.changed = false
+		l.g.stats.doubts.Store(l.watch.counts.doubts)
+		l.g.stats.silences.Store(l.watch.counts.silences)
+		l.lookAtMembers()
+	}
+	for _, e := range l.watch.take() {
+		l.send(e)
+	}
+	if l.watch.due.IsZero() {
+		listen.Stop()
+	} else {
+		listen.Reset(time.Until(l.watch.due))
 	}
 }
 
@@ -120,7 +153,7 @@ func (l *loop) self() Member {
 
 // lookAtMembers reads serf's members and gives them to the core.
 func (l *loop) lookAtMembers() {
-	live := []Member{l.self()}
+	live, alive := []Member{l.self()}, []weft.ID(nil)
 	clear(l.addrs)
 	l.dead = l.dead[:0]
 	for _, m := range l.serf.Members() {
@@ -141,7 +174,13 @@ func (l *loop) lookAtMembers() {
 				continue
 			}
 			live = append(live, Member{ID: id, Addr: addr.Addr(), VTEP: vtep})
+			alive = append(alive, id)
 		}
+	}
+	l.watch.setMembers(time.Now(), alive)
+	live = slices.DeleteFunc(live, func(m Member) bool { return l.watch.isSilent(m.ID) })
+	for i := range live {
+		live[i].Doubted = l.watch.isDoubted(live[i].ID)
 	}
 	if err := l.open.know(slices.Collect(maps.Keys(l.addrs))); err != nil {
 		l.g.cfg.Log.Error("frames of members cannot be read", weft.KeyErr, err)
@@ -171,8 +210,11 @@ func (l *loop) tell(live []Member) {
 	for _, m := range before {
 		if !has(live, m.ID) {
 			why := "left"
-			if slices.Contains(l.dead, m.ID) {
+			switch {
+			case slices.Contains(l.dead, m.ID):
 				why = "failed"
+			case l.watch.isSilent(m.ID):
+				why = "silent"
 			}
 			l.g.cfg.Log.Info("member is gone", weft.KeyPeer, m.ID, "why", why)
 		}
@@ -212,6 +254,9 @@ func (l *loop) receive(f inFrame) {
 		return
 	}
 	st.received.Add(1)
+	if f.peer == "" {
+		l.hear(from)
+	}
 	switch m := m.(type) {
 	case knock:
 		if f.from != "" {
@@ -222,11 +267,23 @@ func (l *loop) receive(f inFrame) {
 	case knocked:
 		l.meet(from, f.from)
 		return
+	case doubt, vouch:
+		l.watch.receive(time.Now(), from, m)
+		return
 	case cold:
 		l.meet(from, f.from) // it thinks us alive
 		l.compareLive(from, m)
 	}
 	l.withCore(func(c *core, now time.Time) { c.receive(now, from, m, f.peer != "") })
+}
+
+// hear takes a sign of life. Who was silent is in sight again before its frame is
+// looked at.
+func (l *loop) hear(from weft.ID) {
+	l.watch.hear(time.Now(), from)
+	if l.watch.changed {
+		l.lookAtMembers()
+	}
 }
 
 // compareLive joins a member that twice in a row thought others alive than we

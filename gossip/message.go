@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/weftnet/weft"
 )
@@ -65,6 +66,13 @@ type (
 	// knock asks a member thought dead for a sign of life, knocked is it.
 	knock   struct{}
 	knocked struct{}
+	// doubt says that nothing was heard of a member for that long, and asks who
+	// hears it; vouch answers that it was heard just now.
+	doubt struct {
+		about   weft.ID
+		silence time.Duration // in milliseconds on the wire
+	}
+	vouch struct{ about weft.ID }
 )
 
 func (*update) isMessage() {}
@@ -74,6 +82,8 @@ func (cold) isMessage()    {}
 func (done) isMessage()    {}
 func (knock) isMessage()   {}
 func (knocked) isMessage() {}
+func (doubt) isMessage()   {}
+func (vouch) isMessage()   {}
 
 // Kinds of message, version 2 of the format. Version 1 had 1 to 7. Numbers are
 // never used again.
@@ -85,6 +95,8 @@ const (
 	kindDone    byte = 12
 	kindKnock   byte = 13
 	kindKnocked byte = 14
+	kindDoubt   byte = 15
+	kindVouch   byte = 16
 )
 
 // noTree is the tree of an update that is not passed on.
@@ -96,6 +108,7 @@ const (
 	maxEntries   = 1 << 17
 	maxBodyBytes = 6 << 20 // on a stream, in one part
 	maxParts     = 64      // of a body that goes by datagrams
+	maxSilence   = 1 << 16 // of a doubt, in milliseconds
 )
 
 // encode appends m to b. Numbers are uvarints, hashes big endian.
@@ -123,6 +136,10 @@ func encode(b []byte, m message) []byte {
 		return append(b, kindKnock)
 	case knocked:
 		return append(b, kindKnocked)
+	case doubt:
+		return binary.AppendUvarint(appendID(append(b, kindDoubt), m.about), uint64(m.silence/time.Millisecond))
+	case vouch:
+		return appendID(append(b, kindVouch), m.about)
 	}
 	panic(fmt.Sprintf("encode gossip message: unknown type %T", m))
 }
@@ -178,6 +195,10 @@ func decode(b []byte) (message, error) {
 		m = knock{}
 	case kindKnocked:
 		m = knocked{}
+	case kindDoubt:
+		m = d.doubt()
+	case kindVouch:
+		m = vouch{d.id()}
 	default:
 		return nil, fmt.Errorf("message of unknown kind %d", b[0])
 	}
@@ -260,6 +281,14 @@ func (d *decoder) update() *update {
 	}
 	m.body = d.bytes(uint64(len(d.b)))
 	return m
+}
+
+func (d *decoder) doubt() doubt {
+	about, ms := d.id(), d.uvarint()
+	if ms > maxSilence {
+		d.fail(fmt.Errorf("silence of %d ms", ms))
+	}
+	return doubt{about, time.Duration(ms) * time.Millisecond}
 }
 
 func (d *decoder) nets() []netStamps {

@@ -39,7 +39,7 @@ type Gossip struct {
 var _ Runner = (*Gossip)(nil)
 
 type counters struct {
-	sent, received, foreign, unknown, unauthentic, replayed, oversized, malformed, streamed, joins atomic.Uint64
+	sent, received, foreign, unknown, unauthentic, replayed, oversized, malformed, streamed, joins, doubts, silences atomic.Uint64
 }
 
 // Stats are counts since New.
@@ -61,6 +61,8 @@ type Stats struct {
 	SessionsFailed uint64 // messages that no session could take
 	SessionsBad    uint64 // sessions refused: no certificate of this cluster, or too many
 	Joins          uint64 // attempts to join, by seeds, knocks and digests
+	Doubts         uint64 // members not heard of for half a second
+	Silences       uint64 // members taken out of sight as they did not answer
 }
 
 // New checks cfg and returns a Gossip that knows itself only. It does no I/O
@@ -97,7 +99,7 @@ func (g *Gossip) Stats() Stats {
 		FramesSent: c.sent.Load(), FramesStreamed: c.streamed.Load(), FramesReceived: c.received.Load(),
 		Foreign: c.foreign.Load(), Unknown: c.unknown.Load(), Unauthentic: c.unauthentic.Load(), Replayed: c.replayed.Load(), Oversized: c.oversized.Load(),
 		Malformed: c.malformed.Load() + n.malformed, Refused: n.refused, Stale: n.stale, Wants: n.wants, Repairs: n.repairs,
-		Joins: c.joins.Load(),
+		Joins: c.joins.Load(), Doubts: c.doubts.Load(), Silences: c.silences.Load(),
 	}
 	if x != nil {
 		st.Foreign += x.foreign.Load()
@@ -166,8 +168,10 @@ func (g *Gossip) setMembers(now time.Time, members []Member) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !slices.Equal(members, g.members) {
+		if !slices.EqualFunc(members, g.members, sameMember) {
+			g.core.changed = true // a VTEP may have changed
+		}
 		g.members = members
-		g.core.changed = true // a VTEP may have changed
 		old := g.nodes
 		g.nodes = &view{changed: make(chan struct{})}
 		close(old.changed)
@@ -178,6 +182,12 @@ func (g *Gossip) setMembers(now time.Time, members []Member) {
 	}
 	g.core.setLive(now, ids)
 	g.refreshLocked()
+}
+
+// sameMember leaves out whether it is doubted: its endpoints are in sight all the same.
+func sameMember(a, b Member) bool {
+	a.Doubted = b.Doubted
+	return a == b
 }
 
 // withCore runs fn on the core and makes a new view if that changed something.
@@ -215,6 +225,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	l := &loop{
 		g: g, serf: s, mux: x, ring: ring, seal: seal, open: newOpener(secrets(ring)...),
 		members: make(chan struct{}, 1),
+		watch:   newWatch(g.cfg.Node, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))),
 		addrs:   map[weft.ID]memberlist.Address{}, seedWait: seedMin,
 	}
 	// serf holds a lock while it writes an event, and the loop asks serf

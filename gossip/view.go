@@ -92,6 +92,7 @@ func (c *core) sight(members []Member) []part {
 	ids := slices.Sorted(maps.Keys(c.nets))
 	var out []part
 	for _, m := range members {
+		m.Doubted = false
 		if p := c.peers[m.ID]; p == nil || !p.live || !p.shown {
 			continue
 		}

@@ -1,0 +1,386 @@
+package gossip
+
+import (
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// watch finds out which members have fallen silent, sooner than membership gives
+// them up and without its word: what it says is this node's own view, and the
+// first sign of life takes it back. It is a state machine as core is: events go
+// in by its methods, messages come out by take.
+//
+// Each node watches the watchNext members after it in order, so that each member is
+// watched by as many. A member's way, seen from one node:
+//
+//	heard ── knockEvery passes (its watchers only), or another doubts ──► asked
+//	asked ── no answer: three others are asked, then all others are told ──► doubted
+//	doubted ── silentAfter in all, and silentOwn of own questions ──► silent
+//	any of them ── a frame of it, or another's word that it lives ──► heard
+//
+// Whoever doubts also asks three others again and again: where only the way between
+// two is broken, they say so. A node that was kept from running does not
+// count that time: the answers may be in its queue.
+type watch struct {
+	self weft.ID
+	rand *rand.Rand
+	ring []weft.ID // alive by membership, self included, in order
+	of   map[weft.ID]*watched
+	due  time.Time // when advance is to be called; zero: not by itself
+	// notBefore is when the next verdict may be: later, if this node was late.
+	notBefore time.Time
+	out       []envelope
+	// changed: who is doubted or silent has changed; the user clears it.
+	changed bool
+	counts  watchCounts
+}
+
+// watched is what a node knows of another's life.
+type watched struct {
+	id weft.ID
+	// heard is when its last frame came; zero: none has, so it need not know us
+	// yet, and only others can doubt it. vouched is when another said that it lives.
+	heard, vouched time.Time
+	// since is when its silence began, by what this node or the one that told it
+	// has seen; zero: it owes no answer. first is our own first question.
+	since, first time.Time
+	asked        int           // own questions since first
+	told         int           // how far others know: helpersAsked, allTold
+	next         time.Time     // of the next question; zero: none
+	patience     time.Duration // for an answer, as long as they take
+	rest         time.Duration // before it is watched again
+	askers       []weft.ID     // who wants to know when it is heard
+	isDoubted    bool
+	isSilent     bool
+}
+
+// watchCounts are counted since the start.
+type watchCounts struct{ doubts, silences uint64 }
+
+// Steps of watched.told.
+const (
+	helpersAsked = 1 + iota
+	allTold
+)
+
+// Times of the watch, our own choices. A member that gets no processor for a second
+// must be able to answer in time, and a dead one must be out of sight within 1.5 s:
+// silentAfter lies between. At 10 % loss a question goes unanswered one time in five. So
+// questions follow each other quickly: a silence begins with the first one that was
+// not answered, and one that was lost makes it seem longer than it is.
+const (
+	watchNext = 2
+	// knockEvery is the pause between two questions to a member that answers:
+	// with two watchers a death is noticed after 70 ms on average.
+	knockEvery = 200 * time.Millisecond
+	// knockStranger bounds that between two to one that was never heard.
+	knockStranger = time.Second
+	// patienceMin and patienceMax bound the wait for an answer, before the next
+	// member in order is watched, too. It follows the time that answers take, so
+	// that a long way is not asked twice each time. knockAgain comes after it.
+	patienceMin = 100 * time.Millisecond
+	patienceMax = 150 * time.Millisecond
+	knockAgain  = 50 * time.Millisecond
+	// helpers are asked after asksAfter, all are told after tellsAfter.
+	helpers    = 3
+	asksAfter  = 300 * time.Millisecond
+	tellsAfter = 400 * time.Millisecond
+	// doubtAfter a silence is told to readers, who may make their own inquiries.
+	doubtAfter = 500 * time.Millisecond
+	// lastAsks is when the last inquiries with others begin.
+	lastAsks    = 800 * time.Millisecond
+	silentAfter = 1200 * time.Millisecond
+	// silentOwn is how long, and silentAsked how often, a node itself asks.
+	silentOwn   = 500 * time.Millisecond
+	silentAsked = 6
+	// silentAgain paces questions to a silent member.
+	silentAgain = 500 * time.Millisecond
+	// freshFor is how old a sign of life may be to speak for a member: less than
+	// the first inquiry takes, else a member that has just died would be spoken for.
+	freshFor = 150 * time.Millisecond
+	// restMax bounds the pause before a member that others speak for is asked again.
+	restMax = 8 * time.Second
+	// lateBy is how late a node may be woken before it counts as kept from
+	// running; lateGrace is how long it then listens before any verdict.
+	lateBy    = 100 * time.Millisecond
+	lateGrace = 200 * time.Millisecond
+)
+
+func newWatch(self weft.ID, r *rand.Rand) *watch {
+	return &watch{self: self, rand: r, ring: []weft.ID{self}, of: map[weft.ID]*watched{}}
+}
+
+// take returns the messages to send and forgets them.
+func (w *watch) take() []envelope {
+	out := w.out
+	w.out = nil
+	return out
+}
+
+func (w *watch) send(m message, ids ...weft.ID) {
+	if len(ids) > 0 {
+		w.out = append(w.out, envelope{to: slices.Clone(ids), m: m})
+	}
+}
+
+// setMembers takes the members that are alive by membership.
+func (w *watch) setMembers(now time.Time, ids []weft.ID) {
+	ring := append([]weft.ID{w.self}, ids...)
+	slices.Sort(ring)
+	ring = slices.Compact(ring)
+	if slices.Equal(ring, w.ring) {
+		return
+	}
+	w.ring = ring
+	maps.DeleteFunc(w.of, func(id weft.ID, _ *watched) bool {
+		_, stays := slices.BinarySearch(ring, id)
+		return !stays
+	})
+	for _, id := range ring {
+		if id != w.self && w.of[id] == nil {
+			w.of[id] = &watched{id: id, patience: patienceMin, rest: knockEvery}
+		}
+	}
+	w.advance(now)
+}
+
+func (w *watch) isSilent(id weft.ID) bool {
+	p := w.of[id]
+	return p != nil && p.isSilent
+}
+
+func (w *watch) isDoubted(id weft.ID) bool {
+	p := w.of[id]
+	return p != nil && p.isDoubted
+}
+
+// hear takes a sign of life: an authentic frame of the member itself.
+func (w *watch) hear(now time.Time, id weft.ID) {
+	p := w.of[id]
+	if p == nil {
+		return
+	}
+	if p.asked > 0 && !p.isSilent {
+		if took := now.Sub(p.first); took > p.patience {
+			p.patience = min(2*p.patience, patienceMax)
+		} else {
+			p.patience = max(p.patience*7/8, patienceMin)
+		}
+	}
+	p.heard, p.rest = now, knockEvery
+	if len(p.askers) > 0 {
+		w.send(vouch{id}, p.askers...)
+	}
+	w.clear(now, p)
+}
+
+// clear ends a silence.
+func (w *watch) clear(now time.Time, p *watched) {
+	w.changed = w.changed || p.isDoubted || p.isSilent
+	p.isDoubted, p.isSilent, p.askers = false, false, nil
+	p.since, p.first, p.asked, p.told = time.Time{}, time.Time{}, 0, 0
+	if !p.next.IsZero() {
+		p.next = now.Add(p.rest)
+	}
+}
+
+// receive takes a message about a third member; the sender was heard before.
+func (w *watch) receive(now time.Time, from weft.ID, m message) {
+	switch m := m.(type) {
+	case doubt:
+		w.receiveDoubt(now, from, m)
+	case vouch:
+		if p := w.of[m.about]; p != nil && p.id != from && (!p.since.IsZero() || p.isSilent) {
+			// Not forgetting whom it has to answer: that is for hear.
+			askers := p.askers
+			p.vouched, p.rest = now, min(2*p.rest, restMax)
+			w.clear(now, p)
+			p.askers = askers
+		}
+	}
+	w.schedule()
+}
+
+func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
+	p := w.of[m.about]
+	switch {
+	case p == nil || p.id == from:
+		return
+	case now.Sub(p.heard) <= freshFor:
+		w.send(vouch{p.id}, from)
+		return
+	}
+	if !slices.Contains(p.askers, from) && len(p.askers) < len(w.ring) {
+		p.askers = append(p.askers, from)
+	}
+	if p.isSilent {
+		return
+	}
+	// What this node has seen of it goes before what it is told.
+	since := now.Add(-min(m.silence, silentAfter))
+	for _, t := range []time.Time{p.heard, p.vouched} {
+		if t.After(since) {
+			since = t
+		}
+	}
+	if p.since.IsZero() || since.Before(p.since) {
+		p.since = since
+	}
+	if p.asked == 0 {
+		w.ask(now, p, knockAgain)
+	}
+}
+
+// ask sends a question; the next is due after pause.
+func (w *watch) ask(now time.Time, p *watched, pause time.Duration) {
+	if p.asked == 0 {
+		p.first = now
+		if p.since.IsZero() {
+			p.since = now
+		}
+	}
+	p.asked++
+	p.next = now.Add(pause)
+	w.send(knock{}, p.id)
+}
+
+// advance does what is due.
+func (w *watch) advance(now time.Time) {
+	w.forgive(now)
+	watching := w.watching(now)
+	for _, id := range w.ring {
+		if p := w.of[id]; p != nil {
+			w.step(now, p, watching[id])
+		}
+	}
+	w.schedule()
+}
+
+// forgive leaves out of every silence the time for which this node itself was kept
+// from running.
+func (w *watch) forgive(now time.Time) {
+	late := now.Sub(w.due)
+	if w.due.IsZero() || late <= lateBy {
+		return
+	}
+	w.notBefore = now.Add(lateGrace)
+	for _, p := range w.of {
+		if !p.since.IsZero() {
+			p.since, p.first = earlier(now, p.since.Add(late)), earlier(now, p.first.Add(late))
+		}
+	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// watching are the next members in order that owe no answer.
+func (w *watch) watching(now time.Time) map[weft.ID]bool {
+	out := map[weft.ID]bool{}
+	me, _ := slices.BinarySearch(w.ring, w.self)
+	for i := 1; i < len(w.ring) && len(out) < watchNext; i++ {
+		p := w.of[w.ring[(me+i)%len(w.ring)]]
+		if !p.isSilent && (p.since.IsZero() || now.Sub(p.since) < p.patience) {
+			out[p.id] = true
+		}
+	}
+	return out
+}
+
+func (w *watch) step(now time.Time, p *watched, isWatched bool) {
+	due := !p.next.IsZero() && !now.Before(p.next)
+	switch {
+	case p.isSilent:
+		if due {
+			w.ask(now, p, silentAgain)
+		}
+	case p.since.IsZero() && p.heard.IsZero(): // until it knows us
+		if due {
+			w.send(knock{}, p.id)
+		}
+		if due || p.next.IsZero() {
+			p.next = now.Add(w.some(knockStranger))
+		}
+	case p.since.IsZero() && !isWatched:
+		p.next = time.Time{}
+	case p.since.IsZero() && p.next.IsZero(): // each at its own moment
+		if p.next = p.heard.Add(w.some(knockEvery)); p.next.Before(now) {
+			w.ask(now, p, p.patience)
+		}
+	case p.since.IsZero() && due:
+		w.ask(now, p, p.patience)
+	case !p.since.IsZero():
+		w.doubt(now, p, due)
+	}
+}
+
+func (w *watch) some(d time.Duration) time.Duration { return time.Duration(w.rand.Int64N(int64(d))) }
+
+// doubt goes on with a member that owes an answer.
+func (w *watch) doubt(now time.Time, p *watched, due bool) {
+	silence := now.Sub(p.since)
+	if !now.Before(w.verdict(p)) && p.asked >= silentAsked {
+		p.isDoubted, p.isSilent, w.changed = false, true, true
+		w.counts.silences++
+		p.next = now.Add(silentAgain)
+		return
+	}
+	if silence >= doubtAfter && !p.isDoubted {
+		p.isDoubted, w.changed = true, true
+		w.counts.doubts++
+	}
+	if !due {
+		return
+	}
+	defer w.ask(now, p, knockAgain)
+	if silence < asksAfter {
+		return
+	}
+	others := slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
+		return id == w.self || id == p.id || w.of[id].isSilent
+	})
+	switch {
+	case p.told < allTold && silence >= tellsAfter && silence < lastAsks:
+		p.told = allTold
+		w.send(doubt{p.id, silence}, others...)
+	case p.told < helpersAsked || silence >= lastAsks:
+		p.told = max(p.told, helpersAsked)
+		w.rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
+		w.send(doubt{p.id, silence}, others[:min(len(others), helpers)]...)
+	}
+}
+
+// verdict is the earliest moment at which a member is given up.
+func (w *watch) verdict(p *watched) time.Time {
+	at := p.since.Add(silentAfter)
+	for _, t := range []time.Time{p.first.Add(silentOwn), w.notBefore} {
+		if t.After(at) {
+			at = t
+		}
+	}
+	return at
+}
+
+// schedule finds when advance has something to do.
+func (w *watch) schedule() {
+	w.due = time.Time{}
+	sooner := func(t time.Time) {
+		if !t.IsZero() && (w.due.IsZero() || t.Before(w.due)) {
+			w.due = t
+		}
+	}
+	for _, p := range w.of {
+		sooner(p.next)
+		if !p.since.IsZero() && !p.isSilent && p.asked >= silentAsked {
+			sooner(w.verdict(p))
+		}
+	}
+}

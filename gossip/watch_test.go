@@ -1,0 +1,436 @@
+package gossip
+
+import (
+	"container/heap"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// watchNet is a number of watches in virtual time, with links that delay and lose,
+// and nodes that die or get no processor for a while.
+type watchNet struct {
+	now   time.Time
+	rand  *rand.Rand
+	loss  float64
+	delay time.Duration // one way
+	cut   func(from, to int) bool
+	nodes []*watchNode
+	queue watchQueue
+	sent  int
+	// verdict is told each time a node takes another for silent.
+	verdict func(by, of int)
+}
+
+type watchNode struct {
+	w       *watch
+	n       int
+	isDead  bool
+	stalled time.Time // until then it gets no processor
+	inbox   []watchEvent
+	silent  map[int]bool
+}
+
+type watchEvent struct {
+	at       time.Time
+	from, to int
+	m        message
+}
+
+type watchQueue []watchEvent
+
+func (q watchQueue) Len() int           { return len(q) }
+func (q watchQueue) Less(i, j int) bool { return q[i].at.Before(q[j].at) }
+func (q watchQueue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
+func (q *watchQueue) Push(x any)        { *q = append(*q, x.(watchEvent)) }
+func (q *watchQueue) Pop() any {
+	old := *q
+	e := old[len(old)-1]
+	*q = old[:len(old)-1]
+	return e
+}
+
+func newWatchNet(seed uint64, n int, loss float64, delay time.Duration) *watchNet {
+	w := &watchNet{now: time.Unix(1000, 0), rand: rand.New(rand.NewPCG(seed, 7)), loss: loss, delay: delay}
+	for i := range n {
+		w.nodes = append(w.nodes, &watchNode{n: i, silent: map[int]bool{}, w: newWatch(nodeID(i), rand.New(rand.NewPCG(seed, uint64(i))))})
+	}
+	w.members()
+	for _, a := range w.nodes { // all have heard of all
+		for _, b := range w.nodes {
+			a.w.hear(w.now, nodeID(b.n))
+		}
+	}
+	return w
+}
+
+// members tells everybody who is a member: all that live, and those in also.
+func (w *watchNet) members(also ...int) {
+	var ids []weft.ID
+	for _, x := range w.nodes {
+		if !x.isDead || slices.Contains(also, x.n) {
+			ids = append(ids, nodeID(x.n))
+		}
+	}
+	for _, x := range w.nodes {
+		if !x.isDead {
+			x.w.setMembers(w.now, ids)
+		}
+	}
+}
+
+func numberOf(id weft.ID) int { return watchNumbers[id] }
+
+var watchNumbers = func() map[weft.ID]int {
+	m := map[weft.ID]int{}
+	for n := range 256 {
+		m[nodeID(n)] = n
+	}
+	return m
+}()
+
+// run lets time go on.
+func (w *watchNet) run(d time.Duration) {
+	for end := w.now.Add(d); ; {
+		next, who := end, (*watchNode)(nil)
+		if len(w.queue) > 0 && w.queue[0].at.Before(next) {
+			next = w.queue[0].at
+		}
+		for _, x := range w.nodes {
+			if at := x.wakes(); !x.isDead && !at.IsZero() && at.Before(next) {
+				next, who = at, x
+			}
+		}
+		if !next.Before(end) {
+			w.now = end
+			return
+		}
+		w.now = latest(w.now, next)
+		if who == nil {
+			e := heap.Pop(&w.queue).(watchEvent)
+			to := w.nodes[e.to]
+			if to.isDead {
+				continue
+			}
+			if to.inbox = append(to.inbox, e); w.now.Before(to.stalled) {
+				continue
+			}
+			w.read(to)
+			continue
+		}
+		// A node that wakes looks at its timers first: that is the worse order.
+		if !who.w.due.IsZero() && !w.now.Before(who.w.due) {
+			who.w.advance(w.now)
+		}
+		w.flush(who)
+		w.read(who)
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+func (x *watchNode) wakes() time.Time {
+	switch {
+	case len(x.inbox) > 0:
+		return x.stalled
+	case x.w.due.IsZero():
+		return time.Time{}
+	}
+	return latest(x.w.due, x.stalled)
+}
+
+func (w *watchNet) read(x *watchNode) {
+	for _, e := range x.inbox {
+		x.w.hear(w.now, nodeID(e.from))
+		switch e.m.(type) {
+		case knock:
+			w.post(x.n, e.from, knocked{})
+		case doubt, vouch:
+			x.w.receive(w.now, nodeID(e.from), e.m)
+		}
+	}
+	x.inbox = nil
+	w.flush(x)
+}
+
+func (w *watchNet) flush(x *watchNode) {
+	for _, e := range x.w.take() {
+		for _, id := range e.to {
+			w.post(x.n, numberOf(id), e.m)
+		}
+	}
+	if !x.w.changed {
+		return
+	}
+	x.w.changed = false
+	for _, y := range w.nodes {
+		is := x.w.isSilent(nodeID(y.n))
+		if is && !x.silent[y.n] && w.verdict != nil {
+			w.verdict(x.n, y.n)
+		}
+		x.silent[y.n] = is
+	}
+}
+
+func (w *watchNet) post(from, to int, m message) {
+	w.sent++
+	if w.rand.Float64() >= w.loss && (w.cut == nil || !w.cut(from, to)) {
+		heap.Push(&w.queue, watchEvent{w.now.Add(w.delay), from, to, m})
+	}
+}
+
+// allSay reports whether all who live and run say the same of a node.
+func (w *watchNet) allSay(of int, silent bool) bool {
+	return !slices.ContainsFunc(w.nodes, func(x *watchNode) bool {
+		return x.n != of && !x.isDead && x.w.isSilent(nodeID(of)) != silent
+	})
+}
+
+// kill ends a node and returns after what time all others take it for silent.
+func (w *watchNet) kill(t *testing.T, n int) time.Duration {
+	t.Helper()
+	w.nodes[n].isDead = true
+	for began := w.now; ; w.run(5 * time.Millisecond) {
+		if w.allSay(n, true) {
+			return w.now.Sub(began)
+		}
+		if w.now.Sub(began) > 10*time.Second {
+			t.Fatalf("node %d has died and is not missed", n)
+		}
+	}
+}
+
+// revive starts a node again, with nothing of what it knew.
+func (w *watchNet) revive(n int) {
+	x := w.nodes[n]
+	*x = watchNode{n: n, silent: map[int]bool{}, w: newWatch(nodeID(n), rand.New(rand.NewPCG(w.rand.Uint64(), 1)))}
+	w.members()
+	for _, y := range w.nodes {
+		w.post(n, y.n, knock{}) // it comes with its table
+	}
+}
+
+// TestWatchDead: a dead node is silent for all within 1.5 s, and nobody else is, with
+// and without loss.
+func TestWatchDead(t *testing.T) {
+	deaths := 30
+	if *Long {
+		deaths = 300
+	}
+	sizes := []int{2, 3, 5, 10, 20}
+	if *Long {
+		sizes = append(sizes, 50, 200)
+	}
+	for _, nodes := range sizes {
+		for _, loss := range []float64{0, 0.1} {
+			t.Run(fmt.Sprintf("%d nodes, loss %.1f", nodes, loss), func(t *testing.T) {
+				w := newWatchNet(1, nodes, loss, 250*time.Microsecond)
+				dead := -1
+				w.verdict = func(by, of int) {
+					if of != dead {
+						t.Errorf("at %v node %d takes %d for silent, which lives", w.now.Sub(time.Unix(1000, 0)), by, of)
+					}
+				}
+				var took []time.Duration
+				for range deaths {
+					w.run(2*time.Second + time.Duration(w.rand.IntN(1000))*time.Millisecond)
+					dead = w.rand.IntN(nodes)
+					took = append(took, w.kill(t, dead))
+					w.revive(dead)
+					w.run(3 * time.Second)
+					if !w.allSay(dead, false) {
+						t.Errorf("node %d is back, and not all see it", dead)
+					}
+					dead = -1
+				}
+				slices.Sort(took)
+				t.Logf("%d deaths: silent for all after %v (median), %v (worst)", deaths, took[deaths/2], took[deaths-1])
+				if took[deaths-1] >= 1500*time.Millisecond {
+					t.Errorf("the slowest death took %v, want less than 1.5 s", took[deaths-1])
+				}
+			})
+		}
+	}
+}
+
+// TestWatchStalls: nodes that get no processor for half a second to a second, some of
+// them at once, are not taken for silent, and do not take others for silent.
+func TestWatchStalls(t *testing.T) {
+	length := 2 * time.Minute
+	if *Long {
+		length = time.Hour
+	}
+	for _, nodes := range []int{2, 3, 5, 10, 20} {
+		for _, loss := range []float64{0, 0.1} {
+			t.Run(fmt.Sprintf("%d nodes, loss %.1f", nodes, loss), func(t *testing.T) {
+				w := newWatchNet(2, nodes, loss, 250*time.Microsecond)
+				alarms, stalls := 0, 0
+				w.verdict = func(by, of int) { alarms++ }
+				for end := w.now.Add(length); w.now.Before(end); {
+					w.run(time.Duration(w.rand.IntN(1500)) * time.Millisecond)
+					x := w.nodes[w.rand.IntN(nodes)]
+					if w.now.After(x.stalled.Add(time.Second)) {
+						stalls++
+						x.stalled = w.now.Add(500*time.Millisecond + time.Duration(w.rand.IntN(500))*time.Millisecond)
+					}
+				}
+				t.Logf("%d stalls, %d times somebody was taken for silent", stalls, alarms)
+				if alarms > 0 {
+					t.Error("false alarms")
+				}
+			})
+		}
+	}
+}
+
+// TestWatchOwnStall: a node that was away for long hears the others first.
+func TestWatchOwnStall(t *testing.T) {
+	w := newWatchNet(3, 5, 0.1, 250*time.Microsecond)
+	w.verdict = func(by, of int) {
+		if by == 2 {
+			t.Errorf("node 2 was away itself, and takes %d for silent", of)
+		}
+	}
+	for range 20 {
+		w.run(5 * time.Second)
+		w.nodes[2].stalled = w.now.Add(8 * time.Second)
+		w.run(8500 * time.Millisecond)
+		if !w.allSay(2, false) {
+			t.Error("it is back for half a second, and not all see it")
+		}
+	}
+}
+
+// TestWatchLongWays: ways with a round trip of up to 400 ms are ways.
+func TestWatchLongWays(t *testing.T) {
+	for _, delay := range []time.Duration{50, 100, 200} {
+		delay *= time.Millisecond
+		t.Run(delay.String(), func(t *testing.T) {
+			w := newWatchNet(4, 10, 0.05, delay)
+			w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent", by, of) }
+			w.run(10 * time.Minute)
+			t.Logf("each node sends %d packets a second", w.sent/600/10)
+		})
+	}
+}
+
+// TestWatchBrokenPair: two that cannot reach each other believe those who can, and
+// do not trouble them for ever.
+func TestWatchBrokenPair(t *testing.T) {
+	w := newWatchNet(5, 5, 0, 250*time.Microsecond)
+	w.run(10 * time.Second)
+	before := w.sent
+	w.run(time.Minute)
+	quiet := w.sent - before
+	w.cut = func(from, to int) bool { return from == 0 && to == 1 || from == 1 && to == 0 }
+	w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent, which three others hear", by, of) }
+	w.run(time.Minute)
+	before = w.sent
+	w.run(time.Minute)
+	if extra := w.sent - before - quiet; extra > quiet/4 {
+		t.Errorf("%d packets a minute, %d more than with all ways", quiet+extra, extra)
+	}
+}
+
+// TestWatchPartition: both sides miss each other in time, and see each other again
+// soon after.
+func TestWatchPartition(t *testing.T) {
+	w := newWatchNet(6, 7, 0.1, 250*time.Microsecond)
+	w.run(5 * time.Second)
+	left := func(n int) bool { return n < 3 }
+	w.cut = func(from, to int) bool { return left(from) != left(to) }
+	w.verdict = func(by, of int) {
+		if left(by) == left(of) {
+			t.Errorf("node %d takes %d of its own side for silent", by, of)
+		}
+	}
+	w.run(1800 * time.Millisecond) // four neighbours go at once
+	for _, x := range w.nodes {
+		for _, y := range w.nodes {
+			if left(x.n) != left(y.n) && !x.w.isSilent(nodeID(y.n)) {
+				t.Errorf("node %d does not miss %d after 1.8 s", x.n, y.n)
+			}
+		}
+	}
+	w.run(20 * time.Second)
+	w.cut = nil
+	w.run(2 * time.Second)
+	for _, x := range w.nodes {
+		for _, y := range w.nodes {
+			if x.w.isSilent(nodeID(y.n)) {
+				t.Errorf("node %d misses %d 2 s after the heal", x.n, y.n)
+			}
+		}
+	}
+}
+
+// TestWatchNeighboursDieTogether: the watchers of a node die with it.
+func TestWatchNeighboursDieTogether(t *testing.T) {
+	w := newWatchNet(7, 10, 0.1, 250*time.Microsecond)
+	w.run(5 * time.Second)
+	for _, n := range []int{3, 4, 5, 6} {
+		w.nodes[n].isDead = true
+	}
+	began := w.now
+	for !w.allSay(3, true) || !w.allSay(4, true) || !w.allSay(5, true) || !w.allSay(6, true) {
+		w.run(time.Millisecond)
+		if w.now.Sub(began) > 10*time.Second {
+			t.Fatal("not all are missed")
+		}
+	}
+	took := w.now.Sub(began)
+	t.Logf("four neighbours are silent for all after %v", took)
+	if took > 2500*time.Millisecond {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// TestWatchStranger: who was never heard may not know us yet, and is not doubted
+// until somebody else does.
+func TestWatchStranger(t *testing.T) {
+	w := newWatch(nodeID(1), rand.New(rand.NewPCG(1, 1)))
+	now := time.Unix(1000, 0)
+	w.setMembers(now, []weft.ID{nodeID(2), nodeID(3)})
+	w.hear(now, nodeID(3))
+	spend := func(d time.Duration) {
+		for end := now.Add(d); now.Before(end); {
+			now = now.Add(10 * time.Millisecond)
+			w.hear(now, nodeID(3))
+			w.advance(now)
+		}
+	}
+	if spend(10 * time.Second); w.isSilent(nodeID(2)) || w.isDoubted(nodeID(2)) {
+		t.Error("doubted, and nobody has heard it before")
+	}
+	if !slices.ContainsFunc(w.take(), func(e envelope) bool { return e.m == knock{} && e.to[0] == nodeID(2) }) {
+		t.Error("it was not asked")
+	}
+	w.receive(now, nodeID(3), doubt{nodeID(2), tellsAfter})
+	if spend(silentAfter - tellsAfter - 20*time.Millisecond); w.isSilent(nodeID(2)) {
+		t.Error("taken for silent too early")
+	}
+	if spend(60 * time.Millisecond); !w.isSilent(nodeID(2)) {
+		t.Error("not taken for silent although another doubts it")
+	}
+}
+
+// TestWatchOneLiar: a member's word that others are silent is looked into, not believed.
+func TestWatchOneLiar(t *testing.T) {
+	w := newWatchNet(8, 5, 0, 250*time.Microsecond)
+	w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent", by, of) }
+	for range 1000 {
+		w.run(20 * time.Millisecond)
+		for to := range 4 {
+			w.post(4, to, doubt{nodeID((to + 1) % 4), time.Minute})
+		}
+	}
+}
