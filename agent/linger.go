@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -22,6 +23,15 @@ const (
 	// lingerDial bounds a question to a host. A live one answers within a
 	// round trip; a dead one must not keep its endpoints for longer.
 	lingerDial = 400 * time.Millisecond
+	// lingerTries connections are begun for one question, lingerTry apart: a
+	// packet may be lost, and TCP repeats it after a second only.
+	lingerTries = 3
+	lingerTry   = 130 * time.Millisecond
+	// lingerLate is by how much a question may be over time before its silence
+	// says more of this node, which did not get the processor, than of the host.
+	lingerLate = 100 * time.Millisecond
+	// lingerRetry is the pause after a silent host that gossip has not given up.
+	lingerRetry = 100 * time.Millisecond
 	// lingerAgain is the pause between two questions to the same host.
 	lingerAgain = time.Second
 	// lingerBound is the longest time that a host keeps its endpoints without
@@ -186,7 +196,11 @@ func (l *linger) look(now time.Time) (tableNews, memberNews <-chan struct{}, cha
 		members, memberNews = l.Table.Members()
 	}
 	for _, id := range l.core.see(now, endpoints, members) {
-		l.log.Info("node is out of reach of gossip, asking its host", weft.KeyNode, id)
+		host := "asked"
+		if l.core.owners[id] == nil {
+			host = "silent"
+		}
+		l.log.Info("node is out of reach of gossip", weft.KeyNode, id, "host", host)
 	}
 	view := l.core.merged(endpoints)
 	l.mu.Lock()
@@ -208,20 +222,60 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// ask reports whether a host is there. A refusal is the kernel of a host whose
+// hostState is what a question has brought.
+type hostState int
+
+const (
+	hostUnsure hostState = iota // nobody had the time to listen: to be asked again
+	hostThere
+	hostSilent
+)
+
+// ask finds out whether a host is there. A refusal is the kernel of a host whose
 // daemon is gone; an accepted connection is a daemon that is back and has not
 // joined yet. Whatever else happens, nobody answers for the containers.
-func (l *linger) ask(ctx context.Context, addr netip.Addr) bool {
+func (l *linger) ask(ctx context.Context, addr netip.Addr) hostState {
+	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, lingerDial)
-	defer cancel()
+	said := make(chan hostState, lingerTries)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel() // before the wait
+	for i := range lingerTries {
+		wg.Go(func() {
+			if !sleep(ctx, time.Duration(i)*lingerTry) {
+				said <- hostUnsure
+				return
+			}
+			said <- l.try(ctx, addr)
+		})
+	}
+	for range lingerTries {
+		if s := <-said; s != hostUnsure {
+			return s
+		}
+	}
+	if time.Since(began) > lingerDial+lingerLate {
+		return hostUnsure
+	}
+	return hostSilent
+}
+
+// try makes one connection; hostUnsure says that nothing came back.
+func (l *linger) try(ctx context.Context, addr netip.Addr) hostState {
 	c, err := l.dial(ctx, "tcp", net.JoinHostPort(addr.String(), strconv.Itoa(int(weft.GossipPort))))
-	if err == nil {
+	switch {
+	case err == nil:
 		if err := c.Close(); err != nil {
 			l.log.Debug("close question to a host", weft.KeyErr, err)
 		}
-		return true
+		return hostThere
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return hostThere
+	case ctx.Err() != nil, errors.Is(err, os.ErrDeadlineExceeded):
+		return hostUnsure
 	}
-	return errors.Is(err, syscall.ECONNREFUSED)
+	return hostSilent
 }
 
 // endpointsVersion is the version of the stored endpoints.

@@ -13,11 +13,11 @@ import (
 // lingerCore decides whose endpoints are kept, without I/O, goroutine or clock.
 // An owner's way:
 //
-//	         in the table ◄──────────────┐ its entries are the table's
-//	  ┌───────────┤                      │
+//	         in the table ◄──────────────┐ its entries are the table's; while gossip
+//	  ┌───────────┤                      │ doubts that it lives, its host is asked
 //	  │ not alive │ alive, no entries    │ back in the table
 //	  ▼           ▼                      │
-//	asked     forgotten (it runs nothing)│
+//	asked     forgotten (it runs nothing)│  (forgotten at once if it is silent by then)
 //	  ├── host answers: kept, asked again after lingerAgain
 //	  └── silence, or lingerBound is over: forgotten
 //
@@ -33,6 +33,9 @@ type lingerOwner struct {
 	entries []weft.OwnedEndpoint // of the table; never written once set
 	// gone is since when the owner is not alive; zero while it is.
 	gone time.Time
+	// isDoubted: it is in the table, and gossip may give it up soon. isSilent:
+	// its host did not answer then.
+	isDoubted, isSilent bool
 	// ask is when its host is asked next; meaningless while asking.
 	ask    time.Time
 	asking bool
@@ -53,7 +56,7 @@ type lingerQuestion struct {
 
 type lingerAnswer struct {
 	lingerQuestion
-	there bool
+	host hostState
 }
 
 func newLingerCore(self weft.ID) *lingerCore {
@@ -72,7 +75,7 @@ func (c *lingerCore) restore(now time.Time, owners []storedOwner) {
 
 // see takes the table and the live members, read at one moment, and forgets who
 // was kept for long enough; it returns the owners that have gone since the last
-// time.
+// time, those included whose host was silent already.
 func (c *lingerCore) see(now time.Time, endpoints []weft.OwnedEndpoint, members []gossip.Member) []weft.ID {
 	present := map[weft.ID]bool{}
 	alive := map[weft.ID]gossip.Member{}
@@ -89,7 +92,7 @@ func (c *lingerCore) see(now time.Time, endpoints []weft.OwnedEndpoint, members 
 		}
 		if id != c.self {
 			present[id] = true
-			c.present(id, alive[id], rest[:n])
+			c.present(now, id, alive[id], rest[:n])
 		}
 		rest = rest[n:]
 	}
@@ -106,13 +109,22 @@ func (c *lingerCore) see(now time.Time, endpoints []weft.OwnedEndpoint, members 
 			delete(c.owners, id)
 			continue
 		}
+		if !live && o.gone.IsZero() && o.isSilent {
+			delete(c.owners, id) // it was asked while gossip doubted
+			gone = append(gone, id)
+			continue
+		}
 		if live {
 			c.silent(now, id, o)
 			continue
 		}
 		o.settling = time.Time{}
 		if o.gone.IsZero() {
-			o.gone, o.ask = now, now
+			o.gone = now
+			if !o.isDoubted { // else it has been asked, or is being asked
+				o.ask = now
+			}
+			o.isDoubted = false
 			gone = append(gone, id)
 		}
 	}
@@ -121,15 +133,18 @@ func (c *lingerCore) see(now time.Time, endpoints []weft.OwnedEndpoint, members 
 }
 
 // present: the owner is in the table with entries.
-func (c *lingerCore) present(id weft.ID, m gossip.Member, entries []weft.OwnedEndpoint) {
+func (c *lingerCore) present(now time.Time, id weft.ID, m gossip.Member, entries []weft.OwnedEndpoint) {
 	o := c.owners[id]
 	if o == nil {
 		o = &lingerOwner{}
 		c.owners[id] = o
 	}
-	if !o.gone.IsZero() || o.asking {
-		o.gone, o.asking = time.Time{}, false
+	if !o.gone.IsZero() || o.isDoubted && !m.Doubted {
+		o.gone, o.asking, o.isDoubted, o.isSilent = time.Time{}, false, false, false
 		o.turn++
+	}
+	if m.Doubted && !o.isDoubted {
+		o.isDoubted, o.ask = true, now
 	}
 	o.entries, o.restored, o.settling = entries, false, time.Time{}
 	switch {
@@ -156,7 +171,7 @@ func (c *lingerCore) silent(now time.Time, id weft.ID, o *lingerOwner) {
 func (c *lingerCore) due(now time.Time) []lingerQuestion {
 	var out []lingerQuestion
 	for id, o := range c.owners {
-		if !o.gone.IsZero() && !o.asking && !o.ask.After(now) {
+		if o.isAsked() && !o.asking && !o.ask.After(now) {
 			o.asking = true
 			out = append(out, lingerQuestion{id, o.addr, o.turn})
 		}
@@ -164,6 +179,9 @@ func (c *lingerCore) due(now time.Time) []lingerQuestion {
 	slices.SortFunc(out, func(a, b lingerQuestion) int { return cmp.Compare(a.id, b.id) })
 	return out
 }
+
+// isAsked: its host is asked from time to time.
+func (o *lingerOwner) isAsked() bool { return !o.gone.IsZero() || o.isDoubted }
 
 // end is when the owner is forgotten if nothing happens; zero = never.
 func (o *lingerOwner) end() time.Time {
@@ -182,11 +200,17 @@ func (c *lingerCore) answer(now time.Time, a lingerAnswer) {
 	if o == nil || o.turn != a.turn || !o.asking {
 		return
 	}
-	if !a.there {
+	o.asking = false
+	switch {
+	case a.host == hostUnsure:
+		o.ask = now
+	case a.host == hostThere:
+		o.isSilent, o.ask = false, now.Add(lingerAgain)
+	case o.gone.IsZero(): // gossip may hear of it yet
+		o.isSilent, o.ask = true, now.Add(lingerRetry)
+	default:
 		delete(c.owners, a.id)
-		return
 	}
-	o.asking, o.ask = false, now.Add(lingerAgain)
 }
 
 // next is when see or due has something to do; zero = not by itself.
@@ -199,7 +223,7 @@ func (c *lingerCore) next() time.Time {
 	}
 	for _, o := range c.owners {
 		sooner(o.end())
-		if !o.gone.IsZero() && !o.asking {
+		if o.isAsked() && !o.asking {
 			sooner(o.ask)
 		}
 	}

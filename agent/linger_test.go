@@ -41,7 +41,10 @@ func accept(context.Context, string, string) (net.Conn, error) {
 	return here, there.Close()
 }
 
-var memberB = gossip.Member{ID: nodeB, Addr: vtepB, VTEP: vtepB}
+var (
+	memberB  = gossip.Member{ID: nodeB, Addr: vtepB, VTEP: vtepB}
+	doubtedB = gossip.Member{ID: nodeB, Addr: vtepB, VTEP: vtepB, Doubted: true}
+)
 
 func endpointOf(n byte) weft.Endpoint {
 	return weft.Endpoint{
@@ -169,6 +172,72 @@ func TestLinger(t *testing.T) {
 			settle(3 * time.Second)
 			l.sees(t, "meanwhile", one, two)
 		}},
+		{"a host that was silent while gossip doubted goes with it", func(t *testing.T, l *lingering) {
+			l.set(dead)
+			l.table.set(doubtedB, one, two)
+			settle(lingerDial + time.Millisecond)
+			l.sees(t, "while doubted", one, two)
+			l.table.fail(nodeB)
+			l.sees(t, "given up")
+		}},
+		{"a host that answered while gossip doubted is kept", func(t *testing.T, l *lingering) {
+			l.table.set(doubtedB, one, two)
+			settle(time.Millisecond)
+			l.set(dead)
+			l.table.fail(nodeB)
+			settle(lingerAgain - 10*time.Millisecond)
+			l.sees(t, "given up", one, two)
+			settle(10*time.Millisecond + lingerDial)
+			l.sees(t, "after the next question")
+		}},
+		{"the question of the doubt is still open", func(t *testing.T, l *lingering) {
+			l.set(dead)
+			l.table.set(doubtedB, one, two)
+			settle(lingerDial / 2)
+			l.table.fail(nodeB)
+			l.sees(t, "given up", one, two)
+			settle(lingerDial/2 + time.Millisecond)
+			l.sees(t, "after the dial's bound")
+		}},
+		{"heard again before it was given up", func(t *testing.T, l *lingering) {
+			l.set(dead)
+			l.table.set(doubtedB, one, two)
+			settle(lingerDial + time.Millisecond)
+			l.table.set(memberB, one, two)
+			settle(time.Second)
+			asked := l.asked.Load()
+			settle(5 * time.Second)
+			if l.asked.Load() != asked {
+				t.Error("asked on although it was heard")
+			}
+			l.set(refuse)
+			l.table.fail(nodeB)
+			settle(lingerDial)
+			l.sees(t, "given up later", one, two)
+		}},
+		{"packets are lost on the way", func(t *testing.T, l *lingering) {
+			l.set(func(ctx context.Context, network, address string) (net.Conn, error) {
+				if l.asked.Load()%lingerTries != 0 {
+					return dead(ctx, network, address)
+				}
+				return refuse(ctx, network, address)
+			})
+			l.table.fail(nodeB)
+			settle(10 * time.Second)
+			l.sees(t, "after 10 s", one, two)
+		}},
+		{"no processor here while the answer lay there", func(t *testing.T, l *lingering) {
+			l.set(func(ctx context.Context, _, _ string) (net.Conn, error) {
+				time.Sleep(2 * lingerDial)
+				return nil, ctx.Err()
+			})
+			l.table.fail(nodeB)
+			settle(3 * time.Second)
+			l.sees(t, "after 3 s", one, two)
+			l.set(dead)
+			settle(4 * lingerDial)
+			l.sees(t, "after a question in time")
+		}},
 		{"back in the table the old is forgotten", func(t *testing.T, l *lingering) {
 			l.table.fail(nodeB)
 			settle(5 * time.Second)
@@ -286,8 +355,8 @@ func TestLingerOverItsOwnEnd(t *testing.T) {
 
 // TestLingerCore checks, over random histories, what must always hold: an
 // owner in the table is seen as the table has it; one that is not is seen with
-// the last entries it had, or not at all; after silence, after the bound, and
-// alive without entries it is not seen.
+// the last entries it had, or not at all; after silence, also while gossip
+// doubted, after the bound, and alive without entries it is not seen.
 func TestLingerCore(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := newLingerCore(nodeA)
@@ -301,7 +370,8 @@ func TestLingerCore(t *testing.T) {
 			var members []gossip.Member
 			for i, id := range nodes {
 				m := gossip.Member{ID: id, Addr: netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 2)})}
-				switch rapid.IntRange(0, 3).Draw(t, "state") {
+				state := rapid.IntRange(0, 4).Draw(t, "state")
+				switch state {
 				case 0: // not alive
 					if _, was := since[id]; !was {
 						since[id] = now
@@ -316,8 +386,11 @@ func TestLingerCore(t *testing.T) {
 					}
 					table = append(table, last[id]...)
 				}
+				_, wasAway := since[id]
 				delete(since, id)
-				delete(silent, id)
+				if m.Doubted = state == 4; wasAway || !m.Doubted {
+					delete(silent, id)
+				}
 				members = append(members, m)
 			}
 			c.see(now, table, members)
@@ -338,12 +411,19 @@ func TestLingerCore(t *testing.T) {
 				}
 			}
 			for _, q := range c.due(now) {
-				if _, away := since[q.id]; !away {
+				_, away := since[q.id]
+				isDoubted := slices.ContainsFunc(members, func(m gossip.Member) bool { return m.ID == q.id && m.Doubted })
+				if !away && !isDoubted {
 					t.Fatalf("asked %s, which is alive", q.id.Short())
 				}
-				there := rapid.Bool().Draw(t, "there")
-				silent[q.id] = silent[q.id] || !there
-				c.answer(now, lingerAnswer{q, there})
+				host := rapid.SampledFrom([]hostState{hostUnsure, hostThere, hostSilent}).Draw(t, "host")
+				switch {
+				case host == hostSilent:
+					silent[q.id] = true
+				case host == hostThere && !away:
+					silent[q.id] = false
+				}
+				c.answer(now, lingerAnswer{q, host})
 			}
 			now = now.Add(time.Duration(rapid.IntRange(1, 30000).Draw(t, "ms")) * time.Millisecond)
 		}
