@@ -34,17 +34,16 @@ func says(last byte, cut bool) func(*miekg.Msg, string) *miekg.Msg {
 // inside is a task's Dial: the stubs stand where the addresses lead inside. asked
 // counts the questions by network and address.
 type inside struct {
+	mu    sync.Mutex // guards: everything, once somebody asks
 	stubs map[netip.Addr]*stub
-
-	mu    sync.Mutex // guards: asked
 	asked []string
 }
 
 func (i *inside) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	i.mu.Lock()
 	i.asked = append(i.asked, network+" "+address)
-	i.mu.Unlock()
 	s := i.stubs[netip.MustParseAddrPort(address).Addr()]
+	i.mu.Unlock()
 	if s == nil {
 		return nil, errors.New("no route to host")
 	}
@@ -53,6 +52,13 @@ func (i *inside) dial(ctx context.Context, network, address string) (net.Conn, e
 		to = s.tcp.Addr().String()
 	}
 	return (&net.Dialer{}).DialContext(ctx, network, to)
+}
+
+// remove takes a nameserver away.
+func (i *inside) remove(server netip.Addr) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	delete(i.stubs, server)
 }
 
 func (i *inside) String() string {
@@ -152,7 +158,7 @@ func TestNearAnswersInternal(t *testing.T) {
 		r.want("udp", "web.", "NOERROR 10.1.0.2")
 		r.want("udp", "nope.", "NXDOMAIN")
 	}
-	delete(near.stubs, nearServer)
+	near.remove(nearServer)
 	r.want("udp", "other.example.com.", "SERVFAIL") // and not by the host's
 	if n := host.asked.Load(); n != 0 {
 		t.Errorf("%d questions of a task on internal networks left by the host", n)

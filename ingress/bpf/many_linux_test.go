@@ -14,6 +14,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
 )
 
 // BenchmarkProgram writes the tables of many services, then changes one of them.
@@ -146,4 +147,20 @@ func processTime() time.Duration {
 		return 0
 	}
 	return time.Duration(ts.Nano())
+}
+
+// BenchmarkMemory: what services take in the kernel.
+func BenchmarkMemory(b *testing.B) {
+	bed := newBed(b, "")
+	_, client := bed.task(0, 50)
+	bed.apply()
+	e, err := New(Config{Node: bed.nodes[0], Dir: bed.mount(0)})
+	must(b, err)
+	defer func() { must(b, e.Close(context.Background())) }()
+	ingresstest.MemoryOf(b, 10000, func(count, backends int) {
+		table := ingress.Table{Networks: []ingress.Network{{VNI: vni, NetNS: bed.dir, Bridge: "none", Tasks: []string{client}}}}
+		must(b, e.Apply(context.Background(), table))
+		table.Networks[0].Services = manyServices(count, backends)
+		must(b, e.Apply(context.Background(), table))
+	})
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
 )
 
 // benchMesh, set to anything, makes TestMeshCost measure; otherwise one round
@@ -163,4 +164,24 @@ func manyBackend(service, k int) ingress.Backend {
 	addr := netip.AddrFrom4([4]byte{10, 4 + byte(k), byte(service >> 8), byte(service)})
 	id := weft.ID(fmt.Sprintf("task%d-%d", service, k))
 	return ingress.Backend{Task: id, Addr: addr, MAC: weft.EndpointMAC(id, addr)}
+}
+
+// BenchmarkMemory: what services take in the kernel. Each filling begins with an empty
+// table, so that what the last one left to be freed is not counted as the next one's.
+func BenchmarkMemory(b *testing.B) {
+	f := newFabric(b)
+	ingresstest.MemoryOf(b, 10000, func(count, backends int) {
+		e := New(f.dir)
+		network := ingress.Network{VNI: 4097, NetNS: f.br, Bridge: "br"}
+		must(b, e.Apply(b.Context(), ingress.Table{Networks: []ingress.Network{network}}))
+		for i := range count {
+			vip := netip.AddrFrom4([4]byte{10, 3, byte(i >> 8), byte(i)})
+			s := ingress.Service{ID: weft.ID(fmt.Sprintf("s%d", i)), VIP: vip, MAC: weft.VIPMAC("s", vip)}
+			for k := range backends {
+				s.Backends = append(s.Backends, manyBackend(i, k))
+			}
+			network.Services = append(network.Services, s)
+		}
+		must(b, e.Apply(b.Context(), ingress.Table{Networks: []ingress.Network{network}}))
+	})
 }

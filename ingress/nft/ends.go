@@ -62,6 +62,7 @@ func (f *family) endsRules(e ingress.End) ruleset {
 		return chain{name: name, kind: nftables.ChainTypeFilter, hook: hook, priority: nftables.ChainPriorityRef(nftables.ChainPriority(priority)), rules: rules}
 	}
 	in := append(f.endsDirect(e),
+		rule{"tcp that a socket waits for: as it is", join(isTCP(), anySocket(), f.accept())},
 		rule{"to a service address: by vip", join([]expr.Any{f.load(insideKey, f.destination), has(endsOwn, insideKey)}, f.then(expr.VerdictGoto, "vip"))},
 		rule{"a datagram to another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_UDP), f.asking(), f.forget(endsAsked))},
 	)
@@ -114,11 +115,10 @@ func (f *family) endsDatagrams() []rule {
 	}
 }
 
-// endsConnections is what a segment to a service address meets.
+// endsConnections is what a segment to a service address meets that no socket waits for.
 func (f *family) endsConnections() []rule {
 	syn := f.endsFlags(flagSYN|flagACK, expr.CmpOpEq, flagSYN)
 	return []rule{
-		{"tcp that a socket waits for there: as it is", join(isTCP(), anySocket(), f.accept())},
 		{"a request for a connection: one that opens", join(isTCP(), syn, f.asking(), f.forget(endsClosed))},
 		{"tcp of a connection that ends: to the own address", join(isTCP(), f.asking(), []expr.Any{
 			lookup(endsClosed, insideKey, f.endsData()), f.remember(endsClosed, unix.NFT_DYNSET_OP_UPDATE, endingTimeout),

@@ -432,7 +432,7 @@ func echo(c net.Conn) error {
 	return err
 }
 
-func elements(t *testing.T, ns string, r ruleset, name string) map[string]string {
+func elements(t testing.TB, ns string, r ruleset, name string) map[string]string {
 	t.Helper()
 	var out map[string]string
 	must(t, netns.Do(ns, func() (err error) {
@@ -469,7 +469,7 @@ func addAddr(link, addr string) error {
 	return netlink.AddrAdd(l, a)
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -40,7 +40,7 @@ const (
 
 // fabric is a bridge in a hidden namespace with tasks on it.
 type fabric struct {
-	t   *testing.T
+	t   testing.TB
 	dir string
 	br  string // namespace of the bridge
 	// ports are the names of the bridge's ports.
@@ -48,7 +48,7 @@ type fabric struct {
 	tasks []ingress.EntryTask
 }
 
-func newFabric(t *testing.T) *fabric {
+func newFabric(t testing.TB) *fabric {
 	f := &fabric{t: t, dir: t.TempDir()}
 	// All tests share the host's namespace: a client's port that an earlier
 	// one used would be led to that one's backend.
