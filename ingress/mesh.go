@@ -36,6 +36,9 @@ type End struct {
 	// Addrs are the service's addresses in order, each with the task's own one on
 	// that network, of the same family.
 	Addrs []EndAddr
+	// Direct says that connections come to the task's own addresses, as they are
+	// balanced where they are made; those that do not are served all the same.
+	Direct bool
 }
 
 // EndAddr is a service address and the own address of a task that stands for it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -40,6 +41,12 @@ func (s Split) Probe(ctx context.Context) error {
 func (s Split) Apply(ctx context.Context, t Table) error {
 	published := t
 	published.Networks = nil
+	if e, ok := s.Services.(interface{ BalancesSockets() bool }); ok && e.BalancesSockets() {
+		published.Ends = slices.Clone(t.Ends)
+		for i := range published.Ends {
+			published.Ends[i].Direct = true
+		}
+	}
 	return errors.Join(s.Services.Apply(ctx, Table{Networks: t.Networks}), s.Published.Apply(ctx, published))
 }
 

@@ -458,6 +458,10 @@ func (e *Engine) Note() string {
 	return ""
 }
 
+// BalancesSockets reports whether connections of tasks are balanced as they are made, so
+// that they come to a backend's own address. Known after Probe.
+func (e *Engine) BalancesSockets() bool { return e.sockets.isOn() }
+
 // detach takes the programs of sockets away, and the cgroup if it is the node's own
 // and empty.
 func (e *Engine) detach() error {

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -60,15 +61,19 @@ func (f *family) endsRules(e ingress.End) ruleset {
 	hooked := func(name string, hook *nftables.ChainHook, priority int32, rules ...rule) chain {
 		return chain{name: name, kind: nftables.ChainTypeFilter, hook: hook, priority: nftables.ChainPriorityRef(nftables.ChainPriority(priority)), rules: rules}
 	}
+	in := []rule{
+		{"tcp that a socket waits for: as it is", join(isTCP(), anySocket(), f.accept())},
+		{"to a service address: by vip", join([]expr.Any{f.load(insideKey, f.destination), lookup(endsOwn, insideKey, f.endsData())}, f.then(expr.VerdictGoto, "vip"))},
+		{"a datagram to another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_UDP), f.asking(), f.forget(endsAsked))},
+	}
+	if e.Direct {
+		in = append(f.endsDirect(e), in...)
+	}
 	return ruleset{family: f.host, name: endsTable,
 		sets: []set{own, known(endsAsked, askedTimeout), known(endsOpen, flowTimeout), known(endsClosed, endingTimeout)},
 		chains: []chain{
 			// Behind what the mesh remembers (inside.go), before connection tracking.
-			hooked("in", nftables.ChainHookInput, 310,
-				rule{"tcp that a socket waits for: as it is", join(isTCP(), anySocket(), f.accept())},
-				rule{"to a service address: by vip", join([]expr.Any{f.load(insideKey, f.destination), lookup(endsOwn, insideKey, f.endsData())}, f.then(expr.VerdictGoto, "vip"))},
-				rule{"a datagram to another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_UDP), f.asking(), f.forget(endsAsked))},
-			),
+			hooked("in", nftables.ChainHookInput, 310, in...),
 			hooked("out", nftables.ChainHookOutput, -350,
 				rule{"an answering datagram: from the service address", join(isProtocol(unix.IPPROTO_UDP), f.answering(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeSource(f.endsData())}, f.accept())},
 				rule{"of a connection to the own address: by connections", join(endMarked(), isTCP(), f.then(expr.VerdictGoto, "connections"))},
@@ -78,6 +83,22 @@ func (f *family) endsRules(e ingress.End) ruleset {
 			{name: "connections" + f.suffix, rules: f.endsAnswers()},
 			{name: "whole" + f.suffix, rules: []rule{f.makeWhole()}},
 		}}
+}
+
+// endsDirect lets in connections to the task's own addresses by two comparisons, without
+// a look for the socket that a request waits for.
+func (f *family) endsDirect(e ingress.End) (rules []rule) {
+	var seen []netip.Addr
+	for _, a := range e.Addrs {
+		if !f.has(a.Own) || slices.Contains(seen, a.Own) {
+			continue
+		}
+		seen = append(seen, a.Own)
+		rules = append(rules, rule{"tcp to " + a.Own.String() + ": as it is", join([]expr.Any{
+			f.load(insideKey, f.destination), &expr.Cmp{Op: expr.CmpOpEq, Register: insideKey, Data: a.Own.AsSlice()},
+		}, isTCP(), f.accept())})
+	}
+	return rules
 }
 
 // endsDatagrams is what a datagram to a service address meets.

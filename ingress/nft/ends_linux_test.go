@@ -167,7 +167,15 @@ func said(from io.Writer, to io.Reader, text []byte) error {
 // TestEnds: a server of either kind answers from the service address, whichever
 // address it waits at, and who waits at none of them is refused by it.
 func TestEnds(t *testing.T) {
+	for _, direct := range []bool{false, true} {
+		t.Run(fmt.Sprintf("direct %t", direct), func(t *testing.T) { testEnds(t, direct) })
+	}
+}
+
+func testEnds(t *testing.T, direct bool) {
 	all := newEndsRig(t)
+	all.want.Direct = direct
+	all.apply()
 	for _, a := range all.want.Addrs {
 		for _, tc := range []struct {
 			name string
