@@ -30,6 +30,11 @@ const (
 	logTailBytes  = 2000
 )
 
+// pollPause is the pause before the next look at what has been waited for so long: a
+// twentieth of that. What is soon ready is soon seen, and a host that takes a minute
+// on a slow processor is not asked thousands of times on the same one.
+func pollPause(waited time.Duration) time.Duration { return max(pollEvery, waited/20) }
+
 // pidRecord is a process in a file: the start time tells it from a later
 // process with the same number.
 type pidRecord struct {
@@ -106,7 +111,7 @@ func (l *Lab) startDaemon(ctx context.Context, h Host, r record) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, daemonTimeout)
 	defer cancel()
-	for {
+	for began := time.Now(); ; {
 		pingErr := l.cfg.Cluster.Ping(ctx, h.Paths.Socket)
 		if pingErr == nil {
 			return nil
@@ -114,7 +119,7 @@ func (l *Lab) startDaemon(ctx context.Context, h Host, r record) error {
 		if now, err := daemonPID(h); err != nil || now != pid {
 			return errors.Join(fmt.Errorf("daemon of %s ended; the end of %s:\n%s", h.Name, h.Paths.Log, tail(h.Paths.Log)), err)
 		}
-		if pause(ctx, pollEvery) != nil {
+		if pause(ctx, pollPause(time.Since(began))) != nil {
 			return fmt.Errorf("daemon of %s does not answer on %s: %w; the end of %s:\n%s", h.Name, h.Paths.Socket, pingErr, h.Paths.Log, tail(h.Paths.Log))
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -409,12 +410,12 @@ func (l *Lab) learnNodes(ctx context.Context, r *record, hosts []Host) error {
 func (l *Lab) awaitMember(ctx context.Context, h Host) (weft.ID, error) {
 	ctx, cancel := context.WithTimeout(ctx, memberTimeout)
 	defer cancel()
-	for {
+	for began := time.Now(); ; {
 		info, err := l.cfg.Cluster.Info(ctx, h.Paths.Socket)
 		if err == nil && info.State == weft.LocalActive && info.Node != "" {
 			return info.Node, nil
 		}
-		if waitErr := pause(ctx, pollEvery); waitErr != nil {
+		if waitErr := pause(ctx, pollPause(time.Since(began))); waitErr != nil {
 			if err == nil {
 				err = fmt.Errorf("its state is %q: %w", info.State, waitErr)
 			}
