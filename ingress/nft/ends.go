@@ -122,6 +122,10 @@ func (f *family) endsDatagrams() []rule {
 func (f *family) endsConnections() []rule {
 	syn := f.endsFlags(flagSYN|flagACK, expr.CmpOpEq, flagSYN)
 	return []rule{
+		// Nobody answers it, so that it is the last that is seen of its connection.
+		{"a reset by the client: of a connection that ends, to the own address", join(isTCP(), f.endsFlags(flagRST, expr.CmpOpEq, flagRST), f.asking(), []expr.Any{
+			lookup(endsOpen, insideKey, f.endsData()), f.remember(endsClosed, unix.NFT_DYNSET_OP_UPDATE, endingTimeout), f.remember(endsOpen, opDelete, 0),
+		}, f.toOwn(), f.accept())},
 		{"a request for a connection: one that opens", join(isTCP(), syn, f.asking(), f.forget(endsClosed))},
 		{"tcp of a connection that ends: to the own address", join(isTCP(), f.asking(), []expr.Any{
 			lookup(endsClosed, insideKey, f.endsData()), f.remember(endsClosed, unix.NFT_DYNSET_OP_UPDATE, endingTimeout),
@@ -132,9 +136,8 @@ func (f *family) endsConnections() []rule {
 
 // makeWhole is in a chain that nothing leads to. That a rule of its kind is there makes
 // the kernel put pieces of datagrams together before the first hook (nft_tproxy.c:
-// nf_defrag_ipv6_enable). The input hook of IPv4 stands behind that anyway; IPv6's has
-// pieces, of which the later ones cannot be given another address: the sum that the
-// kernel keeps of their bytes would go wrong.
+// nf_defrag_ipv6_enable). The input hook of IPv4 stands behind that anyway; IPv6's sees
+// pieces, and the later ones have no ports to tell the server by.
 func (f *family) makeWhole() rule {
 	return rule{"pieces of datagrams are one", []expr.Any{
 		&expr.Immediate{Register: insideTmp, Data: []byte{0, 1, 0, 0}},
