@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -202,8 +203,16 @@ func TestChecksum(t *testing.T) {
 }
 
 // TestWhoamiBeginsAndEndsSlowly: not ready it refuses everything; when it is
-// about to end each answer closes its connection.
+// about to end each answer closes its connection. The clock stands still between
+// the steps, so that what is left of an hour is an hour.
 func TestWhoamiBeginsAndEndsSlowly(t *testing.T) {
+	synctest.Test(t, testBeginsAndEndsSlowly)
+	if _, err := listenWhoami(t.Context(), whoamiConfig{HTTP: "127.0.0.1:0", Echo: "127.0.0.1:0", Linger: -1}); err == nil {
+		t.Error("a negative time is taken")
+	}
+}
+
+func testBeginsAndEndsSlowly(t *testing.T) {
 	w := &whoami{cfg: whoamiConfig{ReadyAfter: time.Hour}}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -229,8 +238,5 @@ func TestWhoamiBeginsAndEndsSlowly(t *testing.T) {
 		if rec.Code != c.code || rec.Body.String() != c.body || (rec.Header().Get("Connection") == "close") != c.close {
 			t.Errorf("%s: %d %q %v", c.path, rec.Code, rec.Body.String(), rec.Header())
 		}
-	}
-	if _, err := listenWhoami(t.Context(), whoamiConfig{HTTP: "127.0.0.1:0", Echo: "127.0.0.1:0", Linger: -1}); err == nil {
-		t.Error("a negative time is taken")
 	}
 }
