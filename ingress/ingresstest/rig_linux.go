@@ -51,6 +51,8 @@ type Rig struct {
 	overlays [2]vxlan.Kernel
 	networks []*rigNetwork
 	open     []io.Closer
+	// raw counts the associations that were opened by hand: each has a port of its own.
+	raw int
 }
 
 type rigNetwork struct {

@@ -76,13 +76,30 @@ func DialSCTP(from, to netip.AddrPort) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-		err = unix.Connect(fd, addr)
-	}
+	err = connectSCTP(fd, addr)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s by sctp: %w", to, err)
 	}
 	return net.FileConn(f)
+}
+
+// connectSCTP waits on after a signal, which the runtime sends at any time: the association
+// is being made nevertheless, and another connect says how far it is.
+func connectSCTP(fd int, addr unix.Sockaddr) error {
+	err := unix.Connect(fd, addr)
+	for end := time.Now().Add(patienceSCTP); errors.Is(err, unix.EINTR) || errors.Is(err, unix.EALREADY); {
+		left := time.Until(end)
+		if left <= 0 {
+			return os.ErrDeadlineExceeded
+		}
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, int(left/time.Millisecond)+1); err != nil && !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("poll", err)
+		}
+		if err = unix.Connect(fd, addr); errors.Is(err, unix.EISCONN) {
+			return nil
+		}
+	}
+	return err
 }
 
 func sockaddr(a netip.AddrPort) (family int, addr unix.Sockaddr) {

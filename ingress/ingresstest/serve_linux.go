@@ -1,6 +1,7 @@
 package ingresstest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,57 +19,98 @@ import (
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
+// serving is what answers at one task.
+type serving struct {
+	r    *Rig
+	task Task
+	wg   sync.WaitGroup
+	open []io.Closer
+}
+
+// accept answers the connections of a listener. then is what follows the client's end.
+func (s *serving) accept(ln net.Listener, then func(net.Conn)) {
+	s.open = append(s.open, ln)
+	s.wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			s.wg.Go(func() {
+				// The end of a connection that was moved away never comes.
+				defer context.AfterFunc(s.r.T.Context(), func() { c.Close() })()
+				defer c.Close()
+				fmt.Fprintf(c, "%s %s\n", s.task.Task, c.RemoteAddr())
+				io.Copy(c, c)
+				then(c)
+			})
+		}
+	})
+}
+
+func nothing(net.Conn) {}
+
+func (s *serving) tcp(host string, port int, then func(net.Conn)) error {
+	ln, err := net.Listen("tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+	if err == nil {
+		s.accept(ln, then)
+	}
+	return err
+}
+
+func (s *serving) udp(host string, port int) error {
+	pc, err := shared.ListenPacket(s.r.T.Context(), "udp", net.JoinHostPort(host, fmt.Sprint(port)))
+	if err != nil {
+		return err
+	}
+	s.open = append(s.open, pc)
+	s.wg.Go(func() {
+		buf := make([]byte, 1<<16)
+		for {
+			n, from, err := pc.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			line := fmt.Sprintf("%s %s\n", s.task.Task, from)
+			pc.WriteTo([]byte(line+strings.Repeat(".", max(0, n-len(line)))), from)
+		}
+	})
+	return nil
+}
+
+// sctp is on all addresses and on the task's own, by the kernel's sockets where there are
+// any.
+func (s *serving) sctp() error {
+	err := HasSCTP()
+	var errs []error
+	if errors.Is(err, weft.ErrUnsupported) {
+		for _, family := range []string{"ip4", "ip6"} {
+			pc, read, err := listenRaw(family)
+			if errs = append(errs, err); err == nil {
+				s.open = append(s.open, pc)
+				s.wg.Go(func() { serveRaw(s.task, pc, read) })
+			}
+		}
+		return errors.Join(errs...)
+	}
+	if err != nil {
+		return err
+	}
+	for at, port := range map[netip.Addr]uint16{netip.IPv6Unspecified(): portTCP, s.task.Addr: portOwn, s.task.Addr6: portOwn} {
+		ln, err := ListenSCTP(netip.AddrPortFrom(at, port))
+		if errs = append(errs, err); err == nil {
+			s.accept(ln, nothing)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Serve answers at a task until the test ends. late is the while of portLate.
 func (r *Rig) Serve(task Task, late time.Duration, vips ...netip.Addr) {
 	r.T.Helper()
-	var wg sync.WaitGroup
-	var open []io.Closer
-	tcp := func(host string, port int, then func(net.Conn)) error {
-		ln, err := net.Listen("tcp", net.JoinHostPort(host, fmt.Sprint(port)))
-		if err != nil {
-			return err
-		}
-		open = append(open, ln)
-		wg.Go(func() {
-			for {
-				c, err := ln.Accept()
-				if err != nil {
-					return
-				}
-				wg.Go(func() {
-					// The end of a connection that was moved away never comes.
-					defer context.AfterFunc(r.T.Context(), func() { c.Close() })()
-					defer c.Close()
-					fmt.Fprintf(c, "%s %s\n", task.Task, c.RemoteAddr())
-					io.Copy(c, c)
-					then(c)
-				})
-			}
-		})
-		return nil
-	}
-	udp := func(host string, port int) error {
-		pc, err := shared.ListenPacket(r.T.Context(), "udp", net.JoinHostPort(host, fmt.Sprint(port)))
-		if err != nil {
-			return err
-		}
-		open = append(open, pc)
-		wg.Go(func() {
-			buf := make([]byte, 1<<16)
-			for {
-				n, from, err := pc.ReadFrom(buf)
-				if err != nil {
-					return
-				}
-				line := fmt.Sprintf("%s %s\n", task.Task, from)
-				pc.WriteTo([]byte(line+strings.Repeat(".", max(0, n-len(line)))), from)
-			}
-		})
-		return nil
-	}
-	nothing := func(net.Conn) {}
+	s := &serving{r: r, task: task}
 	must(r.T, netns.Do(task.NetNS, func() error {
-		errs := []error{tcp("", portTCP, nothing), udp("", portUDP), tcp("", portLate, func(c net.Conn) {
+		errs := []error{s.tcp("", portTCP, nothing), s.udp("", portUDP), s.sctp(), s.tcp("", portLate, func(c net.Conn) {
 			select {
 			case <-time.After(late):
 				fmt.Fprintln(c, "late")
@@ -76,18 +118,18 @@ func (r *Rig) Serve(task Task, late time.Duration, vips ...netip.Addr) {
 			}
 		})}
 		for _, a := range []netip.Addr{task.Addr, task.Addr6} {
-			errs = append(errs, tcp(a.String(), portOwn, nothing), udp(a.String(), portOwn))
+			errs = append(errs, s.tcp(a.String(), portOwn, nothing), s.udp(a.String(), portOwn))
 		}
 		for _, a := range vips {
-			errs = append(errs, udp(a.String(), portVIP), udp(a.String(), portErrors))
+			errs = append(errs, s.udp(a.String(), portVIP), s.udp(a.String(), portErrors))
 		}
 		return errors.Join(errs...)
 	}))
 	r.T.Cleanup(func() {
-		for _, c := range open {
+		for _, c := range s.open {
 			c.Close()
 		}
-		wg.Wait()
+		s.wg.Wait()
 	})
 }
 
@@ -98,8 +140,10 @@ const silence = 2 * time.Second
 type Socket struct {
 	net.Conn
 	isUDP bool
-	Name  weft.ID
-	Saw   netip.Addr // the client's address as the other end sees it
+	// patience is how long an answer is waited for; 0 = silence.
+	patience time.Duration
+	Name     weft.ID
+	Saw      netip.Addr // the client's address as the other end sees it
 }
 
 // Backend implements Flow.
@@ -203,9 +247,45 @@ func (r *Rig) Open(ns string, p weft.Protocol, from uint16, to netip.AddrPort) (
 	return s, err
 }
 
+// OpenSCTP is Open for SCTP: by the kernel's sockets where there are any.
+func (r *Rig) OpenSCTP(ns string, from uint16, to netip.AddrPort) (Flow, error) {
+	if err := HasSCTP(); errors.Is(err, weft.ErrUnsupported) {
+		f, err := r.openRaw(ns, from, to)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
+	} else if err != nil {
+		return nil, err
+	}
+	s := &Socket{patience: patienceSCTP}
+	var local netip.AddrPort
+	if from != 0 {
+		local = netip.AddrPortFrom(netip.IPv6Unspecified(), from)
+		if to.Addr().Is4() {
+			local = netip.AddrPortFrom(netip.IPv4Unspecified(), from)
+		}
+	}
+	err := netns.Do(ns, func() (err error) {
+		s.Conn, err = DialSCTP(local, to)
+		return err
+	})
+	if err == nil {
+		r.open = append(r.open, s)
+		s.Name, s.Saw, err = s.Ask(1)
+	}
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		err = fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
 // Ask reads the line of the other end, which a datagram of size bytes has to ask for.
 func (s *Socket) Ask(size int) (name weft.ID, seen netip.Addr, err error) {
-	if err := s.SetDeadline(time.Now().Add(silence)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(cmp.Or(s.patience, silence))); err != nil {
 		return "", seen, err
 	}
 	// One byte of a stream at a time: what follows the line is not ours to read.
@@ -239,7 +319,7 @@ func (s *Socket) Again() (weft.ID, error) {
 		name, _, err := s.Ask(1)
 		return name, err
 	}
-	s.SetDeadline(time.Now().Add(silence))
+	s.SetDeadline(time.Now().Add(cmp.Or(s.patience, silence)))
 	if _, err := s.Write([]byte("ping")); err != nil {
 		return "", err
 	}

@@ -42,9 +42,9 @@ type Suite struct {
 // Ports on which a Rig's tasks serve. Every answer begins with a line: the task
 // and the client's address as it sees it.
 const (
-	portTCP  = 80 // echoes, on all addresses
+	portTCP  = 80 // echoes, on all addresses; SCTP too
 	portLate = 81 // answers a while after the client has closed its half
-	portOwn  = 82 // echoes, on the task's own addresses alone; UDP too
+	portOwn  = 82 // echoes, on the task's own addresses alone; UDP and SCTP too
 	portUDP  = 7  // echoes, on all addresses
 	portVIP  = 8  // echoes datagrams, on the service addresses alone
 	// portErrors is as portVIP, for those whose clients close too early.
@@ -77,6 +77,10 @@ func (s *Suite) Run(t *testing.T) {
 		{"port reuse", false, portReuse},
 		{"equal addresses in two networks", false, equalAddresses},
 		{"many services", false, manyServices},
+		{"sctp", false, associations},
+		{"sctp drains", false, associationsDrain},
+		{"sctp backend death", false, associationsEnd},
+		{"sctp without backends", false, associationsRefused},
 		{"idle", true, idle},
 		{"half-close", true, halfClose},
 		{"fragments", true, fragments},
@@ -88,6 +92,7 @@ func (s *Suite) Run(t *testing.T) {
 		{"udp to a server on all addresses", true, udpWildcard},
 		{"tcp to a server on its own address", true, tcpOwn},
 		{"udp to a server on its own address", true, udpOwn},
+		{"sctp to a server on its own address", true, associationsOwn},
 	} {
 		if c.wire && s.Wire == nil {
 			continue

@@ -103,6 +103,9 @@ func (w *Wire) Backends(network int) []ingress.Backend {
 
 // Open implements Lane.
 func (w *Wire) Open(network int, p weft.Protocol, from uint16, to netip.AddrPort) (Flow, error) {
+	if p == weft.SCTP {
+		return w.rig.OpenSCTP(w.clients[network].NetNS, from, to)
+	}
 	s, err := w.rig.Open(w.clients[network].NetNS, p, from, to)
 	if err != nil {
 		return nil, err

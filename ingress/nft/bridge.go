@@ -66,7 +66,7 @@ func bridgeRules(n ingress.Network, reject bool) ruleset {
 		} else {
 			others = append(others, chain{name: "prerouting" + f.suffix, rules: own})
 		}
-		others = append(append(others, f.errorsChain(), f.piecesChain(), f.newChain(), f.idleChain(reject)), f.pickChains()...)
+		others = append(append(others, f.associationsChain(), f.errorsChain(), f.piecesChain(), f.newChain(), f.idleChain(reject)), f.pickChains()...)
 	}
 	fill := r.filler()
 	for _, s := range n.Services {
@@ -75,11 +75,11 @@ func bridgeRules(n ingress.Network, reject bool) ruleset {
 			r.prune[string(b.MAC)] = true
 		}
 	}
-	r.chains = append([]chain{{
+	r.chains = append(append([]chain{{
 		name: "prerouting", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(-300), // NF_BR_PRI_NAT_DST_BRIDGED
 		rules: rules,
-	}}, others...)
+	}}, r.chains...), others...)
 	return r
 }
 
@@ -163,10 +163,22 @@ func (f *family) idleChain(reject bool) chain {
 	c.rules = []rule{
 		{f.words + "tcp to a service without backends: reset", join(f.protocol(expr.CmpOpEq, unix.IPPROTO_TCP), []expr.Any{
 			&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}})},
+		{f.words + "sctp to a service without backends: unreachable", join(f.protocol(expr.CmpOpEq, unix.IPPROTO_SCTP), []expr.Any{f.noAssociations()})},
 		{f.words + "other protocols to a service without backends: port unreachable", []expr.Any{
 			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}}},
 	}
 	return c
+}
+
+// noAssociations refuses SCTP: by protocol unreachable, which ends an association at once
+// (RFC 9260 section 10). IPv6's twin of it, a parameter problem, nftables cannot say; of
+// port unreachable an association hears, and waits on.
+func (f *family) noAssociations() expr.Any {
+	code := f.unreachable
+	if !f.is6 {
+		code = 2 // RFC 792: protocol unreachable
+	}
+	return &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: code}
 }
 
 func lookup(set string, key, data uint32) expr.Any {

@@ -28,6 +28,10 @@ import (
 // a segment that no socket waits for does, too, and its connection bears a mark, so
 // that the packets of others cost no look at the output hook. Whoever has bound a
 // socket to the service's address itself is left alone.
+//
+// An association of SCTP always gets the task's own address, and its answers the
+// service's: the kernel's rules cannot ask which of its sockets waits. So one that is
+// bound to the service's address itself is not reached. SCTP's sum does not cover addresses.
 
 // endsTable is apart from the tables of the mesh in the same namespace.
 const endsTable = weft.TableName + "-vip"
@@ -38,6 +42,7 @@ const (
 	endsAsked  = "asked"  // datagrams: who asked, to the service address
 	endsOpen   = "opened" // connections, by the client and the server's port
 	endsClosed = "closed" // those that one end has closed
+	endsJoined = "joined" // associations of SCTP, by the client and the server's port
 )
 
 // Registers: a key is an address and two ports, as askedKey4 and 6; data are behind it.
@@ -65,24 +70,36 @@ func (f *family) endsRules(e ingress.End) ruleset {
 		{"tcp that a socket waits for: as it is", join(isTCP(), anySocket(), f.accept())},
 		{"to a service address: by vip", join([]expr.Any{f.load(insideKey, f.destination), lookup(endsOwn, insideKey, f.endsData())}, f.then(expr.VerdictGoto, "vip"))},
 		{"a datagram to another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_UDP), f.asking(), f.forget(endsAsked))},
+		{"a new association at another address: its answers, too, come from there", join(isProtocol(unix.IPPROTO_SCTP), newAssociation(insideTmp), f.asking(), f.forget(endsJoined))},
 	}
 	if e.Direct {
 		in = append(f.endsDirect(e), in...)
 	}
 	return ruleset{family: f.host, name: endsTable,
-		sets: []set{own, known(endsAsked, askedTimeout), known(endsOpen, flowTimeout), known(endsClosed, endingTimeout)},
+		sets: []set{own, known(endsAsked, askedTimeout), known(endsOpen, flowTimeout), known(endsClosed, endingTimeout), known(endsJoined, associatedTimeout)},
 		chains: []chain{
 			// Behind what the mesh remembers (inside.go), before connection tracking.
 			hooked("in", nftables.ChainHookInput, 310, in...),
 			hooked("out", nftables.ChainHookOutput, -350,
-				rule{"an answering datagram: from the service address", join(isProtocol(unix.IPPROTO_UDP), f.answering(), []expr.Any{lookup(endsAsked, insideKey, f.endsData()), f.writeSource(f.endsData())}, f.accept())},
-				rule{"of a connection to the own address: by connections", join(endMarked(), isTCP(), f.then(expr.VerdictGoto, "connections"))},
+				rule{"no tcp: by others", join(tcpOr(expr.CmpOpNeq), f.then(expr.VerdictGoto, "others"))},
+				rule{"tcp of a connection to the own address: by connections", join(endMarked(), f.then(expr.VerdictGoto, "connections"))},
 			),
-			{name: "vip" + f.suffix, rules: append(f.endsDatagrams(), f.endsConnections()...)},
+			{name: "others" + f.suffix, rules: []rule{
+				f.endsAnswer("datagram", unix.IPPROTO_UDP, endsAsked), f.endsAnswer("association", unix.IPPROTO_SCTP, endsJoined),
+			}},
+			{name: "vip" + f.suffix, rules: append(append(f.endsDatagrams(), f.endsConnections()...),
+				f.askedOwn(unix.IPPROTO_SCTP, nil, endsJoined, associatedTimeout))},
 			{name: "datagram" + f.suffix, rules: []rule{f.askedOwn(unix.IPPROTO_UDP, nil, endsAsked, askedTimeout)}},
 			{name: "connections" + f.suffix, rules: f.endsAnswers()},
 			{name: "whole" + f.suffix, rules: []rule{f.makeWhole()}},
 		}}
+}
+
+// endsAnswer gives an answer the address that was asked.
+func (f *family) endsAnswer(what string, proto byte, name string) rule {
+	return rule{"an answering " + what + ": from the service address", join(isProtocol(proto), f.answering(), []expr.Any{
+		lookup(name, insideKey, f.endsData()), f.writeSource(f.endsData()),
+	}, f.accept())}
 }
 
 // endsDirect lets in connections to the task's own addresses by two comparisons, without
@@ -165,7 +182,7 @@ func (f *family) endsAnswers() []rule {
 
 // askedOwn remembers which service address was asked, and asks the own one.
 func (f *family) askedOwn(proto byte, more []expr.Any, name string, timeout time.Duration) rule {
-	words := map[byte]string{unix.IPPROTO_UDP: "a datagram", unix.IPPROTO_TCP: "tcp that no socket waits for there"}[proto]
+	words := map[byte]string{unix.IPPROTO_UDP: "a datagram", unix.IPPROTO_TCP: "tcp that no socket waits for there", unix.IPPROTO_SCTP: "an association"}[proto]
 	return rule{words + ": to the own address", join(isProtocol(proto), f.asking(), []expr.Any{
 		f.load(f.endsData(), f.destination), f.remember(name, unix.NFT_DYNSET_OP_UPDATE, timeout),
 	}, f.toOwn(), more)}
@@ -226,7 +243,15 @@ func endMarked() []expr.Any {
 	}
 }
 
-func isTCP() []expr.Any { return isProtocol(unix.IPPROTO_TCP) }
+func isTCP() []expr.Any { return tcpOr(expr.CmpOpEq) }
+
+// tcpOr matches TCP (CmpOpEq), or all else (CmpOpNeq).
+func tcpOr(op expr.CmpOp) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: insideTmp},
+		&expr.Cmp{Op: op, Register: insideTmp, Data: []byte{unix.IPPROTO_TCP}},
+	}
+}
 
 // endsProbe has an address of each family.
 func endsProbe() ingress.End {

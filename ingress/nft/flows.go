@@ -2,6 +2,7 @@ package nft
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -24,11 +25,21 @@ const (
 // flow the same way.
 const hashSeed = 0x77656674
 
-// protocols with ports, which all flows are of.
-var protocols = []struct {
+// Chunks of SCTP (RFC 9260 sections 3.1 and 3.2): INIT is alone in its packet, and the only
+// one whose packet has the tag 0; what ends an association comes first in its packet.
+const (
+	sctpTag, sctpChunk           = 4, 12 // offsets in the packet
+	chunkAbort, chunkShutdownAck = 6, 8  // SHUTDOWN is between them
+)
+
+// protocols with ports, which most flows are of; associations of SCTP have a chain of
+// their own, so that others pay one comparison for them.
+var protocols = []protocol{{"tcp", unix.IPPROTO_TCP}, {"udp", unix.IPPROTO_UDP}}
+
+type protocol struct {
 	name   string
 	number byte
-}{{"tcp", unix.IPPROTO_TCP}, {"udp", unix.IPPROTO_UDP}}
+}
 
 // Names of the maps of flows. A flow is in one of the first two: in ending when
 // its client has closed its half.
@@ -117,9 +128,39 @@ func (f *family) bridgeChain(other []expr.Any) []rule {
 	for _, p := range protocols {
 		add("other "+p.name+" of a known flow: keep its backend", f.tupleOf(p.number), known(f.flows(), f.keep()), f.send())
 	}
+	add("sctp: by associations", f.protocol(expr.CmpOpEq, unix.IPPROTO_SCTP), f.then(expr.VerdictGoto, "associations"))
 	add("icmp: by errors", f.protocol(expr.CmpOpEq, f.icmp), f.then(expr.VerdictJump, "errors"))
 	add("the rest: by ways", f.addressed(), f.byWays())
 	return rules
+}
+
+// associationsChain is to associations of SCTP what bridgeChain is to TCP's connections.
+func (f *family) associationsChain() chain {
+	c := chain{name: "associations" + f.suffix}
+	add := func(words string, parts ...[]expr.Any) {
+		c.rules = append(c.rules, rule{f.words + words, join(parts...)})
+	}
+	add("a request for an association: forget what its ports led to, by ways", newAssociation(f.ports), f.flow(), []expr.Any{
+		&expr.Immediate{Register: f.mac, Data: make([]byte, 6)},
+		f.dynset(opDelete, f.flows(), 0), f.dynset(opDelete, f.ending(), 0),
+	}, f.byWays())
+	add("what ends a known association: it is one that ends", []expr.Any{
+		&expr.Payload{DestRegister: f.ports, Base: expr.PayloadBaseTransportHeader, Offset: sctpChunk, Len: 1},
+		&expr.Range{Op: expr.CmpOpEq, Register: f.ports, FromData: []byte{chunkAbort}, ToData: []byte{chunkShutdownAck}},
+	}, f.flow(), []expr.Any{lookup(f.flows(), f.tuple, f.mac), f.writeMAC(), f.keepEnding(), f.dynset(opDelete, f.flows(), 0)}, f.accept())
+	add("of a known association: keep its backend", f.flow(), []expr.Any{lookup(f.flows(), f.tuple, f.mac), f.keep()}, f.send())
+	add("of one that ends: keep its backend", f.flow(), []expr.Any{lookup(f.ending(), f.tuple, f.mac), f.keepEnding()}, f.send())
+	add("of an unknown one: by ways", f.addressed(), f.byWays())
+	return c
+}
+
+// newAssociation matches requests for an association of SCTP, whose protocol has been
+// matched.
+func newAssociation(register uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseTransportHeader, Offset: sctpTag, Len: 4},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: make([]byte, 4)},
+	}
 }
 
 // wholeTCP matches TCP that is no piece of a segment, and leaves the protocol in its
@@ -243,7 +284,7 @@ func (f *family) piecesChain() chain {
 	remember := join(f.datagram(), []expr.Any{f.dynset(unix.NFT_DYNSET_OP_UPDATE, f.pieces(), pieceTimeout)}, f.accept())
 	add("a later piece: where the first went", f.isLater(), f.addresses(), f.datagram(), []expr.Any{lookup(f.pieces(), f.tuple, f.mac)}, f.send())
 	add("a later piece, and no first: by ways", f.isLater(), f.addressed(), f.byWays())
-	for _, p := range protocols {
+	for _, p := range append(slices.Clone(protocols), protocol{"sctp", unix.IPPROTO_SCTP}) {
 		add("first piece of a known "+p.name+" flow: keep its backend", f.tupleOf(p.number), []expr.Any{lookup(f.flows(), f.tuple, f.mac), f.keep(), f.writeMAC()}, remember)
 	}
 	add("first piece of a new flow: by new", f.then(expr.VerdictJump, "new"))
@@ -303,7 +344,8 @@ func (f *family) pickChains() []chain {
 		add := func(c *chain, words string, parts ...[]expr.Any) {
 			c.rules = append(c.rules, rule{f.words + words + " of " + n, join(parts...)})
 		}
-		add(&ports, "no ports: by addresses to one", f.protocol(expr.CmpOpNeq, unix.IPPROTO_TCP), f.protocol(expr.CmpOpNeq, unix.IPPROTO_UDP), f.then(expr.VerdictGoto, "plain-"+n))
+		add(&ports, "no ports: by addresses to one", f.protocol(expr.CmpOpNeq, unix.IPPROTO_TCP), f.protocol(expr.CmpOpNeq, unix.IPPROTO_UDP),
+			f.protocol(expr.CmpOpNeq, unix.IPPROTO_SCTP), f.then(expr.VerdictGoto, "plain-"+n))
 		for i, t := range tries(size) {
 			words, match := fmt.Sprintf("new flow, try %d: to one", t.number), f.flow()
 			if t.heirs > 0 {

@@ -31,6 +31,7 @@ func portRules(n ingress.Network) ruleset {
 			}
 		}
 		r.sets = append(r.sets, idle, dead)
+		r.chains = append(r.chains, f.othersChain())
 	}
 	for _, port := range n.Ports {
 		c := chain{
@@ -79,10 +80,22 @@ func (f *family) portChain(port string) []rule {
 			&expr.Counter{}, reset})},
 		rule{words + "other tcp to a service without backends: reset", join(f.protocol(expr.CmpOpEq, unix.IPPROTO_TCP), f.toService(), []expr.Any{
 			dead, &expr.Counter{}, reset})},
-		rule{words + "other protocols to a service without backends: port unreachable", join(f.protocol(expr.CmpOpNeq, unix.IPPROTO_TCP), f.toService(), []expr.Any{
-			dead, &expr.Counter{},
-			&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}})},
+		rule{words + "other protocols: by others", join(f.protocol(expr.CmpOpNeq, unix.IPPROTO_TCP), f.then(expr.VerdictJump, "others"))},
 	)
+}
+
+// othersChain refuses what is no TCP.
+func (f *family) othersChain() chain {
+	idle, dead := has("idle"+f.suffix, f.vip), has("dead"+f.suffix, f.vip)
+	isSCTP := f.protocol(expr.CmpOpEq, unix.IPPROTO_SCTP)
+	return chain{name: "others" + f.suffix, rules: []rule{
+		{f.words + "new sctp to a service that takes no connections: unreachable", join(isSCTP, f.toService(), []expr.Any{idle}, newAssociation(f.ports), []expr.Any{
+			&expr.Counter{}, f.noAssociations()})},
+		{f.words + "other sctp to a service without backends: unreachable", join(isSCTP, f.toService(), []expr.Any{
+			dead, &expr.Counter{}, f.noAssociations()})},
+		{f.words + "other protocols to a service without backends: port unreachable", join(f.toService(), []expr.Any{
+			dead, &expr.Counter{}, &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}})},
+	}}
 }
 
 // portProbe is a table of the same expressions on the loopback device, which

@@ -32,7 +32,7 @@ struct {
 } flows SEC(".maps");
 
 /*
- * Flows that pass: what is no TCP, and TCP of which the client has closed its half.
+ * Flows that pass: datagrams, and connections of which the client has closed its half.
  * Short ones crowd out each other here, and no open connection that is silent.
  */
 struct {
@@ -50,6 +50,19 @@ struct {
 	__type(value, struct ep);
 } pieces SEC(".maps");
 
+struct sctp { /* RFC 9260 section 3.1, and the first two bytes of the first chunk */
+	u16 src, dst;
+	u32 tag, sum;
+	u8 type, flags;
+};
+
+#define IPPROTO_SCTP 132	 /* RFC 9260 */
+#define SCTP_INIT 1		 /* types of chunks: RFC 9260 section 3.2 */
+#define SCTP_ABORT 6
+#define SCTP_SHUTDOWN 7
+#define SCTP_SHUTDOWN_ACK 8
+#define SCTP_SHUTDOWN_COMPLETE 14
+
 struct fragment { /* RFC 8200 section 4.5 */
 	u8 next, zero;
 	u16 off;
@@ -64,6 +77,9 @@ struct fragment { /* RFC 8200 section 4.5 */
 #define ICMP_TIME 11	   /* RFC 792: time exceeded */
 #define ICMP_PARAMETER 12  /* RFC 792: the last of the errors */
 #define ICMPV6_PARAMETER 4 /* RFC 4443: likewise */
+#define ICMP_UNREACH_PROTOCOL 2 /* RFC 792 */
+#define ICMPV6_UNKNOWN_NEXT 1	/* RFC 4443 section 3.4: code of a parameter problem */
+#define NEXT_AT 6		/* RFC 8200: where in its header the next one is named */
 
 /* What of a datagram a packet is. */
 enum part { WHOLE, FIRST, LATER };
@@ -184,11 +200,20 @@ static inline_always int reset6(struct __sk_buff *skb)
 /* refuse says that nobody takes the packet: never silence where an answer is known. */
 static inline_always int refuse(struct __sk_buff *skb, int v4, u32 proto)
 {
+	int is_sctp;
+
 	if (proto == IPPROTO_TCP)
 		return v4 ? reset4(skb) : reset6(skb);
-	if (proto == IPPROTO_UDP)
-		return v4 ? icmp4(skb, ICMP_UNREACH, ICMP_UNREACH_PORT, 0) : icmp6(skb, ICMPV6_UNREACH, ICMPV6_UNREACH_PORT, 0);
-	return drop(NO_BALANCER);
+	if (proto != IPPROTO_UDP && proto != IPPROTO_SCTP)
+		return drop(NO_BALANCER);
+	/*
+	 * An association ends at once by these errors alone (RFC 9260 section 10). One call for
+	 * both: of two the compiler makes one that the verifier refuses.
+	 */
+	is_sctp = proto == IPPROTO_SCTP;
+	if (v4)
+		return icmp4(skb, ICMP_UNREACH, is_sctp ? ICMP_UNREACH_PROTOCOL : ICMP_UNREACH_PORT, 0);
+	return icmp6(skb, is_sctp ? ICMPV6_PARAMETER : ICMPV6_UNREACH, is_sctp ? ICMPV6_UNKNOWN_NEXT : ICMPV6_UNREACH_PORT, is_sctp ? htonl(NEXT_AT) : 0);
 }
 
 /* choose takes the backend of a new flow from its service's ring. */
@@ -199,12 +224,20 @@ static inline_always struct ep *choose(const struct flow *f)
 	return pick(&key, spread(f));
 }
 
-/* ports reads those of TCP and UDP. */
+/* Flows that are opened and closed, by a handshake. */
+static inline_always int is_connection(u32 proto) { return proto == IPPROTO_TCP || proto == IPPROTO_SCTP; }
+
+static inline_always int has_ports(u32 proto) { return is_connection(proto) || proto == IPPROTO_UDP; }
+
+/*
+ * ports_of reads those of TCP, UDP and SCTP. What begins or ends an association is said
+ * in TCP's words: INIT is always alone in its packet, and what ends one comes first in its.
+ */
 static inline_always int ports_of(struct __sk_buff *skb, void *l4, struct flow *f, u8 *flags)
 {
 	struct udp *udp = l4;
 
-	if (f->proto != IPPROTO_TCP && f->proto != IPPROTO_UDP)
+	if (!has_ports(f->proto))
 		return 0;
 	if ((void *)(udp + 1) > end(skb))
 		return -1;
@@ -216,6 +249,17 @@ static inline_always int ports_of(struct __sk_buff *skb, void *l4, struct flow *
 		if ((void *)(tcp + 1) > end(skb))
 			return -1;
 		*flags = tcp->flags;
+	} else if (f->proto == IPPROTO_SCTP) {
+		struct sctp *sctp = l4;
+
+		if ((void *)(sctp + 1) > end(skb))
+			return -1;
+		if (sctp->type == SCTP_INIT)
+			*flags = TCP_SYN;
+		else if (sctp->type == SCTP_SHUTDOWN || sctp->type == SCTP_SHUTDOWN_ACK)
+			*flags = TCP_FIN;
+		else if (sctp->type == SCTP_ABORT || sctp->type == SCTP_SHUTDOWN_COMPLETE)
+			*flags = TCP_RST;
 	}
 	return 0;
 }
@@ -246,7 +290,7 @@ static inline_always int quoted4(struct __sk_buff *skb, struct flow *f)
 	f->proto = q->ip.proto;
 	f->sport = q->dst;
 	f->dport = q->src;
-	return f->proto == IPPROTO_TCP || f->proto == IPPROTO_UDP;
+	return has_ports(f->proto);
 }
 
 static inline_always int quoted6(struct __sk_buff *skb, struct flow *f)
@@ -268,7 +312,7 @@ static inline_always int quoted6(struct __sk_buff *skb, struct flow *f)
 	f->proto = q->ip.next;
 	f->sport = q->dst;
 	f->dport = q->src;
-	return f->proto == IPPROTO_TCP || f->proto == IPPROTO_UDP;
+	return has_ports(f->proto);
 }
 
 /* piece6 reads a fragment header, and the ports behind it, which only the first has. */
@@ -294,7 +338,7 @@ static inline_always struct ep *known(const struct flow *f)
 {
 	struct ep *ep = 0;
 
-	if (f->proto == IPPROTO_TCP)
+	if (is_connection(f->proto))
 		ep = bpf_map_lookup_elem(&flows, f);
 	return ep ? ep : bpf_map_lookup_elem(&passing, f);
 }
@@ -404,7 +448,7 @@ int balance(struct __sk_buff *skb)
 		if (!ep) /* an answer is made of what stands behind the IP header */
 			return v4 || !part ? refuse(skb, v4, f.proto) : drop(NO_BALANCER);
 		chosen = *ep;
-		if (f.proto == IPPROTO_TCP)
+		if (is_connection(f.proto))
 			bpf_map_update_elem(&flows, &f, &chosen, 0);
 		else
 			bpf_map_update_elem(&passing, &f, &chosen, 0);
