@@ -62,6 +62,26 @@ func (c *conn) close() {
 // portFlags are the IFLA_BRPORT_* switches of a bridge port that matter here.
 type portFlags struct {
 	learning, flood, mcastFlood, bcastFlood, suppress, hairpin bool
+	lock                                                       lock
+}
+
+// lock is whether a port takes only frames from hardware addresses that have a static
+// entry towards it (IFLA_BRPORT_LOCKED, Linux 5.18).
+type lock uint8
+
+const (
+	unlocked lock = iota
+	locked
+	lockless // the kernel knows no such switch
+)
+
+// are reports whether the flags are those that are wanted. A lock that the kernel does not
+// have is not missed.
+func (f portFlags) are(want portFlags) bool {
+	if f.lock == lockless {
+		f.lock = want.lock
+	}
+	return f == want
 }
 
 // tunnelPort are those of the VXLAN device: nothing unknown goes to other
@@ -70,9 +90,10 @@ func tunnelPort() portFlags { return portFlags{suppress: true} }
 
 // localPort are those of a task's port and of the host's leg: requests for
 // local addresses reach every local port, and a frame may go back where it came
-// from: a balancer may choose the very task that asks for its own service.
+// from: a balancer may choose the very task that asks for its own service. Nobody sends
+// from another hardware address than its own.
 func localPort() portFlags {
-	return portFlags{flood: true, mcastFlood: true, bcastFlood: true, hairpin: true}
+	return portFlags{flood: true, mcastFlood: true, bcastFlood: true, hairpin: true, lock: locked}
 }
 
 func (c *conn) setPortFlags(index int, f portFlags) error {
@@ -88,6 +109,7 @@ func (c *conn) setPortFlags(index int, f portFlags) error {
 		{nl.IFLA_BRPORT_LEARNING, f.learning}, {nl.IFLA_BRPORT_UNICAST_FLOOD, f.flood},
 		{nl.IFLA_BRPORT_MCAST_FLOOD, f.mcastFlood}, {nl.IFLA_BRPORT_BCAST_FLOOD, f.bcastFlood},
 		{nl.IFLA_BRPORT_NEIGH_SUPPRESS, f.suppress}, {nl.IFLA_BRPORT_MODE, f.hairpin},
+		{nl.IFLA_BRPORT_LOCKED, f.lock == locked}, // older kernels overlook it
 	} {
 		v := []byte{0}
 		if a.on {
@@ -123,7 +145,7 @@ func (c *conn) allPortFlags() (map[int]portFlags, error) {
 			if err != nil {
 				return nil, fmt.Errorf("list bridge ports: %w", err)
 			}
-			var f portFlags
+			f := portFlags{lock: lockless}
 			for _, i := range infos {
 				on := len(i.Value) > 0 && i.Value[0] != 0
 				switch i.Attr.Type {
@@ -139,6 +161,10 @@ func (c *conn) allPortFlags() (map[int]portFlags, error) {
 					f.suppress = on
 				case nl.IFLA_BRPORT_MODE:
 					f.hairpin = on
+				case nl.IFLA_BRPORT_LOCKED:
+					if f.lock = unlocked; on {
+						f.lock = locked
+					}
 				}
 			}
 			out[int(ifi.Index)] = f

@@ -156,7 +156,7 @@ func tunnelFault(vx *netlink.Vxlan, vni uint32, bridge int, flags portFlags) str
 		return vx.Name + " was not on the bridge"
 	case vx.Learning:
 		return vx.Name + " learnt addresses"
-	case flags != tunnelPort():
+	case !flags.are(tunnelPort()):
 		return fmt.Sprintf("the bridge port flags of %s were %+v", vx.Name, flags)
 	}
 	return ""
@@ -169,7 +169,7 @@ func portFault(v *netlink.Veth, br *netlink.Bridge, flags portFlags) string {
 		return v.Name + " was down"
 	case v.MasterIndex != br.Index:
 		return v.Name + " was not on the bridge"
-	case flags != localPort():
+	case !flags.are(localPort()):
 		return fmt.Sprintf("the bridge port flags of %s were %+v", v.Name, flags)
 	}
 	return ""

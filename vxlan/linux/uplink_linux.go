@@ -100,7 +100,7 @@ func (k *Kernel) readUplink(n *vxlan.Network, up *netlink.Veth, br *netlink.Brid
 		n.DeviceFault = up.Name + " was down"
 	case up.MasterIndex != br.Index:
 		n.DeviceFault = up.Name + " was not on the bridge"
-	case flags != tunnelPort():
+	case !flags.are(tunnelPort()):
 		n.DeviceFault = fmt.Sprintf("the bridge port flags of %s were %+v", up.Name, flags)
 	default:
 		n.DeviceFault = k.routerFault(n.VNI, up)
