@@ -223,6 +223,7 @@ func (g *ground) vipHost(ctx context.Context, c vipPath, i int, ns string) error
 	table := ingress.Table{Networks: []ingress.Network{{
 		VNI: n.VNI, NetNS: filepath.Join(g.dir, weft.OverlayNetNS(node.id, n.VNI)), Bridge: weft.BridgeName(n.VNI),
 		Ports: []string{weft.PortVethName(ports[i].Task, c.network)}, Tasks: []string{ports[i].NetNS}, Services: services,
+		Speakers: []ingress.Speaker{{MAC: ports[i].MAC, Addrs: []netip.Addr{ports[i].Addr.Addr()}}},
 	}}, Underlay: ingress.Underlay{Port: groundPort, Self: vtep(i), Members: []netip.Addr{vtep(0), vtep(1)}}}
 	if i == 1 {
 		table.Ends = []ingress.End{{Task: ports[i].Task, NetNS: ports[i].NetNS, Addrs: []ingress.EndAddr{{VIP: serviceAddr, Own: taskOn(i)}}}}

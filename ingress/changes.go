@@ -118,5 +118,6 @@ func Unique(services []Service) bool {
 // SameBut reports whether two networks differ in nothing but their services.
 func (n *Network) SameBut(o *Network) bool {
 	return n.VNI == o.VNI && n.NetNS == o.NetNS && n.Bridge == o.Bridge && n.IPv6 == o.IPv6 &&
-		slices.Equal(n.Ports, o.Ports) && slices.Equal(n.Tasks, o.Tasks)
+		slices.Equal(n.Ports, o.Ports) && slices.Equal(n.Tasks, o.Tasks) &&
+		slices.EqualFunc(n.Speakers, o.Speakers, func(a, b Speaker) bool { return bytes.Equal(a.MAC, b.MAC) && slices.Equal(a.Addrs, b.Addrs) })
 }

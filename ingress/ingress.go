@@ -47,8 +47,17 @@ type Network struct {
 	Ports []string
 	// Tasks are the paths of the local tasks' namespaces, where an engine may
 	// meet their sockets.
-	Tasks    []string
+	Tasks []string
+	// Speakers are the local tasks by the hardware addresses of their ports. An engine
+	// on a bridge lets each speak of its own addresses alone (ARP, neighbour discovery).
+	Speakers []Speaker
 	Services []Service
+}
+
+// Speaker is a task's port: its hardware address and its own addresses.
+type Speaker struct {
+	MAC   net.HardwareAddr
+	Addrs []netip.Addr
 }
 
 // Service is one VIP, of either family: a service with an address of each is

@@ -433,23 +433,28 @@ func (d *deriver) balanced(n weft.Network) ingress.Network {
 		Bridge: weft.BridgeName(n.VNI),
 		IPv6:   n.Spec.IPv6,
 	}
-	out.Ports, out.Tasks = d.localEnds(n)
+	d.localEnds(n, &out)
 	for i := range d.in.Services {
 		out.Services = append(out.Services, d.balancedService(n, &d.in.Services[i])...)
 	}
 	return out
 }
 
-// localEnds are where an engine meets this node's tasks on a network: their ports,
-// and their namespaces.
-func (d *deriver) localEnds(n weft.Network) (ports, tasks []string) {
+// localEnds fills in where an engine meets this node's tasks on a network: their ports,
+// who speaks there, and their namespaces.
+func (d *deriver) localEnds(n weft.Network, out *ingress.Network) {
+	out.Ports, out.Tasks, out.Speakers = nil, nil, nil
 	for _, t := range d.local[n.ID] {
-		ports = append(ports, weft.PortVethName(t.Task.ID, n.ID))
+		out.Ports = append(out.Ports, weft.PortVethName(t.Task.ID, n.ID))
 		if t.NetNS != "" {
-			tasks = append(tasks, t.NetNS)
+			out.Tasks = append(out.Tasks, t.NetNS)
+		}
+		for _, a := range t.Task.Attachments {
+			if a.Network == n.ID {
+				out.Speakers = append(out.Speakers, ingress.Speaker{MAC: weft.EndpointMAC(t.Task.ID, a.Addr.Addr()), Addrs: bare(a.Addrs())})
+			}
 		}
 	}
-	return ports, tasks
 }
 
 func (d *deriver) balancedService(n weft.Network, s *Service) (out []ingress.Service) {

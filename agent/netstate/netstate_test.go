@@ -240,6 +240,7 @@ func TestDeriveIgnoresOrder(t *testing.T) {
 			in.Local = append(in.Local, localWeb(uint64(i+100), fmt.Sprintf("10.0.16.%d/20", i+100), fmt.Sprintf("10.255.0.%d/16", i+100), weft.EndpointReady))
 		}
 		want := Derive(in)
+		checkSpeakers(r, want)
 		in.Endpoints = rapid.Permutation(in.Endpoints).Draw(r, "endpoints")
 		in.Local = rapid.Permutation(in.Local).Draw(r, "locals")
 		in.Nodes = rapid.Permutation(in.Nodes).Draw(r, "nodes")
@@ -248,6 +249,19 @@ func TestDeriveIgnoresOrder(t *testing.T) {
 			r.Fatalf("order changed the outcome:\n got %+v\nwant %+v", got, want)
 		}
 	})
+}
+
+// checkSpeakers: whoever has a port on a network speaks there, of its addresses.
+func checkSpeakers(r *rapid.T, out Output) {
+	for _, n := range out.Ingress.Networks {
+		var of []ingress.Speaker
+		for _, p := range out.Overlay.Networks[n.VNI].Ports {
+			of = append(of, ingress.Speaker{MAC: p.MAC, Addrs: bare(p.Addrs())})
+		}
+		if !reflect.DeepEqual(n.Speakers, of) {
+			r.Fatalf("network %d: %v speak, its ports are %v", n.VNI, n.Speakers, of)
+		}
+	}
 }
 
 // TestUnionHoldsBoth: nothing that either state reaches is missing from the

@@ -197,7 +197,7 @@ func (d *Deriver) remadeOverlay(n weft.Network, t *touched, some []weft.ID, was 
 
 func (d *Deriver) remadeBalanced(n weft.Network, b ingress.Network, t *touched, some []weft.ID) ingress.Network {
 	if t.local[n.ID] {
-		b.Ports, b.Tasks = d.d.localEnds(n)
+		d.d.localEnds(n, &b)
 	}
 	last := b.Services
 	b.Services = remake(last, func(i int) weft.ID { return last[i].ID }, some, ofServices(d.d, func(s *Service) []ingress.Service {

@@ -200,6 +200,7 @@ func (r *Rig) Network(network int, services ...ingress.Service) ingress.Network 
 	n := ingress.Network{VNI: nw.vni, NetNS: filepath.Join(r.Dir, weft.OverlayNetNS(r.Nodes[0], nw.vni)), Bridge: weft.BridgeName(nw.vni), IPv6: true, Services: services}
 	for _, p := range nw.ports[0] {
 		n.Ports, n.Tasks = append(n.Ports, weft.PortVethName(p.Task, nw.id)), append(n.Tasks, p.NetNS)
+		n.Speakers = append(n.Speakers, ingress.Speaker{MAC: p.MAC, Addrs: []netip.Addr{p.Addr.Addr(), p.Addr6.Addr()}})
 	}
 	return n
 }

@@ -168,7 +168,7 @@ func (e *Engine) applyNetwork(n ingress.Network) (p *place, ok bool, err error) 
 // found by no mark: what is new of them is refused by the namespace's own stack, at
 // once, and not by IPVS, whose ICMP a client that is just connecting may miss.
 func (p *place) diversion(n ingress.Network) nft.Diversion {
-	d := nft.Diversion{VNI: n.VNI, NetNS: n.NetNS, MAC: p.mac[:], IPv6: n.IPv6}
+	d := nft.Diversion{VNI: n.VNI, NetNS: n.NetNS, MAC: p.mac[:], IPv6: n.IPv6, Speakers: n.Speakers}
 	for _, s := range n.Services {
 		if allDrain(s) {
 			d.Unmarked = append(d.Unmarked, s.VIP)

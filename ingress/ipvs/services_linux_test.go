@@ -19,6 +19,7 @@ import (
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
 	"github.com/weftnet/weft/vxlan/netns"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // parts are a node's own: the bridge engine and its sandboxes.
@@ -42,6 +43,9 @@ func parts(t testing.TB) ingresstest.Parts {
 // TestServices runs the suite of all engines.
 func TestServices(t *testing.T) {
 	need(t)
+	if err := ingresstest.HasSCTP(); err != nil && netnstest.Required("sctp") {
+		t.Fatal(err) // else the suite speaks it by hand
+	}
 	var repaired []weft.Repair
 	var path string
 	w := ingresstest.NewWire(t, parts(t), func(r *ingresstest.Rig) (ingress.Engine, error) {
@@ -62,6 +66,19 @@ func TestServices(t *testing.T) {
 	if len(repaired) > 0 {
 		t.Errorf("repaired %v", repaired)
 	}
+}
+
+// TestSpeakers: each task speaks of its own addresses.
+func TestSpeakers(t *testing.T) {
+	need(t)
+	ingresstest.Speakers(t, parts(t), func(r *ingresstest.Rig) (ingress.Engine, error) {
+		e, err := New(Config{Node: r.Nodes[0], NetNSDir: r.Dir})
+		if err != nil {
+			return nil, err
+		}
+		t.Cleanup(func() { must(t, e.Close(context.Background())) })
+		return e, e.Probe(t.Context())
+	})
 }
 
 // remembers reads the kernel's list of flows: protocol, client, its port, service,

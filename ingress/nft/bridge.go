@@ -42,7 +42,8 @@ const (
 
 // bridgeRules is the balancing table of one network. What is not for the hardware
 // address of a service passes: another node has balanced it already, or it is
-// none of ours. Then for each of the network's families:
+// none of ours. What tasks say of hardware addresses is looked at before that
+// (speakers.go). Then for each of the network's families:
 //
 //   - a known flow keeps its backend, one that ends for a shorter time;
 //   - pieces of a datagram go to a chain of their own (piecesChain), and an ICMP
@@ -52,7 +53,7 @@ const (
 //     to a seat, or to one that refuses at once.
 func bridgeRules(n ingress.Network, reject bool) ruleset {
 	r := ruleset{family: nftables.TableFamilyBridge, prune: map[string]bool{}}
-	rules := []rule{forServices()}
+	rules := []rule{r.speak(n.Speakers), forServices()}
 	fams := families(n.IPv6)
 	var others []chain
 	for i, f := range fams {

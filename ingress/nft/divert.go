@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables/expr"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
 )
 
 // Diversion hands what is sent to service addresses on a bridge to the IP stack of
@@ -23,6 +24,8 @@ type Diversion struct {
 	// Unmarked are service addresses whose packets get no mark: the balancer goes on
 	// with flows that it knows, and begins none.
 	Unmarked []netip.Addr
+	// Speakers are as ingress.Network's.
+	Speakers []ingress.Speaker
 }
 
 // markBytes is the length of a mark: an address's last four bytes.
@@ -35,7 +38,7 @@ const markBytes = 4
 // nothing new.
 func divertRules(d Diversion) ruleset {
 	r := ruleset{family: nftables.TableFamilyBridge}
-	rules := []rule{forServices()}
+	rules := []rule{r.speak(d.Speakers), forServices()}
 	for _, f := range families(d.IPv6) {
 		if f.is6 {
 			rules = append(rules, neighbourDiscovery())
@@ -62,11 +65,11 @@ func divertRules(d Diversion) ruleset {
 				&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: f.slot},
 			}, up)})
 	}
-	r.chains = []chain{{
+	r.chains = append([]chain{{
 		name: "prerouting", kind: nftables.ChainTypeFilter,
 		hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRef(-300), // NF_BR_PRI_NAT_DST_BRIDGED
 		rules: rules,
-	}}
+	}}, r.chains...)
 	return r
 }
 

@@ -17,13 +17,32 @@ import (
 	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/vxlan"
 	"github.com/weftnet/weft/vxlan/linux"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestServices runs the suite of all engines for service addresses, on the bridge
 // overlay with real sandboxes.
 func TestServices(t *testing.T) {
+	if err := ingresstest.HasSCTP(); err != nil && netnstest.Required("sctp") {
+		t.Fatal(err) // else the suite speaks it by hand
+	}
+	var path string
+	w := ingresstest.NewWire(t, rigParts(t), func(r *ingresstest.Rig) (ingress.Engine, error) {
+		path = r.Network(0).NetNS
+		e := New(r.Dir)
+		t.Cleanup(func() { must(t, e.Close(context.Background())) })
+		return e, e.Probe(t.Context())
+	})
+	w.Remembers = func(from, to netip.AddrPort) (time.Duration, error) { return remembers(path, from, to) }
+	for family, suite := range w.Suites() {
+		t.Run(family, suite.Run)
+	}
+}
+
+// rigParts are a node's own: the bridge engine and its sandboxes.
+func rigParts(t *testing.T) ingresstest.Parts {
 	log, files := slog.New(slog.DiscardHandler), t.TempDir()
-	parts := ingresstest.Parts{
+	return ingresstest.Parts{
 		Overlay: func(_ int, node weft.ID, dir string) (vxlan.Kernel, error) {
 			return linux.New(linux.Config{Node: node, NetNSDir: dir, Log: log})
 		},
@@ -35,17 +54,6 @@ func TestServices(t *testing.T) {
 			s, err := m.Make(ctx, sandbox.Spec{Task: task, Hostname: "h", VIPs: vips})
 			return s.NetNS, err
 		},
-	}
-	var path string
-	w := ingresstest.NewWire(t, parts, func(r *ingresstest.Rig) (ingress.Engine, error) {
-		path = r.Network(0).NetNS
-		e := New(r.Dir)
-		t.Cleanup(func() { must(t, e.Close(context.Background())) })
-		return e, e.Probe(t.Context())
-	})
-	w.Remembers = func(from, to netip.AddrPort) (time.Duration, error) { return remembers(path, from, to) }
-	for family, suite := range w.Suites() {
-		t.Run(family, suite.Run)
 	}
 }
 

@@ -26,7 +26,7 @@ func TestIPVS(t *testing.T) {
 say() { echo "WEFT-RESULT $*"; }
 mkdir -p /tmp
 # Nothing is loaded by hand: the kernel loads what is asked for.
-WEFT_TEST_REQUIRE=userns,root,ipvs ipvs.test -test.v -test.timeout 12m; say tests $?
+WEFT_TEST_REQUIRE=userns,root,ipvs,sctp ipvs.test -test.v -test.timeout 12m; say tests $?
 weft lab up --hosts 1 --overlay-engine bridge; say up $?
 say chosen $(DOCKER_HOST=unix:///run/weft/lab/lab/h1/weft.sock weft info | grep 'service engine ipvs')
 weft lab down; say down $?
@@ -39,7 +39,7 @@ weft lab down; say down $?
 	}
 	want(t, r, map[string]string{"tests": "0", "up": "0", "down": "0"})
 	// A pattern that fits no test, or a kernel without IPVS, would pass, too.
-	for _, name := range []string{"TestSequence", "TestRepairs", "TestCloseLeavesNothing", "TestServices"} {
+	for _, name := range []string{"TestSequence", "TestRepairs", "TestCloseLeavesNothing", "TestServices", "TestSpeakers"} {
 		if !strings.Contains(r.Console, "--- PASS: "+name+" ") {
 			t.Errorf("%s has not passed", name)
 		}

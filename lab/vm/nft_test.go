@@ -17,10 +17,10 @@ func TestNftOnOldKernel(t *testing.T) {
 	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, CPUs: 1, Init: `
 mkdir -p /tmp
 echo 16777216 >/proc/sys/net/core/rmem_max
-WEFT_TEST_REQUIRE=userns,root nft.test -test.v -test.timeout 10m -test.run '^(TestServices|TestEnds|TestEndsRepairs|TestFlowsOutliveTheirTable)$'
+WEFT_TEST_REQUIRE=userns,root,sctp nft.test -test.v -test.timeout 10m -test.run '^(TestServices|TestEnds|TestEndsRepairs|TestFlowsOutliveTheirTable|TestSpeakers)$'
 echo "WEFT-RESULT tests $?"
 `})
 	r := boot(t, m)
 	want(t, r, map[string]string{"tests": "0"})
-	passed(t, r, "TestServices", "TestEnds", "TestEndsRepairs", "TestFlowsOutliveTheirTable")
+	passed(t, r, "TestServices", "TestEnds", "TestEndsRepairs", "TestFlowsOutliveTheirTable", "TestSpeakers")
 }
