@@ -57,7 +57,7 @@ func divertRules(d Diversion) ruleset {
 			&expr.Verdict{Kind: expr.VerdictAccept},
 		}
 		rules = append(rules,
-			rule{fmt.Sprintf("%sto a service that takes nothing new: to %s", f.words, d.MAC), join(f.isFamily(expr.CmpOpEq), f.addresses(), []expr.Any{has(unmarked.name, f.vip)}, up)},
+			rule{fmt.Sprintf("%sto a service that takes nothing new: to %s", f.words, d.MAC), join(f.toService(), []expr.Any{has(unmarked.name, f.vip)}, up)},
 			rule{fmt.Sprintf("%smark by the address, to %s", f.words, d.MAC), join([]expr.Any{
 				&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: f.mac},
 				&expr.Cmp{Op: expr.CmpOpEq, Register: f.mac, Data: []byte{byte(f.ether >> 8), byte(f.ether)}},

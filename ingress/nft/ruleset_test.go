@@ -22,8 +22,14 @@ func testBackend(n byte, isDraining bool) ingress.Backend {
 	return ingress.Backend{Task: id, Addr: addr, Addr6: netip.AddrFrom16([16]byte{0: 0xfd, 15: n}), MAC: weft.EndpointMAC(id, addr), Draining: isDraining}
 }
 
-// TestGoldenRulesets shows what stands in the kernel for a few tables.
-func TestGoldenRulesets(t *testing.T) {
+// namedRules is a ruleset and the name of its golden file.
+type namedRules struct {
+	name  string
+	rules ruleset
+}
+
+// goldenRulesets are what stands in the kernel for a few tables.
+func goldenRulesets() []namedRules {
 	vip := func(n byte, b ...ingress.Backend) ingress.Service {
 		a := netip.AddrFrom4([4]byte{10, 0, 16, n})
 		return ingress.Service{ID: weft.ID([]byte{'s', n}), VIP: a, MAC: weft.VIPMAC("s", a), Backends: b}
@@ -64,10 +70,7 @@ func TestGoldenRulesets(t *testing.T) {
 	}
 	taskInside := wish{EntryTask: ingress.EntryTask{Link: "eth1", Addr: netip.MustParsePrefix("10.255.0.9/16"), Addr6: netip.MustParsePrefix("fd00:ff::9/64")}}
 	withLeg := wish{EntryTask: taskInside.EntryTask, gateway: ingress.EntryTask{Link: weft.GatewayLeg}}
-	for _, tc := range []struct {
-		name  string
-		rules ruleset
-	}{
+	return []namedRules{
 		{"bridge_empty", bridgeRules(ingress.Network{}, true)},
 		{"bridge_services", bridgeRules(ingress.Network{Services: []ingress.Service{
 			vip(200, testBackend(1, false), testBackend(2, false), testBackend(3, true)), // one drains
@@ -105,7 +108,11 @@ func TestGoldenRulesets(t *testing.T) {
 		}})},
 		{"host_options", hostRules(ingress.Table{Ingress: entry, Gateway: gateway, Published: options})},
 		{"host_options_ipv6", hostRules6(ingress.Table{Ingress: entry, Gateway: gateway, Published: options})},
-	} {
+	}
+}
+
+func TestGoldenRulesets(t *testing.T) {
+	for _, tc := range goldenRulesets() {
 		t.Run(tc.name, func(t *testing.T) {
 			path := filepath.Join("testdata", tc.name+".txt")
 			got := tc.rules.String()
