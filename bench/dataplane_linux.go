@@ -144,6 +144,10 @@ func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string
 		p.Metrics = append(p.Metrics, metric{programMany, "ms", false}, metric{programOne, "ms", false},
 			metric{programMany + ofThread, "ms", false}, metric{programOne + ofThread, "ms", false})
 	}
+	isFilled := slices.ContainsFunc(fillingMetrics, func(m metric) bool { return slices.Contains(metrics, m.Name) })
+	if isFilled {
+		p.Metrics = append(p.Metrics, fillingMetrics...)
+	}
 	for i, o := range list {
 		w, err := o.open(ctx)
 		if err != nil {
@@ -160,6 +164,9 @@ func trafficPlan(ctx context.Context, g *ground, list []opener, metrics []string
 			}
 			if isProgrammed && (o.name == pathBridge || o.name == pathEBPF) {
 				return out, g.program(ctx, o.name, out)
+			}
+			if isFilled && isFilledCase(o.name) {
+				return out, g.fill(ctx, o.name, out)
 			}
 			return out, nil
 		}}

@@ -23,23 +23,31 @@ const (
 	meshEBPFSnat   = "ebpf-mesh-snat"
 	meshBridge     = "bridge-mesh"
 	meshBridgeSnat = "bridge-mesh-snat"
+	// On the bridge, with services balanced by IPVS.
+	meshIPVS     = "ipvs-mesh"
+	meshIPVSSnat = "ipvs-mesh-snat"
 )
 
 // meshCase is what a case is made of.
 type meshCase struct {
 	name, overlay string
-	hides         bool
+	hides, isIPVS bool
 }
 
-var meshCases = []meshCase{{meshEBPF, pathEBPF, false}, {meshEBPFSnat, pathEBPF, true}, {meshBridge, pathBridge, false}, {meshBridgeSnat, pathBridge, true}}
+var meshCases = []meshCase{
+	{meshEBPF, pathEBPF, false, false}, {meshEBPFSnat, pathEBPF, true, false},
+	{meshBridge, pathBridge, false, false}, {meshBridgeSnat, pathBridge, true, false},
+	{meshIPVS, pathBridge, false, true}, {meshIPVSSnat, pathBridge, true, true},
+}
 
-var meshPairs = []pair{{meshEBPF, meshEBPFSnat}, {meshBridge, meshBridgeSnat}, {meshEBPF, dockerMesh}, {meshBridge, dockerMesh}}
+var meshPairs = []pair{{meshEBPF, meshEBPFSnat}, {meshBridge, meshBridgeSnat}, {meshIPVS, meshIPVSSnat}, {meshEBPF, dockerMesh}, {meshBridge, dockerMesh}}
 
 // meshLimits: keeping the address costs nothing with nftables and less than hiding it
 // in eBPF, which hides none, and a request takes at most 0.6 of Docker's.
 var meshLimits = []limit{
 	{Case: meshEBPF, Metric: string(crr), Over: meshEBPFSnat, Least: 1.3},
 	{Case: meshBridge, Metric: string(crr), Over: meshBridgeSnat, Least: 1.0},
+	{Case: meshIPVS, Metric: string(crr), Over: meshIPVSSnat, Least: 1.0},
 	{Case: meshEBPF, Metric: string(rr), Over: dockerMesh, Least: 1 / 0.6},
 	{Case: meshBridge, Metric: string(rr), Over: dockerMesh, Least: 1 / 0.6},
 }
@@ -92,7 +100,14 @@ func (g *ground) mesh(ctx context.Context, name string, h pairOfHosts) error {
 		} else {
 			t.Ingress.Tasks = []ingress.EntryTask{{Task: task, NetNS: ns, Link: "eth0", Addr: port.Addr}}
 		}
-		if err := g.meshHost(ctx, c.overlay, meshSide{nodes[i], host, n, t}); err != nil {
+		if c.isIPVS {
+			n.VIPs = []vxlan.VIP{{Addr: serviceAddr, MAC: weft.VIPMAC("s", serviceAddr)}}
+			t.Networks = []ingress.Network{{
+				VNI: n.VNI, NetNS: filepath.Join(g.dir, weft.OverlayNetNS(nodes[i].id, n.VNI)), Bridge: weft.BridgeName(n.VNI),
+				Services: []ingress.Service{{ID: "s", VIP: serviceAddr, MAC: weft.VIPMAC("s", serviceAddr), Backends: []ingress.Backend{{Task: task, Addr: taskOn(1), MAC: port.MAC}}}},
+			}}
+		}
+		if err := g.meshHost(ctx, c, meshSide{nodes[i], host, n, t}); err != nil {
 			return err
 		}
 	}
@@ -108,17 +123,21 @@ type meshSide struct {
 	table   ingress.Table
 }
 
-func (g *ground) meshHost(ctx context.Context, overlay string, side meshSide) error {
+func (g *ground) meshHost(ctx context.Context, c meshCase, side meshSide) error {
 	ns, n, t := side.ns, side.network, side.table
-	k, err := g.engineOf(overlay, side.vipNode)
+	k, err := g.engineOf(c.overlay, side.vipNode)
 	if err != nil {
 		return err
 	}
 	var e ingress.Engine = nft.New(g.dir)
-	if overlay == pathEBPF {
-		if e, err = balance.NewMesh(balance.MeshConfig{Node: side.id, Dir: side.bpf, Table: e}); err != nil {
-			return err
-		}
+	switch {
+	case c.isIPVS:
+		e, err = ipvsBalancer(g, side.vipNode)
+	case c.overlay == pathEBPF:
+		e, err = balance.NewMesh(balance.MeshConfig{Node: side.id, Dir: side.bpf, Table: e})
+	}
+	if err != nil {
+		return err
 	}
 	undo := context.WithoutCancel(ctx)
 	g.later(func() error {

@@ -16,6 +16,7 @@ import (
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 	balance "github.com/weftnet/weft/ingress/bpf"
+	"github.com/weftnet/weft/ingress/ipvs"
 	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/lab/vm"
 	"github.com/weftnet/weft/vxlan"
@@ -28,11 +29,14 @@ import (
 const (
 	vipEBPF    = "ebpf-vip"
 	vipVeth    = "ebpf-vip-veth" // not balanced at the socket, but at the task's veth
+	vipIPVS    = "ipvs-vip"
 	vipNFT     = "nft-vip"
 	directEBPF = "ebpf-direct"
+	directIPVS = "ipvs-direct"
 	directNFT  = "nft-direct"
 	// Among many other services.
 	vipEBPFMany = "ebpf-vip-10k"
+	vipIPVSMany = "ipvs-vip-10k"
 	vipNFTMany  = "nft-vip-10k"
 )
 
@@ -61,8 +65,10 @@ type vipNode struct {
 var vipCases = []vipCase{
 	{vipEBPF, directEBPF, pathEBPF, ebpfBalancer, false},
 	{vipVeth, directEBPF, pathEBPF, vethBalancer, false},
+	{vipIPVS, directIPVS, pathBridge, ipvsBalancer, false},
 	{vipNFT, directNFT, pathBridge, nftBalancer, false},
 	{vipEBPFMany, directEBPF, pathEBPF, ebpfBalancer, true},
+	{vipIPVSMany, directIPVS, pathBridge, ipvsBalancer, true},
 	{vipNFTMany, directNFT, pathBridge, nftBalancer, true},
 }
 
@@ -76,17 +82,23 @@ func ebpfBalancer(g *ground, n vipNode) (ingress.Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	return withEnds(g, balance.Config{Node: n.id, Dir: n.bpf, Cgroup: top})
+	e, err := balance.New(balance.Config{Node: n.id, Dir: n.bpf, Cgroup: top})
+	return withEnds(g, e), err
 }
 
 func vethBalancer(g *ground, n vipNode) (ingress.Engine, error) {
-	return withEnds(g, balance.Config{Node: n.id, Dir: n.bpf})
+	e, err := balance.New(balance.Config{Node: n.id, Dir: n.bpf})
+	return withEnds(g, e), err
 }
 
-// withEnds is the eBPF engine with what nftables does at the backend's end.
-func withEnds(g *ground, c balance.Config) (ingress.Engine, error) {
-	e, err := balance.New(c)
-	return ingress.Split{Services: e, Published: nft.New(g.dir)}, err
+func ipvsBalancer(g *ground, n vipNode) (ingress.Engine, error) {
+	e, err := ipvs.New(ipvs.Config{Node: n.id, NetNSDir: g.dir})
+	return withEnds(g, e), err
+}
+
+// withEnds is an engine with what nftables does beside it: the backend's end.
+func withEnds(g *ground, e ingress.Engine) ingress.Engine {
+	return ingress.Split{Services: e, Published: nft.New(g.dir)}
 }
 
 func nftBalancer(g *ground, _ vipNode) (ingress.Engine, error) { return nft.New(g.dir), nil }
@@ -111,14 +123,16 @@ var servicePairs = func() []pair {
 // serviceLimits: what a service address is to cost, for each new connection.
 var serviceLimits = []limit{
 	{Case: vipEBPF, Metric: string(crr), Over: directEBPF, Least: 0.99},
+	{Case: vipIPVS, Metric: string(crr), Over: directIPVS, Least: 0.94},
 	{Case: vipNFT, Metric: string(crr), Over: directNFT, Least: 0.94},
 	{Case: vipEBPFMany, Metric: string(crr), Over: vipEBPF, Least: 0.98},
+	{Case: vipIPVSMany, Metric: string(crr), Over: vipIPVS, Least: 0.98},
 	{Case: vipNFTMany, Metric: string(crr), Over: vipNFT, Least: 0.98},
 }
 
 // servicesBench: service addresses on the instruction clock.
 func servicesBench() benchmark {
-	c := choices{Metrics: []string{string(rr), string(crr)}, Cases: []string{pathEBPF, pathBridge}}
+	c := choices{Metrics: append([]string{string(rr), string(crr)}, fillingNames()...), Cases: []string{pathEBPF, pathBridge}}
 	for _, v := range vipCases {
 		if !slices.Contains(c.Cases, v.direct) {
 			c.Cases = append(c.Cases, v.direct)
@@ -131,18 +145,18 @@ func servicesBench() benchmark {
 	c.Usual = slices.DeleteFunc(slices.Clone(c.Cases), func(n string) bool { return strings.HasSuffix(n, "-10k") })
 	return benchmark{
 		Name:    "services",
-		About:   "what a service address costs in instructions: requests and new connections per 10^9 of them to a service's one task on another host, with each service engine, beside the same to the task's own address, and from outside by a published port of a node without a task, against host to host",
+		About:   "what a service address costs in instructions: requests and new connections per 10^9 of them to a service's one task on another host, with each service engine, beside the same to the task's own address, and from outside by a published port of a node without a task, against host to host; and what 10,000 services of ten backends take to be programmed, and in memory",
 		Choices: c,
 		Linked:  true,
 		Away: func(ctx context.Context, o options) (away, error) {
 			s, kernel, err := inGuest(ctx, o, vm.Config{MemoryMiB: 2048, DiskMiB: 512},
-				"for m in veth vxlan bridge sch_ingress cls_bpf nf_tables nft_reject_bridge nft_chain_nat nft_nat nft_masq nft_ct nft_fib_inet nft_socket nft_tproxy ip_vs ip_vs_rr; do modprobe $m; done\n"+guestCommand(o))
+				"for m in veth vxlan bridge sch_ingress cls_bpf nf_tables nft_reject_bridge nft_chain_nat nft_nat nft_masq nft_ct nft_fib_inet nft_socket nft_tproxy macvlan ip_vs ip_vs_rr; do modprobe $m; done\n"+guestCommand(o))
 			if err != nil {
 				return away{}, err
 			}
 			return away{
 				Series: s, Guest: "Linux " + kernel + " on one processor, whose clock counts instructions",
-				Limits: limitsOn(slices.Concat(serviceLimits, meshLimits), pathRaw, o.cases, o.metrics),
+				Limits: limitsOn(slices.Concat(serviceLimits, meshLimits, fillingLimits), pathRaw, o.cases, o.metrics),
 			}, nil
 		},
 	}
@@ -204,15 +218,30 @@ type vipPath struct {
 
 // vipHost makes the network and the balancer of host i, whose namespace is ns.
 func (g *ground) vipHost(ctx context.Context, c vipPath, i int, ns string) error {
+	balancer, table, err := g.vipNetwork(ctx, c, i, ns)
+	if err != nil {
+		return err
+	}
+	return netns.Do(ns, func() error {
+		if err := balancer.Probe(ctx); err != nil {
+			return err
+		}
+		return balancer.Apply(ctx, table)
+	})
+}
+
+// vipNetwork makes the network of host i, and its balancer, which has done nothing yet,
+// with the table that it is to apply.
+func (g *ground) vipNetwork(ctx context.Context, c vipPath, i int, ns string) (ingress.Engine, ingress.Table, error) {
 	ports, services := c.ports, c.services
 	node := vipNode{id: weft.NewID(), bpf: filepath.Join(g.dir, fmt.Sprintf("%s-bpf%d", c.path, i))}
 	overlay, err := g.engineOf(c.overlay, node)
 	if err != nil {
-		return err
+		return nil, ingress.Table{}, err
 	}
 	balancer, err := c.engine(g, node)
 	if err != nil {
-		return err
+		return nil, ingress.Table{}, err
 	}
 	n := network(c.network, i, ports[i])
 	n.Subnets = append(n.Subnets, otherVIPs)
@@ -232,15 +261,7 @@ func (g *ground) vipHost(ctx context.Context, c vipPath, i int, ns string) error
 	g.later(func() error {
 		return netns.Do(ns, func() error { return errors.Join(balancer.Close(undo), overlay.Apply(undo, vxlan.State{})) })
 	})
-	return netns.Do(ns, func() error {
-		if err := overlay.Apply(ctx, only(n)); err != nil {
-			return err
-		}
-		if err := balancer.Probe(ctx); err != nil {
-			return err
-		}
-		return balancer.Apply(ctx, table)
-	})
+	return balancer, table, netns.Do(ns, func() error { return overlay.Apply(ctx, only(n)) })
 }
 
 // holdAddress gives the calling thread's namespace a service address as a task's

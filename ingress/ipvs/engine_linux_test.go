@@ -21,6 +21,7 @@ import (
 
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/ingresstest"
 	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/vxlan/netns"
 	"github.com/weftnet/weft/vxlan/netns/netnstest"
@@ -457,4 +458,17 @@ func BenchmarkOneChanged(b *testing.B) {
 	if h.e.express-before != i {
 		b.Errorf("%d of %d passes were express", h.e.express-before, i)
 	}
+}
+
+// BenchmarkMemory: what services take in the kernel.
+func BenchmarkMemory(b *testing.B) {
+	h := newHall(b)
+	ingresstest.MemoryOf(b, 10000, func(count, backends int) {
+		h.apply()
+		services := many(count)
+		for i := range services {
+			services[i].Backends = services[i].Backends[:backends]
+		}
+		h.apply(services...)
+	})
 }
