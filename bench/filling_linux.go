@@ -49,10 +49,10 @@ var fillingCases = []string{vipEBPF, vipIPVS, vipNFT}
 
 func isFilledCase(name string) bool { return slices.Contains(fillingCases, name) }
 
-// fillingLimits are in milliseconds.
+// fillingLimits are in milliseconds, of which each is 10^6 instructions here: no processor
+// is so slow, so that what holds here holds. eBPF's (500 and 1) are too near for that,
+// and are ingress/bpf's benchmarks' to tell.
 var fillingLimits = []limit{
-	{Case: vipEBPF, Metric: fillMany, Most: 500},
-	{Case: vipEBPF, Metric: fillOne, Most: 1},
 	{Case: vipIPVS, Metric: fillMany, Most: 20_000},
 	{Case: vipIPVS, Metric: fillOne, Most: 10},
 	{Case: vipNFT, Metric: fillMany, Most: 10_000},
@@ -117,36 +117,32 @@ func (f filling) measure(ctx context.Context, out sample) error {
 	if err != nil {
 		return err
 	}
-	held := map[int]int64{}
-	for _, backends := range []int{0, 1, backendsEach} {
-		// From nothing each time: what is changed in place may leave holes.
-		if _, err := apply(nil); err != nil {
-			return err
-		}
-		if backends > 0 {
-			if _, err := apply(otherServices(f.count, backends)); err != nil {
-				return err
-			}
-		}
-		if held[backends], err = f.memory(ctx); err != nil {
-			return err
-		}
-	}
-	out[fillEmpty] = float64(held[0]-before) / (1 << 20)
-	out[fillService] = float64(held[1]-held[0]) / float64(f.count)
-	out[fillBackend] = float64(held[backendsEach]-held[1]) / float64(f.count*(backendsEach-1))
 	if _, err := apply(nil); err != nil {
 		return err
 	}
+	empty, err := f.memory(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := apply(otherServices(f.count, 1)); err != nil {
+		return err
+	}
+	one, err := f.memory(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := apply(nil); err != nil { // what is changed in place may leave holes
+		return err
+	}
 	bare := heap()
-	// What changes a service depends on how long ago the last whole pass was: nothing may
-	// wait between them, so that memory was read in fillings of its own.
 	services := otherServices(f.count, backendsEach)
 	took, err := apply(services)
 	if err != nil {
 		return err
 	}
 	out[fillMany] = milliseconds(took)
+	// How a service is changed depends on how long ago the last whole pass was: nothing
+	// that waits may come between.
 	var ones []float64
 	for i := range changesEach {
 		services = slices.Clone(services)
@@ -163,8 +159,14 @@ func (f filling) measure(ctx context.Context, out sample) error {
 	out[fillOne], _, _ = spread(ones)
 	out[fillModel] = float64(heap()-bare) / (1 << 20)
 	runtime.KeepAlive(engine)
-	_, err = apply(nil)
-	return err
+	ten, err := f.memory(ctx)
+	if err != nil {
+		return err
+	}
+	out[fillEmpty] = float64(empty-before) / (1 << 20)
+	out[fillService] = float64(one-empty) / float64(f.count)
+	out[fillBackend] = float64(ten-one) / float64(f.count*(backendsEach-1))
+	return nil
 }
 
 // heap is what this process has reachable, in bytes.
