@@ -75,13 +75,13 @@ func (f *family) endsRules(e ingress.End) ruleset {
 	if e.Direct {
 		in = append(f.endsDirect(e), in...)
 	}
-	return ruleset{family: f.host, name: endsTable,
+	r := ruleset{family: f.host, name: endsTable,
 		sets: []set{own, known(endsAsked, askedTimeout), known(endsOpen, flowTimeout), known(endsClosed, endingTimeout), known(endsJoined, associatedTimeout)},
 		chains: []chain{
 			// Behind what the mesh remembers (inside.go), before connection tracking.
 			hooked("in", nftables.ChainHookInput, 310, in...),
 			hooked("out", nftables.ChainHookOutput, -350,
-				rule{"no tcp: by others", join(tcpOr(expr.CmpOpNeq), f.then(expr.VerdictGoto, "others"))},
+				rule{"no tcp: by others", join(f.isOf(expr.CmpOpNeq, unix.IPPROTO_TCP), f.then(expr.VerdictGoto, "others"))},
 				rule{"tcp of a connection to the own address: by connections", join(endMarked(), f.then(expr.VerdictGoto, "connections"))},
 			),
 			{name: "others" + f.suffix, rules: []rule{
@@ -91,8 +91,11 @@ func (f *family) endsRules(e ingress.End) ruleset {
 				f.askedOwn(unix.IPPROTO_SCTP, nil, endsJoined, associatedTimeout))},
 			{name: "datagram" + f.suffix, rules: []rule{f.askedOwn(unix.IPPROTO_UDP, nil, endsAsked, askedTimeout)}},
 			{name: "connections" + f.suffix, rules: f.endsAnswers()},
-			{name: "whole" + f.suffix, rules: []rule{f.makeWhole()}},
 		}}
+	if f.is6 {
+		r.chains = append(r.chains, chain{name: "whole" + f.suffix, rules: []rule{f.makeWhole()}})
+	}
+	return r
 }
 
 // endsAnswer gives an answer the address that was asked.
@@ -113,7 +116,7 @@ func (f *family) endsDirect(e ingress.End) (rules []rule) {
 		seen = append(seen, a.Own)
 		rules = append(rules, rule{"tcp to " + a.Own.String() + ": as it is", join([]expr.Any{
 			f.load(insideKey, f.destination), &expr.Cmp{Op: expr.CmpOpEq, Register: insideKey, Data: a.Own.AsSlice()},
-		}, isTCP(), f.accept())})
+		}, f.isOf(expr.CmpOpEq, unix.IPPROTO_TCP), f.accept())})
 	}
 	return rules
 }
@@ -153,8 +156,9 @@ func (f *family) endsConnections() []rule {
 
 // makeWhole is in a chain that nothing leads to. That a rule of its kind is there makes
 // the kernel put pieces of datagrams together before the first hook (nft_tproxy.c:
-// nf_defrag_ipv6_enable). The input hook of IPv4 stands behind that anyway; IPv6's sees
-// pieces, and the later ones have no ports to tell the server by.
+// nf_defrag_ipv6_enable). IPv6's input hook sees pieces otherwise, and the later ones have
+// no ports to tell the server by. IPv4's stands behind that anyway (ip_local_deliver), so
+// that there the rule would only cost every packet a hook more each way.
 func (f *family) makeWhole() rule {
 	return rule{"pieces of datagrams are one", []expr.Any{
 		&expr.Immediate{Register: insideTmp, Data: []byte{0, 1, 0, 0}},
@@ -243,15 +247,17 @@ func endMarked() []expr.Any {
 	}
 }
 
-func isTCP() []expr.Any { return tcpOr(expr.CmpOpEq) }
-
-// tcpOr matches TCP (CmpOpEq), or all else (CmpOpNeq).
-func tcpOr(op expr.CmpOp) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: insideTmp},
-		&expr.Cmp{Op: op, Register: insideTmp, Data: []byte{unix.IPPROTO_TCP}},
+// isOf compares the protocol as isProtocol does, for what every packet meets: a byte of
+// IPv4's header is read without a call, and IPv6 may have headers between.
+func (f *family) isOf(op expr.CmpOp, proto byte) []expr.Any {
+	read := expr.Any(&expr.Payload{DestRegister: insideTmp, Base: expr.PayloadBaseNetworkHeader, Offset: 9, Len: 1}) // RFC 791
+	if f.is6 {
+		read = &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: insideTmp}
 	}
+	return []expr.Any{read, &expr.Cmp{Op: op, Register: insideTmp, Data: []byte{proto}}}
 }
+
+func isTCP() []expr.Any { return isProtocol(unix.IPPROTO_TCP) }
 
 // endsProbe has an address of each family.
 func endsProbe() ingress.End {

@@ -153,3 +153,22 @@ func TestRulesReadWhatTheyHaveLoaded(t *testing.T) {
 		}
 	}
 }
+
+// TestEndsJoinPiecesWhereNeeded: a rule that has the kernel put pieces together costs every
+// packet of the family a hook each way. IPv4's input hook stands behind that anyway.
+func TestEndsJoinPiecesWhereNeeded(t *testing.T) {
+	for _, f := range families(true) {
+		joins := false
+		for _, c := range f.endsRules(endsProbe()).chains {
+			for _, r := range c.rules {
+				for _, e := range r.exprs {
+					_, is := e.(*expr.TProxy)
+					joins = joins || is
+				}
+			}
+		}
+		if joins != f.is6 {
+			t.Errorf("IPv6 %t: pieces are put together: %t", f.is6, joins)
+		}
+	}
+}
