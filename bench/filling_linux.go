@@ -63,82 +63,94 @@ var fillingLimits = []limit{
 // them meet the collector of garbage.
 const changesEach = 9
 
-// fill has a new engine of a case on a host of its own hold many services, and puts what
-// it takes into out.
-func (g *ground) fill(ctx context.Context, name string, out sample) (err error) {
+// fill has new engines of a case hold many services, of one backend and of more, and puts
+// what they take into out. Each is on a host of its own: what the last filling of a host
+// has left to be freed, IPVS for two minutes (ip_vs.h: IP_VS_DEST_TRASH_PERIOD), would be
+// counted as the next one's.
+func (g *ground) fill(ctx context.Context, name string, out sample) error {
+	one, err := g.fillAnew(ctx, name, 1, out)
+	if err != nil {
+		return err
+	}
+	all, err := g.fillAnew(ctx, name, backendsEach, out)
+	if err != nil {
+		return err
+	}
+	out[fillService] = float64(one) / manyServices
+	out[fillBackend] = float64(all-one) / (manyServices * (backendsEach - 1))
+	return nil
+}
+
+// fillAnew is what the kernel keeps for services of so many backends, in bytes. The rest
+// of what it measures goes into out.
+func (g *ground) fillAnew(ctx context.Context, name string, backends int, out sample) (held int64, err error) {
 	own := &ground{dir: filepath.Join(g.dir, "fill"), log: g.log, paths: map[string]path{}}
 	own.later(func() error { return os.RemoveAll(own.dir) })
 	defer func() { err = errors.Join(err, own.close()) }()
 	h, err := own.hosts(name)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	c := vipPath{vipCase: vipCases[slices.IndexFunc(vipCases, func(c vipCase) bool { return c.name == name })], path: name, network: weft.NewID()}
 	for i := range c.ports {
 		ns, err := own.namespace(fmt.Sprintf("%s%d", name, i))
 		if err != nil {
-			return err
+			return 0, err
 		}
 		task := weft.NewID()
 		c.ports[i] = vxlan.Port{Task: task, NetNS: ns, IfName: "eth0", Addr: taskPrefix(i), MAC: weft.EndpointMAC(task, taskOn(i))}
 	}
 	engine, table, err := own.vipNetwork(ctx, c, 0, h[0])
 	if err != nil {
-		return err
+		return 0, err
 	}
 	// The calling goroutine has its thread to itself inside netns.Do.
-	return netns.Do(h[0], func() error {
-		return filling{engine, table, manyServices, ingresstest.SettledMemory}.measure(ctx, out)
+	err = netns.Do(h[0], func() (err error) {
+		held, err = filling{engine, table, manyServices, backends, ingresstest.SettledMemory}.measure(ctx, out)
+		return err
 	})
+	return held, err
 }
 
-// filling is an engine that is to hold so many services, on a network that is there.
+// filling is an engine that is to hold so many services of so many backends, on a network
+// that is there.
 type filling struct {
-	engine ingress.Engine
-	table  ingress.Table
-	count  int
-	memory func(context.Context) (int64, error) // the kernel's
+	engine          ingress.Engine
+	table           ingress.Table
+	count, backends int
+	memory          func(context.Context) (int64, error) // the kernel's
 }
 
-// measure works in the calling thread's namespace.
-func (f filling) measure(ctx context.Context, out sample) error {
-	engine, table := f.engine, f.table
+// measure works in the calling thread's namespace, and says what the kernel keeps for the
+// services.
+func (f filling) measure(ctx context.Context, out sample) (held int64, err error) {
 	apply := func(services []ingress.Service) (time.Duration, error) {
-		table.Networks = slices.Clone(table.Networks)
-		table.Networks[0].Services = services
+		f.table.Networks = slices.Clone(f.table.Networks)
+		f.table.Networks[0].Services = services
 		start := processorTime()
-		err := engine.Apply(ctx, table)
+		err := f.engine.Apply(ctx, f.table)
 		return processorTime() - start, err
 	}
-	if err := engine.Probe(ctx); err != nil {
-		return err
+	if err := f.engine.Probe(ctx); err != nil {
+		return 0, err
 	}
 	before, err := f.memory(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if _, err := apply(nil); err != nil {
-		return err
+		return 0, err
 	}
 	empty, err := f.memory(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if _, err := apply(otherServices(f.count, 1)); err != nil {
-		return err
-	}
-	one, err := f.memory(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := apply(nil); err != nil { // what is changed in place may leave holes
-		return err
-	}
+	out[fillEmpty] = float64(empty-before) / (1 << 20)
 	bare := heap()
-	services := otherServices(f.count, backendsEach)
+	services := otherServices(f.count, f.backends)
 	took, err := apply(services)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	out[fillMany] = milliseconds(took)
 	// How a service is changed depends on how long ago the last whole pass was: nothing
@@ -148,25 +160,19 @@ func (f filling) measure(ctx context.Context, out sample) error {
 		services = slices.Clone(services)
 		s := &services[(i+1)*f.count/(changesEach+1)]
 		s.Backends = append(slices.Clone(s.Backends[1:]), s.Backends[0])
-		last := &s.Backends[backendsEach-1]
+		last := &s.Backends[f.backends-1]
 		last.Task = weft.ID(fmt.Sprintf("other%020d", i))
 		last.MAC = weft.EndpointMAC(last.Task, last.Addr)
 		if took, err = apply(services); err != nil {
-			return err
+			return 0, err
 		}
 		ones = append(ones, milliseconds(took))
 	}
 	out[fillOne], _, _ = spread(ones)
 	out[fillModel] = float64(heap()-bare) / (1 << 20)
-	runtime.KeepAlive(engine)
-	ten, err := f.memory(ctx)
-	if err != nil {
-		return err
-	}
-	out[fillEmpty] = float64(empty-before) / (1 << 20)
-	out[fillService] = float64(one-empty) / float64(f.count)
-	out[fillBackend] = float64(ten-one) / float64(f.count*(backendsEach-1))
-	return nil
+	runtime.KeepAlive(f.engine)
+	full, err := f.memory(ctx)
+	return full - empty, err
 }
 
 // heap is what this process has reachable, in bytes.

@@ -38,35 +38,31 @@ func (k *keeper) memory(context.Context) (int64, error) {
 	return 78<<20 + int64(300*n[0]+50*n[1]), nil
 }
 
-// TestFilling: what is told of an engine is what it keeps, each filling is from nothing,
-// and one service at a time changes.
+// TestFilling: what is told of an engine is what it keeps, and one service at a time changes.
 func TestFilling(t *testing.T) {
 	const count = 40
-	k := &keeper{}
-	out := sample{}
-	table := ingress.Table{Networks: make([]ingress.Network, 1)}
-	if err := (filling{k, table, count, k.memory}).measure(t.Context(), out); err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range fillingMetrics {
-		if _, ok := out[m.Name]; !ok {
-			t.Errorf("nothing said of %s", m.Name)
+	for _, backends := range []int{1, backendsEach} {
+		k := &keeper{}
+		out := sample{}
+		f := filling{k, ingress.Table{Networks: make([]ingress.Network, 1)}, count, backends, k.memory}
+		held, err := f.measure(t.Context(), out)
+		if want := int64(count * (300 + 50*backends)); err != nil || held != want {
+			t.Errorf("%d backends: %d bytes, %v, want %d", backends, held, err, want)
 		}
-	}
-	if out[fillEmpty] != 1 || out[fillService] != 350 || out[fillBackend] != 50 {
-		t.Errorf("%v MiB without services, %v B for one of one backend, %v for each more; want 1, 350, 50", out[fillEmpty], out[fillService], out[fillBackend])
-	}
-	full := [2]int{count, count * backendsEach}
-	want := [][2]int{{}, {count, count}, {}, full}
-	for range changesEach {
-		want = append(want, full)
-	}
-	if len(k.applied) != len(want) {
-		t.Fatalf("applied %v, want %v", k.applied, want)
-	}
-	for i := range want {
-		if k.applied[i] != want[i] {
-			t.Errorf("applied %v at %d, want %v", k.applied[i], i, want[i])
+		for _, name := range []string{fillMany, fillOne, fillEmpty, fillModel} {
+			if _, ok := out[name]; !ok {
+				t.Errorf("nothing said of %s", name)
+			}
+		}
+		if out[fillEmpty] != 1 {
+			t.Errorf("%v MiB without services, want 1", out[fillEmpty])
+		}
+		want := [][2]int{{}}
+		for range 1 + changesEach {
+			want = append(want, [2]int{count, count * backends})
+		}
+		if !slices.Equal(k.applied, want) {
+			t.Errorf("applied %v, want %v", k.applied, want)
 		}
 	}
 }
