@@ -33,7 +33,7 @@ type core struct {
 	self  weft.ID
 	rand  *rand.Rand
 	prove Prover
-	names *dictionary
+	keep  keeper
 	last  stamp // given to an own table
 	own   own
 	peers map[weft.ID]*peer // self, too
@@ -71,9 +71,12 @@ type own struct {
 type ownNet struct {
 	entries []weft.Endpoint // in order
 	dirty   bool
-	view    *table       // entries as readers see them; has no stamp
+	view    *ownView     // entries as readers see them
 	steps   []loggedStep // that led to the present table, oldest first
 }
+
+// ownView are entries of this node, told or not yet. It never changes.
+type ownView struct{ entries []weft.Endpoint }
 
 // loggedStep is a step as it is sent, so that who knows an older state can be
 // told the difference.
@@ -99,18 +102,20 @@ type peer struct {
 
 // table is a state of one owner's entries on a network. It never changes.
 type table struct {
+	owner *peer
 	stamp stamp
 	proof [proofBytes]byte
 	count int32
-	blob  string // of network "": an attachment; else entries, services by dictionary
+	kept  kept // of network "": nothing, its owner's peer has the attachment
 }
 
 // network is one whose tables this node carries.
 type network struct {
 	id      weft.ID
-	tables  map[weft.ID]*table
-	hash    uint64     // over the stamps of live owners
-	past    [16]uint64 // former hashes: who still has one is behind
+	tables  tables
+	names   *dictionary // of services, for what is kept
+	hash    uint64      // over the stamps of live owners
+	past    [16]uint64  // former hashes: who still has one is behind
 	pasts   int
 	members []weft.ID // live and attached, sorted; nil: to be found again
 	hot     [2]round  // hot digests to come
@@ -159,7 +164,7 @@ const (
 
 func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
 	c := &core{
-		self: self, rand: r, prove: p, names: newDictionary(), last: stamp{epoch: epoch},
+		self: self, rand: r, prove: p, last: stamp{epoch: epoch},
 		own: own{nets: map[weft.ID]*ownNet{}}, peers: map[weft.ID]*peer{}, nets: map[weft.ID]*network{},
 		flights: newFlights(), missing: map[key]*miss{}, waiting: map[key][]*update{},
 		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, gap: minGap,
@@ -170,7 +175,9 @@ func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
 	return c
 }
 
-func newNetwork(id weft.ID) *network { return &network{id: id, tables: map[weft.ID]*table{}} }
+func newNetwork(id weft.ID) *network {
+	return &network{id: id, tables: newTables(), names: newDictionary()}
+}
 
 // take returns the messages to send and forgets them.
 func (c *core) take() []envelope {
@@ -208,12 +215,12 @@ func (c *core) write(now time.Time, entries []weft.Endpoint) (unfit []weft.Endpo
 		entries = slices.Compact(entries)
 		o := c.own.nets[id]
 		if o == nil {
-			o = &ownNet{}
+			o = newOwnNet()
 			c.own.nets[id] = o
 		}
 		if !slices.Equal(entries, o.entries) {
 			o.entries, o.dirty, news = entries, true, true
-			o.pack(c.names)
+			o.view = &ownView{entries}
 		}
 	}
 	if news {
@@ -223,9 +230,7 @@ func (c *core) write(now time.Time, entries []weft.Endpoint) (unfit []weft.Endpo
 	return unfit
 }
 
-func (o *ownNet) pack(n *dictionary) {
-	o.view = &table{count: int32(len(o.entries)), blob: string(appendEntries(nil, o.entries, n))}
-}
+func newOwnNet() *ownNet { return &ownNet{view: &ownView{}} }
 
 // attach says which networks this node takes part in besides those that it has
 // entries on.
@@ -308,13 +313,12 @@ func (c *core) flush(now time.Time) {
 	}
 	me := c.peers[c.self]
 	cert := c.prove.Certificate()
-	first := c.nets[""].tables[c.self] == nil
+	first := c.nets[""].tables.get(c.self) == nil
 	turned := first || !bytes.Equal(cert, me.att.cert) || me.epochOf(c) != c.last.epoch
 	if turned || !slices.Equal(ids, me.att.nets) {
 		att := attachment{nets: ids, cert: cert}
 		content := att.encode()
 		t, o := c.make("", content)
-		t.blob = string(content)
 		me.att = att
 		c.forgetMembers()
 		c.put(now, c.nets[""], me, t)
@@ -324,14 +328,13 @@ func (c *core) flush(now time.Time) {
 	for _, id := range ids {
 		o := c.own.nets[id]
 		if o == nil {
-			o = &ownNet{}
-			o.pack(c.names)
+			o = newOwnNet()
 			c.own.nets[id] = o
 		}
 		if turned {
 			o.steps = nil
 		}
-		if n := c.nets[id]; o.dirty || turned || n.tables[c.self] == nil {
+		if n := c.nets[id]; o.dirty || turned || n.tables.get(c.self) == nil {
 			o.dirty = false
 			c.flushNet(now, n, o)
 		}
@@ -342,11 +345,13 @@ func (c *core) flush(now time.Time) {
 func (p *peer) epochOf(c *core) uint64 { return c.stampOf("", p.id).epoch }
 
 func (c *core) flushNet(now time.Time, n *network, o *ownNet) {
-	old := n.tables[c.self]
-	t, b := c.make(n.id, appendEntries(nil, o.entries, onWire{}))
-	t.blob, t.count = o.view.blob, o.view.count
+	old := n.tables.get(c.self)
+	t, b := c.make(n.id, appendEntries(nil, o.entries))
+	var count int
+	t.kept, count = c.keep.keep(&decoder{b: b.content}, n.id, n.names)
+	t.count = int32(count)
 	b.kind = bodyWhole
-	if s, ok := c.logStep(n, o, old, t); ok {
+	if s, ok := c.logStep(n, o, old, t, len(b.content)); ok {
 		b = s.body(b.proof)
 	} else if old == nil || old.stamp.epoch != t.stamp.epoch {
 		o.steps = nil
@@ -358,7 +363,7 @@ func (c *core) flushNet(now time.Time, n *network, o *ownNet) {
 // make begins a new state with content on the wire.
 func (c *core) make(network weft.ID, content []byte) (*table, body) {
 	c.last.counter++
-	t := &table{stamp: c.last}
+	t := &table{owner: c.peers[c.self], stamp: c.last}
 	proof := c.prove.Sign(digestOf(c.self, network, t.stamp, content))
 	copy(t.proof[:], proof)
 	return t, body{proof: proof, content: content}
@@ -367,26 +372,26 @@ func (c *core) make(network weft.ID, content []byte) (*table, body) {
 // A log of steps is kept for tables that do not fit a datagram, as long as it
 // is smaller than the table.
 const (
-	logFrom  = 900 // bytes in memory
+	logFrom  = 1000 // bytes of entries on the wire
 	logSteps = 64
 )
 
 // logStep adds the step from old to t to the log and reports whether it should
-// be sent in place of the whole.
-func (c *core) logStep(n *network, o *ownNet, old, t *table) (loggedStep, bool) {
-	if old == nil || old.stamp.epoch != t.stamp.epoch || len(t.blob) < logFrom {
+// be sent in place of the whole, whose entries take size bytes on the wire.
+func (c *core) logStep(n *network, o *ownNet, old, t *table, size int) (loggedStep, bool) {
+	if old == nil || old.stamp.epoch != t.stamp.epoch || size < logFrom {
 		o.steps = nil
 		return loggedStep{}, false
 	}
-	s := loggedStep{base: old.stamp, to: t.stamp, b: difference(c.entriesOf(n.id, old), o.entries).append(nil)}
-	if len(s.b) > len(t.blob)/2 {
+	s := loggedStep{base: old.stamp, to: t.stamp, b: difference(n.entriesOf(old), o.entries).append(nil)}
+	if len(s.b) > size/2 {
 		o.steps = nil
 		return s, false
 	}
 	o.steps = append(o.steps, s)
-	size := 0
+	logged := 0
 	for i := len(o.steps) - 1; i >= 0; i-- {
-		if size += len(o.steps[i].b); size > len(t.blob)/2 || len(o.steps)-i > logSteps {
+		if logged += len(o.steps[i].b); logged > size/2 || len(o.steps)-i > logSteps {
 			o.steps = slices.Clone(o.steps[i+1:])
 			break
 		}
@@ -399,15 +404,14 @@ func (s loggedStep) body(proof []byte) body {
 }
 
 // entriesOf unpacks a table.
-func (c *core) entriesOf(network weft.ID, t *table) []weft.Endpoint {
-	d := &decoder{b: []byte(t.blob)}
-	return d.entries(network, c.names)
+func (n *network) entriesOf(t *table) []weft.Endpoint {
+	return t.kept.entries(n.id, int(t.count), n.names.services)
 }
 
 // put stores a state that is newer than the known one and tells of it later.
 func (c *core) put(now time.Time, n *network, p *peer, t *table) {
 	if p.live {
-		if old := n.tables[p.id]; old != nil {
+		if old := n.tables.get(p.id); old != nil {
 			n.hash ^= hashStamp(p.id, old.stamp)
 		}
 		n.hash ^= hashStamp(p.id, t.stamp)
@@ -415,7 +419,7 @@ func (c *core) put(now time.Time, n *network, p *peer, t *table) {
 		n.news(now, ownerStamp{p.id, t.stamp})
 		c.changed = true
 	}
-	n.tables[p.id] = t
+	n.tables.set(t)
 	if m := c.missing[key{n.id, p.id}]; m != nil && !m.stamp.newer(t.stamp) {
 		delete(c.missing, key{n.id, p.id})
 	}
@@ -428,7 +432,7 @@ func (c *core) show(now time.Time, p *peer) {
 		return
 	}
 	for _, id := range p.att.nets {
-		if n := c.nets[id]; n != nil && n.tables[p.id] == nil && now.Sub(p.since) < showAfter {
+		if n := c.nets[id]; n != nil && n.tables.get(p.id) == nil && now.Sub(p.since) < showAfter {
 			return
 		}
 	}
@@ -438,13 +442,13 @@ func (c *core) show(now time.Time, p *peer) {
 
 // remove takes one owner's table out of a network.
 func (c *core) remove(n *network, p *peer) {
-	if t := n.tables[p.id]; t != nil {
+	if t := n.tables.get(p.id); t != nil {
 		if p.live {
 			n.hash ^= hashStamp(p.id, t.stamp)
 			n.note()
 			c.changed = true
 		}
-		delete(n.tables, p.id)
+		n.tables.remove(p.id)
 	}
 }
 

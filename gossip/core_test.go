@@ -178,7 +178,7 @@ func (w *world) deliver(i int, keep bool) {
 func (w *world) stamps(c *core) map[key]stamp {
 	out := map[key]stamp{}
 	for id, n := range c.nets {
-		for owner, t := range n.tables {
+		for owner, t := range n.tables.all() {
 			out[key{id, owner}] = t.stamp
 		}
 	}
@@ -257,7 +257,11 @@ func only(entries []weft.Endpoint, on map[weft.ID]bool) []weft.Endpoint {
 // seen is what readers at a node see of an owner.
 func seen(c *core, owner weft.ID) (out []weft.Endpoint) {
 	for _, p := range c.sight([]Member{{ID: owner}}) {
-		out = append(out, c.entriesOf(p.network, p.table)...)
+		var names services
+		if n := c.nets[p.network]; n != nil {
+			names = n.names.frozen()
+		}
+		out = append(out, p.entries(names)...)
 	}
 	return out
 }
@@ -289,7 +293,7 @@ func (w *world) check() {
 		}
 		for id, net := range c.nets {
 			var sum uint64
-			for owner, t := range net.tables {
+			for owner, t := range net.tables.all() {
 				if c.peers[owner].live {
 					sum ^= hashStamp(owner, t.stamp)
 				}
@@ -526,11 +530,11 @@ func TestCoreRefusesForgeries(t *testing.T) {
 			w.wire = append(w.wire, letter{2, 0, encode(nil, &m), rapid.Bool().Draw(t, "stream")})
 		}
 		high := stamp{1 << 60, 1}
-		content := appendEntries(nil, []weft.Endpoint{endpoint(9)}, onWire{})
+		content := appendEntries(nil, []weft.Endpoint{endpoint(9)})
 		// Node 2 says what node 1 has, with its own word, with an old word of
 		// node 1, and with none; and that node 1 left.
 		forge(1, update{network: netID(0), stamp: high}, body{swear(sworn{nodeID(2), new(byte)}.Certificate(), digestOf(nodeID(1), netID(0), high, content)), bodyWhole, stamp{}, content})
-		old := w.nodes[1].nets[netID(0)].tables[nodeID(1)]
+		old := w.nodes[1].nets[netID(0)].tables.get(nodeID(1))
 		forge(1, update{network: netID(0), stamp: high}, body{old.proof[:], bodyWhole, stamp{}, content})
 		forge(1, update{network: netID(0), stamp: high}, body{nil, bodyWhole, stamp{}, content})
 		left := attachment{cert: sworn{nodeID(2), new(byte)}.Certificate()}.encode()

@@ -42,9 +42,9 @@ func goldenBodies() []goldenMessage {
 		return &update{0, network, nodeID(1), stamp{300 << lifeBits, 2}, 0, 1, b.encode()}
 	}
 	return []goldenMessage{
-		{"whole", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, plain, onWire{})})},
-		{"whole of two families", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, mixed, onWire{})})},
-		{"empty", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, nil, onWire{})})},
+		{"whole", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, plain)})},
+		{"whole of two families", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, mixed)})},
+		{"empty", wrap(netID(0), body{proof, bodyWhole, stamp{}, appendEntries(nil, nil)})},
 		{"delta", wrap(netID(0), body{proof, bodyDelta, stamp{300 << lifeBits, 1}, step{[]weft.ID{endpoint(6).Task}, plain}.append(nil)})},
 		{"attachment", wrap("", body{proof, bodyAttached, stamp{}, attachment{[]weft.ID{netID(0), "184we53pbjbz0yji4fobowqhl"}, []byte("certificate")}.encode()})},
 	}
@@ -318,25 +318,13 @@ func TestPackIDs(t *testing.T) {
 	}
 }
 
-// TestPackEntries: entries come back from both namings, and recoding is what
-// packing makes.
+// TestPackEntries: entries come back from the wire.
 func TestPackEntries(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		entries := drawEntries(t, netID(0))
-		wire, names := appendEntries(nil, entries, onWire{}), newDictionary()
-		names.appendName(nil, "before")
-		d := &decoder{b: wire}
-		if got := d.entries(netID(0), onWire{}); d.end() != nil || !slices.Equal(got, entries) {
+		d := &decoder{b: appendEntries(nil, entries)}
+		if got := d.entries(netID(0)); d.end() != nil || !slices.Equal(got, entries) {
 			t.Fatalf("%v became %v, %v", entries, got, d.err)
-		}
-		d = &decoder{b: wire}
-		kept, n := d.recode(netID(0), onWire{}, names)
-		if d.end() != nil || n != len(entries) || !bytes.Equal(kept, appendEntries(nil, entries, names)) {
-			t.Fatalf("recoded %d of %d: %v", n, len(entries), d.err)
-		}
-		d = &decoder{b: kept}
-		if back, _ := d.recode(netID(0), names, onWire{}); d.end() != nil || !bytes.Equal(back, wire) {
-			t.Fatalf("recoded back: %v", d.err)
 		}
 	})
 }
@@ -466,16 +454,14 @@ func FuzzBody(f *testing.F) {
 				c.receive(testEpoch, nodeID(1), &update{noTree, network, nodeID(1), s, 0, 1, b.encode()}, true)
 			}
 			seed("", stamp{1, 1}, body{nil, bodyAttached, stamp{}, attachment{nets: []weft.ID{netID(0)}}.encode()})
-			seed(netID(0), stamp{300 << lifeBits, 1}, body{nil, bodyWhole, stamp{}, appendEntries(nil, []weft.Endpoint{endpoint(0)}, onWire{})})
+			seed(netID(0), stamp{300 << lifeBits, 1}, body{nil, bodyWhole, stamp{}, appendEntries(nil, []weft.Endpoint{endpoint(0)})})
 			c.receive(testEpoch, nodeID(1), &update{0, network, nodeID(1), stamp{300 << lifeBits, 2}, 0, 1, b}, false)
 			// What was taken is passed on in a form that all take.
 			for k := range c.nets {
-				if tb := c.nets[k].tables[nodeID(1)]; tb != nil && k != "" {
-					d := &decoder{b: []byte(tb.blob)}
-					wire, n := d.recode(k, c.names, onWire{})
-					again := &decoder{b: wire}
-					if _, m := again.recode(k, onWire{}, newDictionary()); d.end() != nil || again.end() != nil || n != m || n != int(tb.count) {
-						t.Fatalf("%d, %d, %d entries: %v, %v", n, m, tb.count, d.err, again.err)
+				if tb := c.nets[k].tables.get(nodeID(1)); tb != nil && k != "" {
+					d := &decoder{b: tb.kept.appendWire(nil, c.nets[k].names.services)}
+					if _, n := new(keeper).keep(d, k, newDictionary()); d.end() != nil || n != int(tb.count) {
+						t.Fatalf("%d, %d entries: %v", n, tb.count, d.err)
 					}
 				}
 			}
@@ -500,7 +486,7 @@ func BenchmarkOpenTable(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	content := appendEntries(nil, manyEntries(0)[:20], onWire{})
+	content := appendEntries(nil, manyEntries(0)[:20])
 	frame := s.seal(&update{0, netID(0), nodeID(1), stamp{1, 1}, 0, 1, body{nil, bodyWhole, stamp{}, content}.encode()})
 	o := knowing(b, testKey(), nodeID(1))
 	b.ReportAllocs()

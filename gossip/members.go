@@ -12,7 +12,7 @@ import (
 // stampOf is the stamp of the known state of a table.
 func (c *core) stampOf(network, owner weft.ID) stamp {
 	if n := c.nets[network]; n != nil {
-		if t := n.tables[owner]; t != nil {
+		if t := n.tables.get(owner); t != nil {
 			return t.stamp
 		}
 	}
@@ -84,7 +84,7 @@ func (c *core) setLive(now time.Time, ids []weft.ID) {
 func (c *core) turn(now time.Time, p *peer, live bool) {
 	p.live, p.since, c.changed = live, now, true
 	for _, n := range c.nets {
-		if t := n.tables[p.id]; t != nil {
+		if t := n.tables.get(p.id); t != nil {
 			n.hash ^= hashStamp(p.id, t.stamp)
 			n.note()
 		}
@@ -120,7 +120,7 @@ func (c *core) expect(now time.Time, p *peer) {
 		c.miss(now, key{"", p.id}, stamp{}, p.id, graceFor)
 	}
 	for _, id := range p.att.nets {
-		if n := c.nets[id]; n != nil && n.tables[p.id] == nil {
+		if n := c.nets[id]; n != nil && n.tables.get(p.id) == nil {
 			c.miss(now, key{id, p.id}, stamp{}, p.id, graceFor)
 		}
 	}
@@ -151,7 +151,7 @@ func (c *core) tick(now time.Time) {
 	for id, p := range c.peers {
 		if !p.live && now.Sub(p.since) >= forgetAfter {
 			for _, n := range c.nets {
-				delete(n.tables, id)
+				n.tables.remove(id)
 			}
 			delete(c.peers, id)
 		}
@@ -177,30 +177,26 @@ func (c *core) tick(now time.Time) {
 	c.advance(now)
 }
 
+// spareNames are let be in each network.
+const spareNames = 128
+
 // tidyNames drops services that no table names any more.
 func (c *core) tidyNames() {
-	used := 0
 	for _, n := range c.nets {
-		for _, t := range n.tables {
+		used := 0
+		for _, t := range n.tables.all() {
 			used += int(t.count)
 		}
-	}
-	if len(c.names.ids) < 2*used+1024 {
-		return
-	}
-	names := newDictionary()
-	for id, n := range c.nets {
-		for owner, t := range n.tables {
-			if id != "" {
-				fresh := *t
-				fresh.blob = string(appendEntries(nil, c.entriesOf(id, t), names))
-				n.tables[owner] = &fresh
-			}
+		if len(n.names.ids) < 2*used+spareNames {
+			continue
 		}
+		names := newDictionary()
+		for _, owner := range n.tables.owners() {
+			t := *n.tables.get(owner)
+			t.kept, _ = c.keep.keep(&decoder{b: t.kept.appendWire(nil, n.names.services)}, n.id, names)
+			n.tables.set(&t)
+		}
+		n.names = names
+		c.changed = true
 	}
-	for _, o := range c.own.nets {
-		o.pack(names)
-	}
-	c.names = names
-	c.changed = true
 }

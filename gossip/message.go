@@ -397,7 +397,7 @@ func (s step) append(b []byte) []byte {
 	for _, id := range s.gone {
 		b = appendID(b, id)
 	}
-	return appendEntries(b, s.set, onWire{})
+	return appendEntries(b, s.set)
 }
 
 func (d *decoder) step(network weft.ID) step {
@@ -405,7 +405,7 @@ func (d *decoder) step(network weft.ID) step {
 	for i := range s.gone {
 		s.gone[i] = d.id()
 	}
-	s.set = d.entries(network, onWire{})
+	s.set = d.entries(network)
 	return s
 }
 

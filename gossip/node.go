@@ -159,7 +159,7 @@ func (g *Gossip) refreshLocked() {
 	}
 	g.core.changed = false
 	old := g.endpoints
-	g.endpoints = old.next(g.core.sight(g.members), g.core.names.ids)
+	g.endpoints = old.next(g.core.sight(g.members), g.core.names())
 	close(old.changed)
 }
 

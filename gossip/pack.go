@@ -121,8 +121,8 @@ func compareEntries(a, b weft.Endpoint) int {
 //
 // Slots are differences to the one before in the group; the addresses of plain
 // groups, which are of IPv4 alone, to the one before in any. All entries of a
-// plain group have the group's state. A service is an identifier on the wire
-// and a number of the dictionary in memory. There is one form of each set.
+// plain group have the group's state; the head of a general one has none. There
+// is one form of each set. How it is kept in memory: kept.go.
 const (
 	groupGeneral = 4
 	groupShift   = 3
@@ -132,48 +132,8 @@ const (
 	addrBoth = 2
 )
 
-// naming writes and reads the service of a group.
-type naming interface {
-	appendName(b []byte, id weft.ID) []byte
-	readName(d *decoder) weft.ID
-}
-
-// onWire is the naming of messages.
-type onWire struct{}
-
-func (onWire) appendName(b []byte, id weft.ID) []byte { return appendID(b, id) }
-func (onWire) readName(d *decoder) weft.ID            { return d.id() }
-
-// dictionary is the naming in memory: of each service the identifier is kept
-// once.
-type dictionary struct {
-	ids   []weft.ID
-	index map[weft.ID]uint64
-}
-
-func newDictionary() *dictionary { return &dictionary{index: map[weft.ID]uint64{}} }
-
-func (n *dictionary) appendName(b []byte, id weft.ID) []byte {
-	i, ok := n.index[id]
-	if !ok {
-		i = uint64(len(n.ids))
-		n.ids = append(n.ids, id)
-		n.index[id] = i
-	}
-	return binary.AppendUvarint(b, i)
-}
-
-func (n *dictionary) readName(d *decoder) weft.ID {
-	i := d.uvarint()
-	if i >= uint64(len(n.ids)) {
-		d.fail(fmt.Errorf("service %d of %d", i, len(n.ids)))
-		return ""
-	}
-	return n.ids[i]
-}
-
 // appendEntries packs entries, which are in order, without equal ones, and fit.
-func appendEntries(b []byte, entries []weft.Endpoint, n naming) []byte {
+func appendEntries(b []byte, entries []weft.Endpoint) []byte {
 	groups := uint64(0)
 	for i := range entries {
 		if i == 0 || entries[i].Service != entries[i-1].Service {
@@ -189,7 +149,7 @@ func appendEntries(b []byte, entries []weft.Endpoint, n naming) []byte {
 		}
 		group := entries[:size]
 		entries = entries[size:]
-		b = n.appendName(b, group[0].Service)
+		b = appendID(b, group[0].Service)
 		if isPlain(group) {
 			b = binary.AppendUvarint(b, uint64(size)<<groupShift|uint64(group[0].State))
 			b, addr = appendPlain(b, group, addr)
@@ -249,44 +209,57 @@ const (
 	generalBytes = 7
 )
 
+// group reads the head of a group, and its size.
+func (d *decoder) group() (head uint64, size int) {
+	all := d.uvarint()
+	head = all & (1<<groupShift - 1)
+	n, least := all>>groupShift, uint64(plainBytes)
+	if head&groupGeneral != 0 {
+		least = generalBytes
+	}
+	if n == 0 || n > maxEntries || n*least > uint64(len(d.b)) {
+		d.fail(fmt.Errorf("group of %d entries in %d bytes", n, len(d.b)))
+		return 0, 0
+	}
+	if head > groupGeneral || head < groupGeneral && weft.EndpointState(head) > weft.EndpointDraining {
+		d.fail(fmt.Errorf("group's head %d is unknown", head))
+		return 0, 0
+	}
+	return head, int(n)
+}
+
+// plain reads an entry of a plain group: its task, how far its slot is from the one
+// before, and its address, with that of the entry before.
+func (d *decoder) plain(before uint32) (task packed, step uint64, addr uint32) {
+	task, step = d.packed(), d.uvarint()
+	to := int64(before) + d.varint()
+	if to < 0 || to > 1<<32-1 {
+		d.fail(fmt.Errorf("address %#x is none of IPv4", to))
+		return packed{}, 0, 0
+	}
+	return task, step, uint32(to)
+}
+
 // entries reads what appendEntries made.
-func (d *decoder) entries(network weft.ID, n naming) []weft.Endpoint {
+func (d *decoder) entries(network weft.ID) []weft.Endpoint {
 	var out []weft.Endpoint
-	var addr int64
+	var addr uint32
 	for range d.count(2) {
-		service := n.readName(d)
-		head := d.uvarint()
-		least := plainBytes
+		e := weft.Endpoint{Network: network, Service: d.id()}
+		head, size := d.group()
+		out = slices.Grow(out, size)
 		if head&groupGeneral != 0 {
-			least = generalBytes
-		}
-		size := head >> groupShift
-		state := weft.EndpointState(head & 3)
-		if size == 0 || size > maxEntries || size*uint64(least) > uint64(len(d.b)) || state > weft.EndpointDraining {
-			d.fail(fmt.Errorf("group of %d entries in %d bytes", size, len(d.b)))
-			return nil
-		}
-		out = slices.Grow(out, int(size))
-		var slot uint64
-		for range size {
-			e := weft.Endpoint{Network: network, Service: service, State: state}
-			if head&groupGeneral != 0 {
-				slot += d.uvarint()
-				e.Slot = slot
-				d.general(&e)
-			} else {
-				e.Task = d.packed().id()
-				slot += d.uvarint()
-				e.Slot = slot
-				addr += d.varint()
-				if addr < 0 || addr > 1<<32-1 {
-					d.fail(fmt.Errorf("address %#x is none of IPv4", addr))
-				}
-				var a [4]byte
-				binary.BigEndian.PutUint32(a[:], uint32(addr))
-				e.Addr = netip.AddrFrom4(a)
+			for range size {
+				out = append(out, d.general(&e))
 			}
-			out = append(out, e)
+		} else {
+			e.State = weft.EndpointState(head)
+			for range size {
+				task, step, to := d.plain(addr)
+				e.Task, e.Slot, addr = task.id(), e.Slot+step, to
+				e.Addr = fromUint32(addr)
+				out = append(out, e)
+			}
 		}
 		if d.err != nil {
 			return nil
@@ -295,7 +268,11 @@ func (d *decoder) entries(network weft.ID, n naming) []weft.Endpoint {
 	return out
 }
 
-func (d *decoder) general(e *weft.Endpoint) {
+// general reads an entry of a general group. group has its service and network, and
+// the slot of the entry before, which becomes this one's.
+func (d *decoder) general(group *weft.Endpoint) weft.Endpoint {
+	group.Slot += d.uvarint()
+	e := *group
 	flags := d.byte()
 	e.State = weft.EndpointState(flags & 3)
 	if e.State > weft.EndpointDraining {
@@ -318,84 +295,22 @@ func (d *decoder) general(e *weft.Endpoint) {
 	default:
 		d.fail(fmt.Errorf("address kind %d is unknown", kind))
 	}
+	return e
 }
 
-// recode reads entries in one naming and returns them in another, with their
-// number. What comes from the wire must be in its only form: its owner's proof
-// is over that, and it must hold when we pass it on.
-func (d *decoder) recode(network weft.ID, from, to naming) (out []byte, count int) {
-	all := len(d.b)
-	groups := d.count(2)
-	out = make([]byte, 0, all)
-	out = binary.AppendUvarint(out, uint64(groups))
-	var addr int64
-	var last weft.ID
-	for i := range groups {
-		service := from.readName(d)
-		if i > 0 && service <= last {
-			d.fail(fmt.Errorf("service %q is not in order", service))
-		}
-		last = service
-		head := d.uvarint()
-		size := head >> groupShift
-		if size == 0 || size > maxEntries {
-			d.fail(fmt.Errorf("group of %d entries", size))
-			return nil, 0
-		}
-		count += int(size)
-		out = binary.AppendUvarint(to.appendName(out, service), head)
-		begin := d.b
-		if head&groupGeneral == 0 {
-			addr = d.skipPlain(int(size), addr)
-			if weft.EndpointState(head&3) > weft.EndpointDraining {
-				d.fail(fmt.Errorf("endpoint state %d is unknown", head&3))
-			}
-		} else {
-			d.skipGeneral(int(size), weft.Endpoint{Network: network, Service: service})
-		}
-		if d.err != nil {
-			return nil, 0
-		}
-		out = append(out, begin[:len(begin)-len(d.b)]...)
-	}
-	return out, count
-}
-
-// skipPlain reads and checks entries of a plain group.
-func (d *decoder) skipPlain(size int, addr int64) int64 {
-	var task []byte
-	lastAddr := addr
-	for i := range size {
-		next := d.exactly(16)
-		step := d.uvarint()
-		to := addr + d.varint()
-		if to < 0 || to > 1<<32-1 {
-			d.fail(fmt.Errorf("address %#x is none of IPv4", to))
-		}
-		if order := bytes.Compare(next, task); i > 0 && step == 0 && (order < 0 || order == 0 && to <= lastAddr) {
-			d.fail(errors.New("entries are not in order"))
-		}
-		if d.err != nil {
-			return 0
-		}
-		task, addr, lastAddr = next, to, to
-	}
-	return addr
-}
+var errOrder = errors.New("services or entries are not in order")
 
 // skipGeneral reads and checks entries of a general group; service is theirs.
 func (d *decoder) skipGeneral(size int, e weft.Endpoint) {
 	begin := d.b
 	var group []weft.Endpoint
 	for range size {
-		e.Slot += d.uvarint()
-		next := e
-		d.general(&next)
+		next := d.general(&e)
 		if d.err != nil {
 			return
 		}
 		if n := len(group); n > 0 && compareEntries(group[n-1], next) >= 0 {
-			d.fail(errors.New("entries are not in order"))
+			d.fail(errOrder)
 		}
 		group = append(group, next)
 	}

@@ -107,12 +107,12 @@ func (c *core) use(now time.Time, from weft.ID, n *network, m *update) bool {
 		c.counts.stale++
 		return false
 	}
-	old := n.tables[m.owner]
+	old := n.tables.get(m.owner)
 	if b.kind == bodyDelta && (old == nil || old.stamp != b.base) {
 		c.wait(now, k, m, b.base)
 		return false
 	}
-	blob, count, content, ok := c.unpack(m.network, old, b)
+	t, content, ok := c.unpack(n, old, b)
 	if !ok {
 		c.counts.malformed++
 		return false
@@ -123,27 +123,30 @@ func (c *core) use(now time.Time, from weft.ID, n *network, m *update) bool {
 		c.miss(now, k, stamp{}, m.owner, c.gap)
 		return false
 	}
-	t := &table{stamp: m.stamp, count: int32(count), blob: string(blob)}
+	t.owner, t.stamp = p, m.stamp
 	copy(t.proof[:], b.proof)
 	c.put(now, n, p, t)
 	return true
 }
 
-// unpack returns a new state as it is kept and as it is on the wire.
-func (c *core) unpack(network weft.ID, old *table, b body) (blob []byte, count int, content []byte, ok bool) {
-	d := &decoder{b: b.content}
-	if b.kind == bodyWhole {
-		blob, count = d.recode(network, onWire{}, c.names)
-		return blob, count, b.content, d.end() == nil
+// unpack returns the entries of a new state as they are kept, and as they are on the
+// wire.
+func (c *core) unpack(n *network, old *table, b body) (t *table, content []byte, ok bool) {
+	content = b.content
+	if b.kind == bodyDelta {
+		d := &decoder{b: b.content}
+		entries := n.entriesOf(old)
+		for d.err == nil && len(d.b) > 0 {
+			entries = d.step(n.id).apply(entries)
+		}
+		if d.end() != nil {
+			return nil, nil, false
+		}
+		content = appendEntries(nil, entries)
 	}
-	entries := c.entriesOf(network, old)
-	for d.err == nil && len(d.b) > 0 {
-		entries = d.step(network).apply(entries)
-	}
-	if d.end() != nil {
-		return nil, 0, nil, false
-	}
-	return appendEntries(nil, entries, c.names), len(entries), appendEntries(nil, entries, onWire{}), true
+	d := &decoder{b: content}
+	kept, count := c.keep.keep(d, n.id, n.names)
+	return &table{kept: kept, count: int32(count)}, content, d.end() == nil
 }
 
 // leftBefore reports whether an owner's table is older than the owner's word
@@ -153,7 +156,7 @@ func (c *core) leftBefore(p *peer, network weft.ID, s stamp) bool {
 }
 
 func (c *core) useAttachment(now time.Time, n *network, p *peer, s stamp, b body) bool {
-	att, err := openAttachment(b.content)
+	att, err := openAttachment(slices.Clone(b.content))
 	if err != nil {
 		c.counts.malformed++
 		return false
@@ -169,15 +172,19 @@ func (c *core) useAttachment(now time.Time, n *network, p *peer, s stamp, b body
 		c.counts.refused++
 		return false
 	}
-	t := &table{stamp: s, blob: string(b.content)}
+	t := &table{owner: p, stamp: s}
 	copy(t.proof[:], b.proof)
-	att.cert = slices.Clone(att.cert)
+	for i, id := range att.nets {
+		if of := c.nets[id]; of != nil {
+			att.nets[i] = of.id // kept once
+		}
+	}
 	p.check, p.att = check, att
 	c.peers[p.id] = p
 	c.forgetMembers()
 	c.put(now, n, p, t)
 	for id, of := range c.nets {
-		if old := of.tables[p.id]; id != "" && old != nil && c.leftBefore(p, id, old.stamp) {
+		if old := of.tables.get(p.id); id != "" && old != nil && c.leftBefore(p, id, old.stamp) {
 			c.remove(of, p)
 		}
 	}

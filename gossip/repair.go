@@ -229,7 +229,7 @@ func (c *core) startRepairs(now time.Time) {
 func (c *core) all(id weft.ID) netStamps {
 	n := c.nets[id]
 	out := netStamps{network: id, hash: n.sum()}
-	for owner, t := range n.tables {
+	for owner, t := range n.tables.all() {
 		out.items = append(out.items, ownerStamp{owner, t.stamp})
 	}
 	slices.SortFunc(out.items, func(a, b ownerStamp) int { return cmp.Compare(a.owner, b.owner) })
@@ -279,8 +279,8 @@ func (c *core) answer(now time.Time, from weft.ID, n *network, ns netStamps, str
 			c.miss(now, key{n.id, it.owner}, it.stamp, from, repairFor)
 		}
 	}
-	for _, owner := range slices.Sorted(maps.Keys(n.tables)) {
-		s := n.tables[owner].stamp
+	for _, owner := range n.tables.owners() {
+		s := n.tables.get(owner).stamp
 		switch {
 		case owner == from && s.newer(theirs[owner]):
 			wants[n.id] = append(wants[n.id], ownerStamp{owner, s}) // it must outdo its former life
@@ -307,20 +307,20 @@ func (c *core) receiveWant(now time.Time, from weft.ID, m *want, stream bool) {
 // sendTable sends a table to members that know it at known. The owner sends only
 // what has changed if it can.
 func (c *core) sendTable(k key, known stamp, stream bool, ids ...weft.ID) {
-	t := c.nets[k.network].tables[k.owner]
+	n := c.nets[k.network]
+	t := n.tables.get(k.owner)
 	if t == nil {
 		return
 	}
-	b := body{kind: bodyAttached, content: []byte(t.blob)}
-	if k.network != "" {
-		b.kind, b.content = bodyWhole, nil
+	b := body{kind: bodyAttached}
+	if k.network == "" {
+		b.content = c.peers[k.owner].att.encode()
+	} else {
 		if o := c.own.nets[k.network]; k.owner == c.self && o != nil {
 			b.kind, b.base, b.content = o.since(known)
 		}
 		if b.content == nil {
-			d := &decoder{b: []byte(t.blob)}
-			b.kind = bodyWhole
-			b.content, _ = d.recode(k.network, c.names, onWire{})
+			b.kind, b.content = bodyWhole, t.kept.appendWire(nil, n.names.services)
 		}
 	}
 	if t.proof != ([proofBytes]byte{}) {
@@ -414,7 +414,7 @@ func (c *core) sums(with weft.ID) []netStamps {
 		}
 		sum := n.hash
 		if p != nil && !p.live {
-			if t := n.tables[with]; t != nil {
+			if t := n.tables.get(with); t != nil {
 				sum ^= hashStamp(with, t.stamp)
 			}
 		}

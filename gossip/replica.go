@@ -87,7 +87,7 @@ func (r *Replica) Take() []Parcel {
 // alive or not; this node's own counts.
 func (r *Replica) Owners(network weft.ID) int {
 	if n := r.core.nets[network]; n != nil {
-		return len(n.tables)
+		return n.tables.len()
 	}
 	return 0
 }
@@ -96,7 +96,7 @@ func (r *Replica) Owners(network weft.ID) int {
 // not.
 func (r *Replica) Count(network, owner weft.ID) int {
 	if n := r.core.nets[network]; n != nil {
-		if t := n.tables[owner]; t != nil {
+		if t := n.tables.get(owner); t != nil {
 			return int(t.count)
 		}
 	}

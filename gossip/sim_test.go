@@ -106,7 +106,7 @@ func TestIdleTraffic(t *testing.T) {
 }
 
 // TestMemory: what a node keeps of others' endpoints of IPv4, with all of the
-// 16 bytes of a task's name.
+// 16 bytes of a task's name. Certificates are short but where it says so.
 func TestMemory(t *testing.T) {
 	for _, k := range []struct {
 		name  string
@@ -116,9 +116,13 @@ func TestMemory(t *testing.T) {
 	}{
 		{"100,000: 50 networks, 20 owners, services of 10 tasks to an owner", gossiptest.Population{Networks: 50, Owners: 20, Each: 100, PerService: 10}, 32, false},
 		{"100,000: 5 networks, 200 owners, one task of each service to an owner", gossiptest.Population{Networks: 5, Owners: 200, Each: 100, PerService: 1}, 32, false},
+		{"100,000: 5 networks, 1,000 owners, one task of each service to an owner", gossiptest.Population{Networks: 5, Owners: 1000, Each: 20, PerService: 1}, 32, false},
+		{"100,000: the same, any slot to any owner", gossiptest.Population{Networks: 5, Owners: 1000, Each: 20, PerService: 1, Shuffled: true}, 32, true},
+		{"100,000: the same, with certificates of 500 bytes", gossiptest.Population{Networks: 5, Owners: 1000, Each: 20, PerService: 1, Shuffled: true, Certificate: 500}, 0, true},
 		{"1,000,000: 50 networks, 20 owners, services of 10 tasks to an owner", gossiptest.Population{Networks: 50, Owners: 20, Each: 1000, PerService: 10}, 20, false},
-		{"1,000,000: 50 networks, 100 owners, services of 10 tasks to an owner", gossiptest.Population{Networks: 50, Owners: 100, Each: 200, PerService: 10}, 0, true},
-		{"1,000,000: 5 networks, 1,000 owners, one task of each service to an owner", gossiptest.Population{Networks: 5, Owners: 1000, Each: 200, PerService: 1}, 0, true},
+		{"1,000,000: 50 networks, 100 owners, services of 10 tasks to an owner", gossiptest.Population{Networks: 50, Owners: 100, Each: 200, PerService: 10}, 20, true},
+		{"1,000,000: 5 networks, 1,000 owners, one task of each service to an owner", gossiptest.Population{Networks: 5, Owners: 1000, Each: 200, PerService: 1}, 20, false},
+		{"1,000,000: the same, any slot to any owner, certificates of 500 bytes", gossiptest.Population{Networks: 5, Owners: 1000, Each: 200, PerService: 1, Shuffled: true, Certificate: 500}, 20, true},
 	} {
 		if k.long && !*gossip.Long {
 			continue

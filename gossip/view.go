@@ -1,7 +1,6 @@
 package gossip
 
 import (
-	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -13,7 +12,7 @@ import (
 type view struct {
 	changed chan struct{} // closed by the successor, under Gossip.mu
 	parts   []part
-	names   frozen
+	names   map[weft.ID]services // by network, as they were
 
 	// mu guards: before, flat, done.
 	mu     sync.Mutex
@@ -26,12 +25,28 @@ type view struct {
 type part struct {
 	owner   Member
 	network weft.ID
-	table   *table
+	table   *table   // nil: the entries are this node's own
+	own     *ownView // nil: they are another's
+}
+
+func (p part) count() int {
+	if p.own != nil {
+		return len(p.own.entries)
+	}
+	return int(p.table.count)
+}
+
+// entries are those of a part; names are its network's services.
+func (p part) entries(names services) []weft.Endpoint {
+	if p.own != nil {
+		return p.own.entries
+	}
+	return p.table.kept.entries(p.network, p.count(), names)
 }
 
 // next is the view after v.
-func (v *view) next(parts []part, names []weft.ID) *view {
-	n := &view{changed: make(chan struct{}), parts: parts, names: frozen(names), before: v}
+func (v *view) next(parts []part, names map[weft.ID]services) *view {
+	n := &view{changed: make(chan struct{}), parts: parts, names: names, before: v}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.done {
@@ -51,12 +66,12 @@ func (v *view) list() []weft.OwnedEndpoint {
 	if v.before != nil {
 		from := v.before.list()
 		for _, p := range v.before.parts {
-			had[p], from = from[:p.table.count], from[p.table.count:]
+			had[p], from = from[:p.count()], from[p.count():]
 		}
 	}
 	size := 0
 	for _, p := range v.parts {
-		size += int(p.table.count)
+		size += p.count()
 	}
 	v.flat = make([]weft.OwnedEndpoint, 0, size)
 	for _, p := range v.parts {
@@ -64,27 +79,21 @@ func (v *view) list() []weft.OwnedEndpoint {
 			v.flat = append(v.flat, same...)
 			continue
 		}
-		d := &decoder{b: []byte(p.table.blob)}
-		for _, e := range d.entries(p.network, v.names) {
+		for _, e := range p.entries(v.names[p.network]) {
 			v.flat = append(v.flat, weft.OwnedEndpoint{Endpoint: e, Owner: p.owner.ID, VTEP: p.owner.VTEP})
 		}
 	}
-	v.before, v.done = nil, true
+	v.before, v.names, v.done = nil, nil, true
 	return v.flat
 }
 
-// frozen is a dictionary that others go on writing.
-type frozen []weft.ID
-
-func (frozen) appendName([]byte, weft.ID) []byte { panic("a frozen dictionary is read only") }
-
-func (f frozen) readName(d *decoder) weft.ID {
-	i := d.uvarint()
-	if i >= uint64(len(f)) {
-		d.fail(fmt.Errorf("service %d of %d", i, len(f)))
-		return ""
+// names are the services of all networks, as they are now.
+func (c *core) names() map[weft.ID]services {
+	out := make(map[weft.ID]services, len(c.nets))
+	for id, n := range c.nets {
+		out[id] = n.names.frozen()
 	}
-	return f[i]
+	return out
 }
 
 // sight are the tables that readers see, by owner and network.
@@ -98,15 +107,15 @@ func (c *core) sight(members []Member) []part {
 		}
 		if m.ID == c.self { // also what is not flushed yet
 			for _, id := range slices.Sorted(maps.Keys(c.own.nets)) {
-				if o := c.own.nets[id]; o.view.count > 0 {
-					out = append(out, part{m, id, o.view})
+				if o := c.own.nets[id]; len(o.entries) > 0 {
+					out = append(out, part{owner: m, network: id, own: o.view})
 				}
 			}
 			continue
 		}
 		for _, id := range ids {
-			if t := c.nets[id].tables[m.ID]; id != "" && t != nil && t.count > 0 {
-				out = append(out, part{m, id, t})
+			if t := c.nets[id].tables.get(m.ID); id != "" && t != nil && t.count > 0 {
+				out = append(out, part{owner: m, network: id, table: t})
 			}
 		}
 	}

@@ -18,6 +18,11 @@ type Population struct {
 	Networks, Owners int
 	Each             int // endpoints of an owner on a network
 	PerService       int // of these, in one service
+	// Shuffled: which owner has which of a service's slots differs from service to
+	// service. It is heeded where a service has one endpoint on each owner.
+	Shuffled bool
+	// Certificate is the length of an owner's certificate; 0: that of its name.
+	Certificate int
 }
 
 // Entries is how many endpoints there are.
@@ -49,7 +54,12 @@ func (p Population) of(owner int, nets []weft.ID) []weft.Endpoint {
 			e := Endpoint(task)
 			e.Network, e.Service, e.Slot = id, ID("service", n*1_000_000+i/p.PerService), uint64(1+owner*p.PerService+i%p.PerService)
 			if p.PerService == 1 {
-				a := uint32(i*p.Owners + owner)
+				place := owner
+				if p.Shuffled {
+					place = (owner + rand.New(rand.NewPCG(uint64(n), uint64(i))).IntN(p.Owners)) % p.Owners
+					e.Slot = uint64(1 + place)
+				}
+				a := uint32(i*p.Owners + place)
 				e.Addr = netip.AddrFrom4([4]byte{10, byte(n)<<2 | byte(a>>16), byte(a >> 8), byte(a)})
 			}
 			out = append(out, e)
@@ -62,14 +72,14 @@ func (p Population) of(owner int, nets []weft.ID) []weft.Endpoint {
 func (p Population) Measure() (Cost, error) {
 	nets := p.networks()
 	k := &knower{id: ID("node", p.Owners), now: time.Unix(1e9, 0)}
-	k.r = gossip.NewReplica(k.id, 1, 0, Sworn(k.id), rand.New(rand.NewPCG(1, 1)))
+	k.r = gossip.NewReplica(k.id, 1, 0, longSworn{sworn(k.id), p.Certificate}, rand.New(rand.NewPCG(1, 1)))
 	k.r.Attach(k.now, nets)
 	k.r.Publish(k.now, nil)
 	k.rest()
 	before := heapInUse()
 	for o := range p.Owners {
 		id := ID("node", o)
-		r := gossip.NewReplica(id, 1, 0, Sworn(id), rand.New(rand.NewPCG(1, uint64(o))))
+		r := gossip.NewReplica(id, 1, 0, longSworn{sworn(id), p.Certificate}, rand.New(rand.NewPCG(1, uint64(o))))
 		r.Attach(k.now, nets)
 		r.Publish(k.now, p.of(o, nets))
 		if err := k.learn(id, r, nets, p.Each); err != nil {

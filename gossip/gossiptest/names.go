@@ -1,6 +1,7 @@
 package gossiptest
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"math/big"
@@ -67,4 +68,19 @@ func (sworn) Trust(owner weft.ID, cert []byte) (gossip.Checker, error) {
 	return func(digest [32]byte, proof []byte) bool {
 		return string(proof) == string(sworn(owner).Sign(digest))
 	}, nil
+}
+
+// longSworn is sworn with certificates of a length.
+type longSworn struct {
+	sworn
+	length int
+}
+
+func (s longSworn) Certificate() []byte {
+	b := s.sworn.Certificate()
+	return append(b, make([]byte, max(0, s.length-len(b)))...)
+}
+
+func (s longSworn) Trust(owner weft.ID, cert []byte) (gossip.Checker, error) {
+	return s.sworn.Trust(owner, bytes.TrimRight(cert, "\x00"))
 }
