@@ -70,6 +70,9 @@ func newRoot() *cobra.Command {
 		Version:       weft.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// Flags stand for the word that they follow: `weft -H DAEMON service create
+		// --host NAME:ADDRESS`, whose --host is another.
+		TraverseChildren: true,
 	}
 	root.PersistentFlags().StringVarP(&c.host, "host", "H", "", "daemon socket (default $DOCKER_HOST, else unix://"+defaultSocket+")")
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -87,11 +90,11 @@ func newRoot() *cobra.Command {
 // refuseUnknown makes an error of a word that no command below c has; cobra
 // itself would print the help and succeed.
 func refuseUnknown(c *cobra.Command) {
+	if c.HasSubCommands() && !c.Runnable() {
+		c.Args = cobra.NoArgs
+		c.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	}
 	for _, sub := range c.Commands() {
-		if sub.HasSubCommands() && !sub.Runnable() {
-			sub.Args = cobra.NoArgs
-			sub.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
-		}
 		refuseUnknown(sub)
 	}
 }
