@@ -57,6 +57,7 @@ func (a *Agent) drain(ctx context.Context, t weft.Task, began time.Time) error {
 func (a *Agent) arrive(ctx context.Context, t weft.Task) error {
 	own, cancel := context.WithTimeout(ctx, drainBound)
 	defer cancel()
+	a.cfg.Log.Debug("task can serve", weft.KeyTask, t.ID) // `bench ready` counts from here
 	if err := a.plane.wait(own, a.plane.setReady(t.ID), a.model.Load().vnis(t)); err != nil && ctx.Err() == nil {
 		a.cfg.Log.Warn("let a task be found", weft.KeyTask, t.ID, weft.KeyErr, err)
 	}
