@@ -162,10 +162,11 @@ func (b *fakeBoxes) Close(context.Context) error { return nil }
 type fakeKernel struct {
 	journal *journal
 
-	mu    sync.Mutex
-	state vxlan.State
-	fail  map[uint32]error
-	hang  chan struct{} // while it is set and open, Apply waits for it
+	mu     sync.Mutex
+	state  vxlan.State
+	fail   map[uint32]error
+	hang   chan struct{} // while it is set and open, Apply waits for it
+	writes int           // calls of Apply
 }
 
 func (k *fakeKernel) setHang(c chan struct{}) {
@@ -184,6 +185,12 @@ func (b *brokenNetwork) Error() string         { return fmt.Sprintf("network %d:
 func (b *brokenNetwork) Unwrap() error         { return b.err }
 func (b *brokenNetwork) FailedNetwork() uint32 { return b.vni }
 
+func (k *fakeKernel) count() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.writes
+}
+
 func (k *fakeKernel) setFail(vni uint32, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -199,6 +206,7 @@ func (k *fakeKernel) Read(context.Context) (vxlan.State, error) {
 func (k *fakeKernel) Apply(ctx context.Context, want vxlan.State) error {
 	k.mu.Lock()
 	hang := k.hang
+	k.writes++
 	k.mu.Unlock()
 	if hang != nil {
 		<-hang

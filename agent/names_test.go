@@ -17,6 +17,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/netstate"
 	"github.com/weftnet/weft/vxlan"
 )
 
@@ -263,4 +264,34 @@ func TestNearNameserverIsAskedInside(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestNamesGoBeforeThePass: that a task can serve is named and told at once, and taken
+// to the kernel, which has its way, only after others have had their turn. A new way is
+// made at once.
+func TestNamesGoBeforeThePass(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		r.start()
+		s := <-r.leader.sessions
+		s.send <- full()
+		settle(2*planeMaxGap + planeMaxGap/2)
+		passes := r.kernel.count()
+		task := testTask(1, front)
+		r.agent.plane.attach(netstate.LocalTask{Task: task, NetNS: "/ns/x", State: weft.EndpointStarting})
+		settle(planeMinGap)
+		if r.kernel.count() == passes {
+			t.Fatal("a new way is not made at once")
+		}
+		settle(2 * planeRest) // what the pass has learnt is looked at, too
+		passes = r.kernel.count()
+		r.agent.plane.setReady(task.ID)
+		settle(planeRest - time.Millisecond)
+		if got := r.kernel.count(); got != passes {
+			t.Errorf("the kernel was written %d times before others had their turn", got-passes)
+		}
+		settle(2 * time.Millisecond)
+		if r.kernel.count() == passes {
+			t.Error("no pass followed")
+		}
+	})
 }

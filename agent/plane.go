@@ -24,6 +24,10 @@ const (
 	// planeMinGap bounds the rate of looks: the first change is looked at at
 	// once, what changes within it together. Larger saves work in a storm, smaller is sooner.
 	planeMinGap = 5 * time.Millisecond
+	// planeRest is what a pass waits of which only others' or own tasks' states are news,
+	// for which the kernel has the ways: what gets names by them has its turn first. Larger
+	// than what gossip takes to be everywhere, smaller than what a person sees.
+	planeRest = 15 * time.Millisecond
 	// planeMaxGap is how long the kernel goes unread when nothing changes:
 	// whatever somebody else broke is repaired within it.
 	planeMaxGap = 5 * time.Second
@@ -255,11 +259,13 @@ func (p *plane) run(ctx context.Context) error {
 	p.awaitOthers(ctx)
 	var wg sync.WaitGroup // of the pass
 	defer wg.Wait()
-	r := runner{due: time.NewTimer(planeMaxGap)}
+	r := runner{due: time.NewTimer(planeMaxGap), rest: time.NewTimer(0)}
 	defer r.due.Stop()
+	defer r.rest.Stop()
 	begin := func() {
 		l, said := p.hands.look, p.hands.facts
-		r.isBusy, r.owes = true, false
+		r.isBusy, r.owes, r.isResting = true, false, false
+		r.isPressed, r.index = false, l.goal.index
 		wg.Go(func() { p.pass(ctx, l, said) })
 	}
 	look := func() { r.later, r.last, r.owes = p.see(), time.Now(), true }
@@ -274,12 +280,18 @@ func (p *plane) run(ctx context.Context) error {
 		case <-r.later.table:
 			r.soon()
 		case <-r.later.paths:
+			r.isPressed = true
 			r.soon()
 		case <-r.later.proven:
+			r.isPressed = true
 			r.soon()
 		case <-r.due.C:
-			r.isDue = false
+			r.isPressed, r.isDue = r.isPressed || !r.isDue, false
 			look()
+		case <-r.rest.C:
+			if r.isResting && r.owes && !r.isBusy {
+				begin()
+			}
 		case s := <-p.hands.steps:
 			if s.isLast && p.learn(s.facts) {
 				look()
@@ -291,8 +303,14 @@ func (p *plane) run(ctx context.Context) error {
 				r.over(p.tell(s.err, r.told))
 			}
 		}
-		if r.owes && !r.isBusy {
+		if !r.owes || r.isBusy {
+			continue
+		}
+		if r.isPressed || r.told != "" || p.hands.look.goal.index != r.index || len(p.hands.missing(p.hands.look.out.Overlay)) > 0 {
 			begin()
+		} else if !r.isResting {
+			r.isResting = true
+			r.rest.Reset(planeRest)
 		}
 	}
 }
@@ -307,7 +325,13 @@ type runner struct {
 	due   *time.Timer
 	// isBusy: a pass is under way. owes: a look has been made after its own.
 	isBusy, owes bool
-	told         string // error of the last pass, which was logged
+	// isResting: the pass that is owed begins by the timer rest, or with a look
+	// that the kernel lacks something of. isPressed: it must not wait. index is the
+	// leader's state that the last pass began with.
+	isResting, isPressed bool
+	rest                 *time.Timer
+	index                uint64
+	told                 string // error of the last pass, which was logged
 }
 
 // soon has a look made of what has changed.
