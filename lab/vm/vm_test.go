@@ -79,7 +79,7 @@ func bootWithin(t *testing.T, m *Machine, limit time.Duration, args ...string) R
 	if err != nil {
 		t.Fatalf("%v\nconsole:\n%s", err, r.Console)
 	}
-	t.Logf("boot %v took %.1f s", args, r.Took.Seconds())
+	t.Logf("boot %v took %.1f s, %.1f s of processor time", args, r.Took.Seconds(), r.CPU.Seconds())
 	return r
 }
 
