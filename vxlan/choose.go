@@ -30,10 +30,26 @@ type Pair struct{ Overlay, Service string }
 // called by the ebpf overlay's program.
 var pairs = [...]Pair{{"ebpf", "ebpf"}, {"bridge", "ipvs"}, {"bridge", "nft"}}
 
+// MayOverlay says whether p as a wish leaves an overlay engine a chance. One without
+// need not be probed: a probe may take a second, and a minute on an emulated processor.
+func (p Pair) MayOverlay(name string) bool {
+	return slices.ContainsFunc(pairs[:], func(q Pair) bool { return q.Overlay == name && p.allows(q) })
+}
+
+// MayService is MayOverlay of a service engine.
+func (p Pair) MayService(name string) bool {
+	return slices.ContainsFunc(pairs[:], func(q Pair) bool { return q.Service == name && p.allows(q) })
+}
+
+// allows says whether q fulfils p as a wish.
+func (p Pair) allows(q Pair) bool {
+	return (p.Overlay == "" || p.Overlay == q.Overlay) && (p.Service == "" || p.Service == q.Service)
+}
+
 // Candidate is an engine of this build and the result of its probe.
 type Candidate struct {
 	Name string
-	Err  error // of Probe; nil = it works
+	Err  error // of Probe; nil = it works. Not asked where the flags leave no chance
 	// Note says what it can do less well on this host, or does otherwise;
 	// "" = nothing.
 	Note string
@@ -69,6 +85,7 @@ type choice struct {
 }
 
 func (c *choice) checkForced() error {
+	var failed error
 	for _, f := range []struct {
 		flag, name, kind, held string
 		all                    []Candidate
@@ -88,15 +105,15 @@ func (c *choice) checkForced() error {
 			return fmt.Errorf("%s %s: tasks that run on this node are on %s engine %s: leave the flag out, or %s: %w",
 				f.flag, f.name, f.kind, f.held, howToChange, weft.ErrConflict)
 		}
-		if e.Err != nil {
-			return fmt.Errorf("%s %s: its probe failed on this host: %w; give the host what it lacks, or leave the flag out to let the host decide", f.flag, f.name, e.Err)
+		if e.Err != nil && failed == nil {
+			failed = fmt.Errorf("%s %s: its probe failed on this host: %w; give the host what it lacks, or leave the flag out to let the host decide", f.flag, f.name, e.Err)
 		}
 	}
 	if f := c.forced; f.Overlay != "" && f.Service != "" && !slices.Contains(pairs[:], f) {
 		return fmt.Errorf("--overlay-engine %s with --service-engine %s: they do not go together: %s; leave one of the flags out: %w",
 			f.Overlay, f.Service, legal(), weft.ErrInvalid)
 	}
-	return nil
+	return failed
 }
 
 // howToChange is the way to other engines.
@@ -114,9 +131,10 @@ func (c *choice) choose() error {
 	for _, l := range []struct {
 		kind string
 		all  []Candidate
-	}{{kindOverlay, c.overlay}, {kindService, c.service}} {
+		may  func(string) bool
+	}{{kindOverlay, c.overlay, c.forced.MayOverlay}, {kindService, c.service, c.forced.MayService}} {
 		for _, e := range l.all {
-			if e.Err != nil {
+			if e.Err != nil && l.may(e.Name) {
 				why = append(why, fmt.Sprintf("%s engine %s: %v", l.kind, e.Name, e.Err))
 			}
 		}
@@ -134,15 +152,23 @@ func (c *choice) choose() error {
 }
 
 func (c *choice) allowed(p Pair) bool {
-	return (c.held == Pair{} || c.held == p) && (c.forced.Overlay == "" || c.forced.Overlay == p.Overlay) && (c.forced.Service == "" || c.forced.Service == p.Service)
+	return (c.held == Pair{} || c.held == p) && c.forced.allows(p)
 }
 
 // reasons are the verdicts, overlay engines first, in the candidates' order.
+// Of one that the flags leave no chance nothing is said but that: it may not have been probed.
 func (c *choice) reasons() []weft.EngineChoice {
 	var out []weft.EngineChoice
 	for _, e := range c.overlay {
 		r := weft.EngineChoice{Kind: kindOverlay, Engine: e.Name, Chosen: e.Name == c.pair.Overlay}
-		r.Reason = c.reason(e, c.pair.Overlay, c.forced.Overlay, c.held.Overlay, "--overlay-engine")
+		switch f := c.forced; {
+		case f.MayOverlay(e.Name):
+			r.Reason = c.reason(e, c.pair.Overlay, f.Overlay, c.held.Overlay, "--overlay-engine")
+		case f.Overlay != "" && f.Overlay != e.Name:
+			r.Reason = "--overlay-engine asks for " + f.Overlay
+		default:
+			r.Reason = fmt.Sprintf("--service-engine %s does not run on it", f.Service)
+		}
 		if r.Reason == "" {
 			r.Reason = c.overlayReason(e)
 		}
@@ -150,7 +176,14 @@ func (c *choice) reasons() []weft.EngineChoice {
 	}
 	for _, e := range c.service {
 		r := weft.EngineChoice{Kind: kindService, Engine: e.Name, Chosen: e.Name == c.pair.Service}
-		r.Reason = c.reason(e, c.pair.Service, c.forced.Service, c.held.Service, "--service-engine")
+		switch f := c.forced; {
+		case f.MayService(e.Name):
+			r.Reason = c.reason(e, c.pair.Service, f.Service, c.held.Service, "--service-engine")
+		case f.Service != "" && f.Service != e.Name:
+			r.Reason = "--service-engine asks for " + f.Service
+		default:
+			r.Reason = "it does not run on the overlay engine " + f.Overlay
+		}
 		if r.Reason == "" {
 			r.Reason = "it does not run on the overlay engine " + c.pair.Overlay
 			if slices.Contains(pairs[:], Pair{c.pair.Overlay, e.Name}) {
@@ -177,8 +210,6 @@ func (c *choice) reason(e Candidate, chosen, forced, held, flag string) string {
 		return "its probe succeeded, and tasks that run on this node are on it" + note
 	case e.Name == chosen:
 		return "its probe succeeded, and it is the best that does" + note
-	case forced != "":
-		return fmt.Sprintf("%s asks for %s", flag, forced)
 	case held != "" && held != e.Name:
 		return fmt.Sprintf("it works, but tasks that run on this node are on %s: to change, %s", held, howToChange)
 	case chosen == "":
@@ -188,9 +219,6 @@ func (c *choice) reason(e Candidate, chosen, forced, held, flag string) string {
 }
 
 func (c *choice) overlayReason(e Candidate) string {
-	if c.forced.Service != "" && !slices.Contains(pairs[:], Pair{e.Name, c.forced.Service}) {
-		return fmt.Sprintf("--service-engine %s does not run on it", c.forced.Service)
-	}
 	if !slices.ContainsFunc(pairs[:], func(p Pair) bool { return p.Overlay == e.Name && works(c.service, p.Service) }) {
 		return "it works, and no service engine that runs on it does"
 	}

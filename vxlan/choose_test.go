@@ -3,6 +3,7 @@ package vxlan_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -88,6 +89,11 @@ func check(t *testing.T, overlay, service []vxlan.Candidate, forced, held vxlan.
 	if len(reasons) != len(overlay)+len(service) {
 		t.Fatalf("%s: reasons %+v", what, reasons)
 	}
+	// What the flags leave no chance need not have been probed.
+	_, unasked, err2 := vxlan.Choose(onlyAsked(overlay, forced.MayOverlay), onlyAsked(service, forced.MayService), forced, held)
+	if fmt.Sprint(err) != fmt.Sprint(err2) || !slices.Equal(reasons, unasked) {
+		t.Fatalf("%s: got %v, %+v; with probes of what has a chance alone %v, %+v", what, err, reasons, err2, unasked)
+	}
 	chosen := 0
 	for _, r := range reasons {
 		if r.Reason == "" {
@@ -102,6 +108,48 @@ func check(t *testing.T, overlay, service []vxlan.Candidate, forced, held vxlan.
 	}
 	if err == nil && chosen != 2 || err != nil && chosen != 0 {
 		t.Fatalf("%s: %d chosen: %+v", what, chosen, reasons)
+	}
+}
+
+// onlyAsked takes away the results of probes that nobody needs.
+func onlyAsked(all []vxlan.Candidate, may func(string) bool) []vxlan.Candidate {
+	out := slices.Clone(all)
+	for i, c := range out {
+		if !may(c.Name) {
+			out[i] = vxlan.Candidate{Name: c.Name}
+		}
+	}
+	return out
+}
+
+// TestUnneededProbes: a flag spares the probes of what it excludes, and no other.
+func TestUnneededProbes(t *testing.T) {
+	for _, c := range []struct {
+		forced vxlan.Pair
+		want   string
+	}{
+		{vxlan.Pair{}, "overlay ebpf bridge, service ebpf ipvs nft"},
+		{vxlan.Pair{Overlay: "bridge"}, "overlay bridge, service ipvs nft"},
+		{vxlan.Pair{Overlay: "ebpf"}, "overlay ebpf, service ebpf"},
+		{vxlan.Pair{Service: "nft"}, "overlay bridge, service nft"},
+		{vxlan.Pair{Overlay: "bridge", Service: "ipvs"}, "overlay bridge, service ipvs"},
+		{vxlan.Pair{Overlay: "ebpf", Service: "nft"}, "overlay, service"},
+	} {
+		got := "overlay"
+		for _, n := range []string{"ebpf", "bridge"} {
+			if c.forced.MayOverlay(n) {
+				got += " " + n
+			}
+		}
+		got += ", service"
+		for _, n := range []string{"ebpf", "ipvs", "nft"} {
+			if c.forced.MayService(n) {
+				got += " " + n
+			}
+		}
+		if got != c.want {
+			t.Errorf("%+v: probed are %s, want %s", c.forced, got, c.want)
+		}
 	}
 }
 
@@ -121,7 +169,7 @@ func TestChooseSaysWhy(t *testing.T) {
 			"overlay ebpf: it works, and no service engine that runs on it does | overlay bridge: its probe succeeded, and it is the best that does | " +
 				"service nft: its probe succeeded, and it is the best that does; a note"},
 		{"probe failed", []vxlan.Candidate{bad("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ipvs"), ok("nft")}, vxlan.Pair{Service: "nft"}, vxlan.Pair{},
-			"overlay ebpf: its probe failed: the kernel lacks it: unsupported | overlay bridge: its probe succeeded, and it is the best that does | " +
+			"overlay ebpf: --service-engine nft does not run on it | overlay bridge: its probe succeeded, and it is the best that does | " +
 				"service ipvs: --service-engine asks for nft | service nft: --service-engine asks for it, and its probe succeeded"},
 		{"service forced off the best overlay", []vxlan.Candidate{ok("ebpf"), ok("bridge")}, []vxlan.Candidate{ok("ebpf"), ok("nft")}, vxlan.Pair{Service: "nft"}, vxlan.Pair{},
 			"overlay ebpf: --service-engine nft does not run on it | overlay bridge: its probe succeeded, and it is the best that does | " +

@@ -117,8 +117,9 @@ func bpfDir(execRoot string) string { return filepath.Join(execRoot, "bpf") }
 // netnsDir is where namespaces are named.
 func netnsDir(execRoot string) string { return filepath.Join(execRoot, "netns") }
 
-// choose probes every engine of this build and takes the best pair. Once it has
-// succeeded it does nothing; an error is that of vxlan.Choose.
+// choose probes every engine of this build that the flags leave a chance and takes
+// the best pair. Once it has succeeded it does nothing; an error is that of
+// vxlan.Choose.
 func (e *engines) choose(ctx context.Context) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -142,14 +143,22 @@ func (e *engines) choose(ctx context.Context) error {
 	var g errgroup.Group
 	g.Go(func() error {
 		for _, x := range overlays {
-			err := x.Probe(ctx)
-			o = append(o, vxlan.Candidate{Name: x.Name(), Err: err, Note: overlayNote(x)})
+			c := vxlan.Candidate{Name: x.Name()}
+			if e.forced.MayOverlay(x.Name()) {
+				c.Err = x.Probe(ctx)
+				c.Note = overlayNote(x)
+			}
+			o = append(o, c)
 		}
 		return nil
 	})
 	for _, x := range services {
-		err := x.Probe(ctx)
-		s = append(s, vxlan.Candidate{Name: x.Name(), Err: err, Note: serviceNote(x)})
+		c := vxlan.Candidate{Name: x.Name()}
+		if e.forced.MayService(x.Name()) {
+			c.Err = x.Probe(ctx)
+			c.Note = serviceNote(x)
+		}
+		s = append(s, c)
 	}
 	if err := g.Wait(); err != nil {
 		return err
