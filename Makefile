@@ -36,6 +36,8 @@ soak: build
 	for e in $(ENGINES); do \
 		$(SUDO) env WEFT_SOAK=1 WEFT_TEST_OVERLAY=$$e PATH="$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) lab' -run Soak ./lab/...; \
 	done
+	@lab/vm/need.sh runc qemu busybox kernel
+	env WEFT_SOAK=1 PATH="$(CURDIR)/bin/cache/busybox/bin:$(CURDIR)/bin/cache/busybox/usr/bin:$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) vm' -run Soak ./lab/vm
 
 .PHONY: bench
 bench: build

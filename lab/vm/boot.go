@@ -108,9 +108,13 @@ func (m *Machine) qemuArgs(args []string) []string {
 	}
 	processor := []string{"-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs)}
 	if m.cfg.Counted {
+		sleep := "on"
+		if m.cfg.Leaps {
+			sleep = "off"
+		}
 		// A string instruction counts once for each step: without ERMS the
 		// kernel copies by words, as many instructions as a real copy costs.
-		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on", "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
+		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
 		cmdline += " nokaslr rcupdate.rcu_cpu_stall_suppress=1"
 	}
 	return slices.Concat(processor, cables(m.cfg.Cables), []string{

@@ -38,6 +38,11 @@ type Config struct {
 	// takes in the guest then tells how many instructions it takes, whatever
 	// else the machine does.
 	Counted bool
+	// Leaps, of a guest that is Counted, has idle time leapt over: the clock is at the
+	// next timer at once. Nothing in the guest is late, however slow or busy the machine
+	// is, but for what comes from outside it: while the disk is read the clock runs
+	// away, by minutes. So a guest that leaps works in memory.
+	Leaps bool
 	// Cables are pairs of virtio network cards of the guest, each pair joined by
 	// nothing but a hub; CardMAC tells them apart. A packet is at the other card as
 	// soon as its driver has been told of it, so that no time passes on the wire.
