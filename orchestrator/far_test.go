@@ -156,6 +156,35 @@ func TestPatience(t *testing.T) {
 	}
 }
 
+// TestLeash: what is wanted is had at once, and never less than a fifth below it; of a
+// lossy link's noise, a new distance each second, few changes come; managers that are
+// near again are waited for as shortly as at first.
+func TestLeash(t *testing.T) {
+	const base = 500 * time.Millisecond
+	l, now, changes := leash{is: base}, time.Now(), 0
+	follow := func(want time.Duration) {
+		if now = now.Add(distanceEvery); l.follow(want, now) {
+			changes++
+		}
+		if l.is < want-want/5 {
+			t.Fatalf("%v where %v is wanted", l.is, want)
+		}
+	}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range 600 {
+		follow(1200*time.Millisecond + time.Duration(rnd.IntN(1000))*time.Millisecond)
+	}
+	if changes > 10 {
+		t.Errorf("%d changes in ten minutes of one distance with noise, want few", changes)
+	}
+	for range 2 * int(nearerFor/distanceEvery) {
+		follow(base)
+	}
+	if l.is != base {
+		t.Errorf("near again for two minutes: %v, want %v", l.is, base)
+	}
+}
+
 // TestFarManagers: three managers with such ways between them keep their leader for ten
 // minutes; no node is taken for down and no task moves. With timeouts that do not follow the
 // distance they lost it 31 to 50 times, and there was none for a tenth of the time.
