@@ -74,6 +74,9 @@ type Machine struct {
 // a static busybox; ErrUnsupported names what is missing.
 func Build(ctx context.Context, cfg Config) (*Machine, error) {
 	cfg.MemoryMiB, cfg.CPUs, cfg.DiskMiB = or(cfg.MemoryMiB, 2048), or(cfg.CPUs, 2), or(cfg.DiskMiB, 2048)
+	if cfg.Leaps && !cfg.Counted {
+		return nil, fmt.Errorf("build guest: only one that is counted leaps: %w", weft.ErrInvalid)
+	}
 	m := &Machine{cfg: cfg, initrd: filepath.Join(cfg.Dir, "initramfs.gz"), disk: filepath.Join(cfg.Dir, "disk.img")}
 	if err := m.findKernel(); err != nil {
 		return nil, err

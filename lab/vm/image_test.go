@@ -87,6 +87,23 @@ func TestCables(t *testing.T) {
 	}
 }
 
+// TestLeaps: a guest leaps only where its clock counts.
+func TestLeaps(t *testing.T) {
+	if _, err := Build(t.Context(), Config{Leaps: true, Dir: t.TempDir()}); !errors.Is(err, weft.ErrInvalid) {
+		t.Errorf("a guest that leaps by the machine's clock: %v, want invalid", err)
+	}
+	for want, cfg := range map[string]Config{"": {}, "shift=0,sleep=on": {Counted: true}, "shift=0,sleep=off": {Counted: true, Leaps: true}} {
+		m, got := Machine{cfg: cfg}, ""
+		args := m.qemuArgs(nil)
+		if i := slices.Index(args, "-icount"); i >= 0 {
+			got = args[i+1]
+		}
+		if got != want {
+			t.Errorf("%+v has the clock %q, want %q", cfg, got, want)
+		}
+	}
+}
+
 // TestLoadOrder: whatever the needs, each module comes once, after all that it
 // needs.
 func TestLoadOrder(t *testing.T) {

@@ -37,7 +37,7 @@ func need(t *testing.T, err error) {
 
 // besideAnother lets a guest run while one more does, as -parallel says. It is for
 // the suites of engines: they do one thing at a time, and most of it is one
-// processor's work. Clusters, whose nodes watch each other, boot alone.
+// processor's work. Clusters, whose nodes watch each other, boot alone unless they leap.
 func besideAnother(t *testing.T) { t.Parallel() }
 
 // kernelDir is where need.sh unpacks one of its kernels.
