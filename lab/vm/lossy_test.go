@@ -152,7 +152,8 @@ said() { cat /var/lib/weft/lab/lab/*.log | grep -E "$1"; }
 busy() { awk '/^cpu / {printf "%d", ($2+$3+$4+$7+$8)/100}' /proc/stat; }
 begin=$(now)
 # On the engines that are soonest begun: neither is what is asked here.
-weft lab up --hosts $N --managers 3 --overlay-engine bridge --service-engine nft; say up $?
+weft lab up --hosts $N --managers 3 --overlay-engine bridge --service-engine nft; up=$?; say up $up
+echo "progress: up: $up, after $(($(now)-begin)) s"
 on h1 network create --driver overlay front; say network $?
 on h1 service create --detach --name web --mode global --network front weft/whoami; say create $?
 until_ok full; full=$?; say full $full
@@ -160,6 +161,7 @@ until_ok full; full=$?; say full $full
 until_ok ready h1
 until_ok names; say named $?
 say ready $(($(now)-begin))
+echo "progress: all tasks run, after $(($(now)-begin)) s"
 GONE='member is gone|taken for down'
 gone=$(said "$GONE" | wc -l); opened=$(said 'session opened' | wc -l); suspects=$(said Refuting | wc -l); won=$(said 'leadership won' | wc -l)
 pids >/tmp/pids; tasks >/tmp/tasks
@@ -174,7 +176,7 @@ while [ $(($(now)-begin)) -lt $S ]; do
   h=h$((looks%N+1)); looks=$((looks+1))
   ready $h || { unready=$((unready+1)); sed "s/^/LOSSY look $looks by $h: /" /tmp/nodes; }
   names >/tmp/out || { unnamed=$((unnamed+1)); sed "s/^/LOSSY look $looks: /" /tmp/out; }
-  echo "look $looks, $(($(now)-begin)) s"
+  echo "progress: look $looks, after $(($(now)-begin)) s: $unready not ready, $unnamed without a name"
   sleep 15
 done
 say lasted $(($(now)-begin))

@@ -70,12 +70,16 @@ func boot(t *testing.T, m *Machine, args ...string) Result {
 	return bootWithin(t, m, bootLimit, args...)
 }
 
-// bootWithin is boot with a limit of its own.
+// bootWithin is boot with a limit of its own. Lines that begin with "progress: " are shown at once.
 func bootWithin(t *testing.T, m *Machine, limit time.Duration, args ...string) Result {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	r, err := m.Boot(ctx, nil, args...)
+	r, err := m.Boot(ctx, func(line string) {
+		if text, ok := strings.CutPrefix(line, "progress: "); ok {
+			t.Log(text)
+		}
+	}, args...)
 	if err != nil {
 		t.Fatalf("%v\nconsole:\n%s", err, r.Console)
 	}
