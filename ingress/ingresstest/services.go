@@ -294,16 +294,20 @@ func allGone(s *Suite) error {
 	return err
 }
 
+// allDraining are the backends of the first service, as ones that drain.
+func (s *Suite) allDraining() (b []ingress.Backend) {
+	for _, k := range s.Lane.Backends(0) {
+		b = append(b, draining(k))
+	}
+	return b
+}
+
 func allDrain(s *Suite) error {
 	flows, err := s.flows(weft.TCP, portTCP, 10)
 	if err != nil {
 		return err
 	}
-	var b []ingress.Backend
-	for _, k := range s.Lane.Backends(0) {
-		b = append(b, draining(k))
-	}
-	if err := errors.Join(s.apply(b...), same(flows)); err != nil {
+	if err := errors.Join(s.apply(s.allDraining()...), same(flows)); err != nil {
 		return err
 	}
 	for range 10 {

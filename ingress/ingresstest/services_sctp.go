@@ -141,11 +141,7 @@ func associationsRefused(s *Suite) error {
 	if err != nil {
 		return err
 	}
-	var b []ingress.Backend
-	for _, k := range s.Lane.Backends(0) {
-		b = append(b, draining(k))
-	}
-	if err := errors.Join(s.apply(b...), s.refusedSCTP(portTCP), same(flows), s.apply(), s.refusedSCTP(portTCP)); err != nil {
+	if err := errors.Join(s.apply(s.allDraining()...), s.refusedSCTP(portTCP), same(flows), s.apply(), s.refusedSCTP(portTCP)); err != nil {
 		return err
 	}
 	if err := s.apply(s.Lane.Backends(0)...); err != nil {
