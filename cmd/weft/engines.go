@@ -142,24 +142,10 @@ func (e *engines) choose(ctx context.Context) error {
 	var o, s []vxlan.Candidate
 	var g errgroup.Group
 	g.Go(func() error {
-		for _, x := range overlays {
-			c := vxlan.Candidate{Name: x.Name()}
-			if e.forced.MayOverlay(x.Name()) {
-				c.Err = x.Probe(ctx)
-				c.Note = overlayNote(x)
-			}
-			o = append(o, c)
-		}
+		o = judge(ctx, overlays, e.forced.MayOverlay, overlayNote)
 		return nil
 	})
-	for _, x := range services {
-		c := vxlan.Candidate{Name: x.Name()}
-		if e.forced.MayService(x.Name()) {
-			c.Err = x.Probe(ctx)
-			c.Note = serviceNote(x)
-		}
-		s = append(s, c)
-	}
+	s = judge(ctx, services, e.forced.MayService, serviceNote)
 	if err := g.Wait(); err != nil {
 		return err
 	}
@@ -172,6 +158,23 @@ func (e *engines) choose(ctx context.Context) error {
 		}
 	}
 	return err
+}
+
+// judge probes the engines that may be chosen: the others only have to be named.
+func judge[E interface {
+	Name() string
+	Probe(context.Context) error
+}](ctx context.Context, all []E, may func(string) bool, note func(E) string) []vxlan.Candidate {
+	var out []vxlan.Candidate
+	for _, x := range all {
+		c := vxlan.Candidate{Name: x.Name()}
+		if may(c.Name) {
+			c.Err = x.Probe(ctx)
+			c.Note = note(x)
+		}
+		out = append(out, c)
+	}
+	return out
 }
 
 // overlayNote says what an overlay engine does otherwise on this host.
