@@ -48,7 +48,7 @@ reasons() {
     /^ +[a-zA-Z0-9_]+_test\.go:[0-9]+: / {if (lines[test]++ < 40) text[test] = text[test] "\n" substr($0, 1, 400)}
     /^--- FAIL/ {if (!($3 in done)) {done[$3]; print tier, $3 ":" text[$3]}}
     # What ends a whole process, or is no test'"'"'s: no test is said to have failed then.
-    /^(panic|fatal error|signal|exit status|SIG[A-Z]+|runtime): |^(WARNING: DATA RACE|==[0-9]+==ERROR|ThreadSanitizer|race: )|^exit status/ {
+    /^(panic|fatal error|signal|SIG[A-Z]+|runtime): |^(WARNING: DATA RACE|==[0-9]+==ERROR|ThreadSanitizer|race: )/ {
       if (deaths++ < 4) {print tier ", after " test ": " substr($0, 1, 400); rest = 30; next}
     }
     rest > 0 {rest--; print "    " substr($0, 1, 200)}

@@ -111,6 +111,10 @@ func (h *host) balancer() ingress.Engine {
 	return ingress.Split{Services: services, Published: nft.New(h.dir)}
 }
 
+func speaker(p vxlan.Port) ingress.Speaker {
+	return ingress.Speaker{MAC: net.HardwareAddr(p.MAC[:]), Addrs: []netip.Addr{p.Addr.Addr()}}
+}
+
 // hold gives a task a service address, as the sandbox of a backend does.
 func hold(t *testing.T, p vxlan.Port, vip netip.Addr) {
 	t.Helper()
@@ -175,6 +179,7 @@ func serviceAddress(t *testing.T, overlays []string, v int, vip netip.Addr) {
 				Networks: []ingress.Network{{
 					VNI: vni, IPv6: vip.Is6(), NetNS: filepath.Join(nsDir, weft.OverlayNetNS(client.node, vni)), Bridge: weft.BridgeName(vni),
 					Ports:    []string{weft.PortVethName(client.tasks[v].Task, n.ID), weft.PortVethName(beside.Task, n.ID)},
+					Speakers: []ingress.Speaker{speaker(client.tasks[v]), speaker(beside)},
 					Services: []ingress.Service{{ID: service, VIP: vip, MAC: weft.VIPMAC(service, vip), Backends: backends}},
 				}},
 				Router: ingress.Router{NetNS: filepath.Join(nsDir, weft.CryptNetNS(client.node)), VNIs: []uint32{vni}, Backends: remote},
