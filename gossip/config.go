@@ -21,14 +21,15 @@ type Transport = memberlist.NodeAwareTransport
 //	suspicionMult x max(1, log10(members)) x probeInterval
 //
 // once a second member suspects it too, and maxSuspicion times that until then.
-// A dead node of three is thus failed after 2 to 3 s. It is out of sight before
+// A dead node of three is thus failed after 3 to 5 s. It is out of sight before
 // (watch.go), without membership being told: a verdict of membership is spread, and has to
-// be refuted. memberlist stretches the timeouts of a node that finds itself slow, up
+// be refuted. So membership has time: where a way and back takes longer than
+// probeTimeout everybody is suspect again and again, and only has to say so. memberlist stretches the timeouts of a node that finds itself slow, up
 // to awareness times.
 const (
 	probeInterval = 500 * time.Millisecond
 	probeTimeout  = 250 * time.Millisecond
-	suspicionMult = 3
+	suspicionMult = 6
 	maxSuspicion  = 3
 	awareness     = 8
 
