@@ -162,12 +162,16 @@ until_ok ready h1
 until_ok names; say named $?
 say ready $(($(now)-begin))
 echo "progress: all tasks run, after $(($(now)-begin)) s"
+# The start keeps the processor busy for a minute, which is another question.
+sleep 30
 GONE='member is gone|taken for down'
 gone=$(said "$GONE" | wc -l); opened=$(said 'session opened' | wc -l); suspects=$(said Refuting | wc -l); won=$(said 'leadership won' | wc -l)
+said "$GONE" | sed 's/^/LOSSY at the start: /'
 pids >/tmp/pids; tasks >/tmp/tasks
 i=0; impaired=0
 while [ $i -lt $N ]; do i=$((i+1)); weft lab impair --delay 100ms --loss 5 h$i && impaired=$((impaired+1)); done
 say impaired $impaired
+echo "progress: all links are impaired at $(date -u +%T), $(($(said "$GONE" | wc -l)-gone)) taken for dead meanwhile, $gone before"
 begin=$(now); looks=0; unready=0; unnamed=0; worked=$(busy)
 weft lab exec h1 -- ping -q -c 100 -i 0.1 $(weft lab ls | awk '$1 == "h2" {print $2}') >/tmp/ping
 say fastest $(sed -n 's|.*min/avg/max = \([0-9.]*\)/.*|\1|p' /tmp/ping)
@@ -176,7 +180,7 @@ while [ $(($(now)-begin)) -lt $S ]; do
   h=h$((looks%N+1)); looks=$((looks+1))
   ready $h || { unready=$((unready+1)); sed "s/^/LOSSY look $looks by $h: /" /tmp/nodes; }
   names >/tmp/out || { unnamed=$((unnamed+1)); sed "s/^/LOSSY look $looks: /" /tmp/out; }
-  echo "progress: look $looks, after $(($(now)-begin)) s: $unready not ready, $unnamed without a name"
+  echo "progress: look $looks, after $(($(now)-begin)) s: $unready not ready, $unnamed without a name, $(($(said "$GONE" | wc -l)-gone)) taken for dead"
   sleep 15
 done
 say lasted $(($(now)-begin))
