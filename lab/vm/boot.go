@@ -98,9 +98,8 @@ func note(values map[string]string, line string) error {
 }
 
 func (m *Machine) qemuArgs(args []string) []string {
-	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once. tsc=reliable: the older
-	// kernel takes the HPET otherwise, each look at which is an emulated access to a device.
-	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog tsc=reliable " + strings.Join(args, " ")
+	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
+	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
 	if !m.cfg.Counted {
 		// Short grace periods: most that tests do is namespaces and links that
 		// come and go, each of which waits for one. It changes what costs what.
@@ -115,7 +114,7 @@ func (m *Machine) qemuArgs(args []string) []string {
 		// A string instruction counts once for each step: without ERMS the
 		// kernel copies by words, as many instructions as a real copy costs.
 		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
-		cmdline += " nokaslr rcupdate.rcu_cpu_stall_suppress=1"
+		cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
 	}
 	return slices.Concat(processor, cables(m.cfg.Cables), []string{
 		"-M", "q35", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",

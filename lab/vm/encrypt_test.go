@@ -23,7 +23,7 @@ func TestEncryptionInKernel(t *testing.T) {
 say() { echo "WEFT-RESULT $*"; }
 for m in wireguard vxlan bridge veth tun nf_tables nft_chain_nat nft_reject_bridge nf_conntrack_netlink; do modprobe $m; done
 mkdir -p /tmp
-WEFT_TEST_REQUIRE=userns,root WEFT_TEST_WIREGUARD=kernel wg.test -test.v -test.timeout 12m
+WEFT_TEST_REQUIRE=userns,root WEFT_TEST_WIREGUARD=kernel wg.test -test.v -test.timeout 20m
 say tests $?
 `)
 	r := boot(t, m)

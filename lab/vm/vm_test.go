@@ -20,7 +20,7 @@ import (
 
 // bootLimit bounds one boot with its work. The longest, the encryption's, takes
 // under 4 minutes alone on two idle cores; a loaded machine is given more.
-const bootLimit = 15 * time.Minute
+const bootLimit = 25 * time.Minute
 
 // need ends the test when the machine lacks something: as a skip, or as a
 // failure where the VM lane is required.
