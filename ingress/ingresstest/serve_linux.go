@@ -234,6 +234,16 @@ func (r *Rig) Open(ns string, p weft.Protocol, from uint16, to netip.AddrPort) (
 		s.Conn, err = d.DialContext(r.T.Context(), string(p), to.String())
 		return err
 	})
+	err = r.greet(s, err)
+	if err != nil && s.Conn != nil {
+		s.Close()
+	}
+	return s, err
+}
+
+// greet asks who is at the other end of a socket that has been opened, or says in the
+// suite's words why it has not.
+func (r *Rig) greet(s *Socket, err error) error {
 	if err == nil {
 		r.open = append(r.open, s)
 		s.Name, s.Saw, err = s.Ask(1)
@@ -241,10 +251,7 @@ func (r *Rig) Open(ns string, p weft.Protocol, from uint16, to netip.AddrPort) (
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		err = fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	if err != nil && s.Conn != nil {
-		s.Close()
-	}
-	return s, err
+	return err
 }
 
 // OpenSCTP is Open for SCTP: by the kernel's sockets where there are any.
@@ -270,14 +277,7 @@ func (r *Rig) OpenSCTP(ns string, from uint16, to netip.AddrPort) (Flow, error) 
 		s.Conn, err = DialSCTP(local, to)
 		return err
 	})
-	if err == nil {
-		r.open = append(r.open, s)
-		s.Name, s.Saw, err = s.Ask(1)
-	}
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		err = fmt.Errorf("%w: %w", ErrRefused, err)
-	}
-	if err != nil {
+	if err := r.greet(s, err); err != nil {
 		return nil, err
 	}
 	return s, nil

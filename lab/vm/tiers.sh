@@ -110,11 +110,19 @@ if need gcc; then
   # ten (golang/go#78156). On one processor it sees the same, as it goes by order.
   bubbles=$(grep -rl --include=*_test.go testing/synctest . | xargs -n1 dirname | sort -u)
   bubbles=$(go list -tags "$TAGS" $bubbles)
+  rest=$(grep -vxF "$bubbles" <<<"$raced")
+  # aside COMMAND...: for the bubbles on one processor, and beside it for the rest
+  aside() {
+    local fail=0
+    "$@" -p 1 -cpu 1 $bubbles >"$logs/bubbles.log" 2>&1 &
+    "$@" -p 4 $rest || fail=1
+    wait $! || fail=1
+    cat "$logs/bubbles.log"
+    return $fail
+  }
   # A process with the detector sleeps for a second when it ends, so that its other
   # goroutines may still meet: a tenth, as two hundred are started.
-  race=(env CGO_ENABLED=1 GORACE=atexit_sleep_ms=100 go test -race -p 4 -count=1 -v -timeout 15m -tags "$TAGS")
-  tier 0+1-race "${race[@]}" $(grep -vxF "$bubbles" <<<"$raced")
-  tier 0-race-time "${race[@]}" -cpu 1 $bubbles
+  tier 0+1-race aside env CGO_ENABLED=1 GORACE=atexit_sleep_ms=100 go test -race -count=1 -v -timeout 15m -tags "$TAGS"
 else
   without 0+1-race userns "$reason"
 fi
