@@ -74,7 +74,6 @@ func readyBench() benchmark {
 // readyRuns is a lab with a task on each host that asks its resolver.
 type readyRuns struct {
 	*field
-	client *client.Client
 	askers []string // network namespaces of tasks, by host
 	came   int      // tasks
 }

@@ -26,8 +26,8 @@ func (w *bitWriter) put(v uint64, width uint) {
 	i := w.at >> 3
 	binary.LittleEndian.PutUint64(w.b[i:], uint64(w.b[i])|v<<(w.at&7))
 	w.at += width
-	for full := w.at >> 3; full > i; i++ {
-		w.b = append(w.b, 0)
+	if more := w.at>>3 - i; more > 0 {
+		w.b = append(w.b, make([]byte, more)...)
 	}
 }
 
