@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -174,7 +175,8 @@ func TestForgedHardwareAddress(t *testing.T) {
 	check("under a new daemon")
 }
 
-// TestNoLock: where the kernel has no lock, a port without one is as it should be.
+// TestNoLock: where the kernel has no lock, a port without one is as it should be, and
+// `info` says so.
 func TestNoLock(t *testing.T) {
 	f := localPort()
 	f.lock = lockless
@@ -187,5 +189,10 @@ func TestNoLock(t *testing.T) {
 	}
 	if f = tunnelPort(); !f.are(tunnelPort()) || f.are(localPort()) {
 		t.Error("a tunnel's port is as it should not be")
+	}
+	k := &Kernel{}
+	k.lockless.Store(true)
+	if !strings.Contains(k.Note(), "cannot lock ports") {
+		t.Errorf("the note is %q and does not say that ports are open", k.Note())
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -36,6 +37,8 @@ type Kernel struct {
 	cfg   Config
 	audit vxlan.Audit
 	whole time.Time // of the last pass over everything; zero: it had a fault, or there was none
+
+	lockless atomic.Bool // ports cannot be locked, as the last probe saw
 }
 
 var _ vxlan.Kernel = (*Kernel)(nil)

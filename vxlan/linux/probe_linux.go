@@ -28,7 +28,7 @@ const (
 
 // Probe implements vxlan.Engine: it makes a whole network, with a remote task, a
 // service address and a host leg, in a scratch namespace, reads it back, and
-// removes it again. Blocks for some tens of milliseconds.
+// removes it again, and sees what Note is to say. Blocks for some tens of milliseconds.
 func (k *Kernel) Probe(ctx context.Context) error {
 	p := &Kernel{cfg: Config{Node: probeNode, NetNSDir: k.cfg.NetNSDir, Log: k.cfg.Log}}
 	host := k.cfg.NetNSDir + "/" + probeHost
@@ -40,6 +40,7 @@ func (k *Kernel) Probe(ctx context.Context) error {
 		return fmt.Errorf("probe the bridge engine: %w", err)
 	}
 	err := netns.Do(host, func() error { return p.rehearse(ctx) })
+	k.lockless.Store(p.lockless.Load())
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EINVAL) {
 		err = fmt.Errorf("this kernel lacks the vxlan, bridge or veth module, or a part of it: %w: %w", err, weft.ErrUnsupported)
 	}
@@ -71,5 +72,36 @@ func (k *Kernel) rehearse(ctx context.Context) error {
 		return fmt.Errorf("the kernel took all of a network and does not have it: still to do is %s (%s%s): %w",
 			ops[0], have.Networks[n.VNI].Fault, have.Networks[n.VNI].DeviceFault, weft.ErrUnsupported)
 	}
+	if err := k.seeLocks(); err != nil {
+		return err
+	}
 	return k.Apply(ctx, vxlan.State{})
+}
+
+// seeLocks finds out whether the ports of the probe's network are locked.
+func (k *Kernel) seeLocks() error {
+	h, err := k.open(probeVNI)
+	if err != nil {
+		return err
+	}
+	defer h.close()
+	flags, err := h.conn.allPortFlags()
+	if err != nil {
+		return err
+	}
+	for _, f := range flags {
+		if f.lock == lockless {
+			k.lockless.Store(true)
+		}
+	}
+	return nil
+}
+
+// Note says what this host's kernel lacks that the engine would use; "" = nothing, or
+// not probed yet. Safe for concurrent use.
+func (k *Kernel) Note() string {
+	if !k.lockless.Load() {
+		return ""
+	}
+	return "this kernel cannot lock ports of a bridge (Linux 5.18), so a task with packet sockets may send in the name of another task of its network"
 }
