@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,9 +19,11 @@ import (
 
 // soakResult is what a long run found, for a file in lab/results that is
 // committed. The short form of a test logs the same lines and writes nothing.
+// Safe for concurrent use, by parts of a test that run at once.
 type soakResult struct {
 	t     *testing.T
 	began time.Time
+	mu    sync.Mutex
 	lines []string
 }
 
@@ -38,6 +41,8 @@ func (r *soakResult) printf(format string, args ...any) {
 	r.t.Helper()
 	line := fmt.Sprintf(format, args...)
 	r.t.Log(line)
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.lines = append(r.lines, line)
 }
 
