@@ -74,6 +74,7 @@ type hall struct {
 	t        testing.TB
 	e        *Engine
 	path     string
+	speakers []ingress.Speaker
 	repaired []string
 }
 
@@ -104,7 +105,7 @@ func (h *hall) in(f func() error) {
 }
 
 func (h *hall) table(services ...ingress.Service) ingress.Table {
-	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Services: services}}}
+	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Speakers: h.speakers, Services: services}}}
 }
 
 func (h *hall) apply(services ...ingress.Service) {
@@ -126,7 +127,14 @@ func (h *hall) read() (s state) {
 			return err
 		}
 		defer l.close()
-		if s.local, s.neigh, err = l.read(true); err != nil {
+		if err = l.setOut(hallVNI); err != nil {
+			return err
+		}
+		want, err := plan(h.table().Networks[0])
+		if err != nil {
+			return err
+		}
+		if s, err = l.read(true, want.near); err != nil {
 			return err
 		}
 		s.services, _, err = readServices(k, hallVNI)
