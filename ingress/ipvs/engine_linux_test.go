@@ -75,6 +75,7 @@ type hall struct {
 	e        *Engine
 	path     string
 	speakers []ingress.Speaker
+	ports    []string
 	repaired []string
 }
 
@@ -105,7 +106,7 @@ func (h *hall) in(f func() error) {
 }
 
 func (h *hall) table(services ...ingress.Service) ingress.Table {
-	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Speakers: h.speakers, Services: services}}}
+	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Ports: h.ports, Speakers: h.speakers, Services: services}}}
 }
 
 func (h *hall) apply(services ...ingress.Service) {

@@ -2,8 +2,10 @@ package ipvs
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -146,4 +148,41 @@ func TestTunnel(t *testing.T) {
 	if got, ways := h.neighboursOn(tunnel); got != "" || len(ways) > 0 {
 		t.Errorf("left on %s: %q, ways %v", tunnel, got, ways)
 	}
+}
+
+// TestPorts: where packets come in no reverse path is looked for, from a port's first pass on, which
+// is no repair. One that has gone meanwhile is no fault.
+func TestPorts(t *testing.T) {
+	h := newHall(t)
+	const port = "wp1"
+	one := service(addr4(200), backend(1, false))
+	filter := func(device string) string { return "/proc/sys/net/ipv4/conf/" + device + "/rp_filter" }
+	wrong := func() error { return os.WriteFile(filter(port), []byte("1"), 0) }
+	check := func(want ...string) {
+		t.Helper()
+		h.repaired = nil
+		h.apply(one)
+		h.in(func() error {
+			for _, d := range []string{port, "default"} {
+				if b, err := os.ReadFile(filter(d)); err != nil || strings.TrimSpace(string(b)) != "0" {
+					t.Errorf("%s: %q, %v", d, b, err)
+				}
+			}
+			return nil
+		})
+		if !slices.Equal(h.repaired, want) {
+			t.Errorf("repaired %v, want %v", h.repaired, want)
+		}
+	}
+	h.apply(one)
+	h.in(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = port
+		return errors.Join(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}), wrong())
+	})
+	h.ports = []string{port, "wp2"}
+	check()
+	h.in(wrong)
+	check("sysctl wrong")
+	check()
 }

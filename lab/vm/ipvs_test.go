@@ -48,7 +48,7 @@ weft lab down; say down $?
 	}
 	want(t, r, map[string]string{"tests": "0", "up": "0", "down": "0"})
 	// A pattern that fits no test, or a kernel without IPVS, would pass, too.
-	for _, name := range []string{"TestSequence", "TestRepairs", "TestCloseLeavesNothing", "TestTunnel", "TestServices", "TestSpeakers"} {
+	for _, name := range []string{"TestSequence", "TestRepairs", "TestCloseLeavesNothing", "TestTunnel", "TestPorts", "TestServices", "TestSpeakers"} {
 		if !strings.Contains(r.Console, "--- PASS: "+name+" ") {
 			t.Errorf("%s has not passed", name)
 		}
