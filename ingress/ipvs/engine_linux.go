@@ -252,19 +252,25 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 		return nil, mac{}, err
 	}
 	if left != nil {
-		was := left.state
-		if fault != "" {
-			was.local, was.near, was.neigh = nil, nil, nil // went with the device
-		}
-		if left.devices.out != p.devices.out || !maps.Equal(was.near, p.state.near) {
-			was.neigh = nil // some of them are on another device now
-		}
-		repairs = append(append(repairs, damage(n.VNI, was, have, p.state)...), strays...)
+		repairs = append(append(repairs, damage(n.VNI, left.stillThere(p, fault != ""), have, p.state)...), strays...)
 	}
 	p.family = family
 	b := newBatcher(p.family, p.devices)
 	defer b.close()
 	return repairs, bridge, b.run(diff(have, p.state))
+}
+
+// stillThere is what must be left of the last pass: without what went with a device, or
+// belongs on another one now.
+func (p *place) stillThere(now *place, remade bool) state {
+	s := p.state
+	if remade {
+		s.local, s.near, s.neigh = nil, nil, nil
+	}
+	if p.devices.out != now.devices.out || !maps.Equal(p.state.near, now.state.near) {
+		s.neigh = nil
+	}
+	return s
 }
 
 // had reports that the last pass has made a setting: that of a port that has come since
