@@ -72,7 +72,9 @@ func (w wish) equal(o wish) bool {
 	return w.EntryTask == o.EntryTask && w.gateway == o.gateway && slices.Equal(w.ports, o.ports) && w.sctp == o.sctp
 }
 
-// insideRules is a task's table of the family.
+// insideRules is a task's table of the family. Most packets are those of known TCP: what
+// they fail at stands first in each rule, and a link's name, which the kernel copies and
+// compares by bytes (250 instructions), last.
 func (f *family) insideRules(e ingress.Entry, t wish) ruleset {
 	own, _ := f.addrs(e, t.EntryTask)
 	entries := set{name: "entries", key: nftables.TypeEtherAddr, data: entryData, isMap: true, elements: map[string]string{}, show: showEntry}
@@ -93,8 +95,11 @@ func (f *family) insideRules(e ingress.Entry, t wish) ruleset {
 	// Priorities are linux/netfilter_ipv4.h's: raw -300, tracking -200, mangle
 	// -150, source translation 100.
 	return ruleset{family: f.host, name: insideTable, sets: []set{entries, near, asked}, chains: []chain{
-		filter("unmark", nftables.ChainHookPrerouting, -310, rule{t.Link + ": no mark of others", join(inLink(t.Link), setMark(0))}),
-		{name: "zone", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw, original: true, rules: []rule{f.zoneRule(t.Link)}},
+		{name: "zone", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw, original: true, rules: []rule{
+			{"not by " + t.Link + ": as it is", join(notInLink(t.Link), f.accept())},
+			{t.Link + ": no mark of others", join(hasMark(), setMark(0))},
+			zoneRule(t.Link),
+		}},
 		filter("guard", nftables.ChainHookPrerouting, -290, f.guardRule(t.Link)),
 		filter("mark", nftables.ChainHookPrerouting, -150, keepMark(t.Link), restoreMark("what is passed on: its mark", notInLink(t.Link))),
 		{name: "ports", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookInput, priority: nftables.ChainPriorityNATSource},
@@ -141,18 +146,18 @@ func (f *family) near(own netip.Prefix) []netip.Prefix {
 const etherSource = 6
 
 // zoneRule marks a packet by the hardware address it comes from.
-func (f *family) zoneRule(link string) rule {
-	return rule{link + ": from an entry node: its mark and its zone", join(inLink(link), []expr.Any{
+func zoneRule(link string) rule {
+	return rule{link + ": from an entry node: its mark and its zone", []expr.Any{
 		&expr.Payload{DestRegister: insideKey, Base: expr.PayloadBaseLLHeader, Offset: etherSource, Len: 6},
 		lookup("entries", insideKey, insideData),
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: insideData},
 		&expr.Ct{Key: expr.CtKeyZONE, SourceRegister: true, Register: insideData + 1},
-	})}
+	}}
 }
 
 // guardRule: only entry nodes bring what comes from afar.
 func (f *family) guardRule(link string) rule {
-	return rule{link + ": from afar, by no entry node: drop", join(inLink(link), marked(expr.CmpOpNeq), []expr.Any{
+	return rule{link + ": from afar, by no entry node: drop", join(marked(expr.CmpOpNeq), inLink(link), []expr.Any{
 		f.load(insideKey, f.source),
 		&expr.Lookup{SourceRegister: insideKey, SetName: "near", Invert: true},
 	}, dropped())}
@@ -160,7 +165,7 @@ func (f *family) guardRule(link string) rule {
 
 // onlyRule: a task answers by an entry node and opens nothing.
 func (f *family) onlyRule(link string) rule {
-	return rule{link + ": to afar, no answer: drop", join(outLink(expr.CmpOpEq, link), marked(expr.CmpOpNeq), []expr.Any{
+	return rule{link + ": to afar, no answer: drop", join(marked(expr.CmpOpNeq), outLink(expr.CmpOpEq, link), []expr.Any{
 		f.load(insideKey, f.destination),
 		&expr.Lookup{SourceRegister: insideKey, SetName: "near", Invert: true},
 	}, dropped())}
@@ -168,7 +173,7 @@ func (f *family) onlyRule(link string) rule {
 
 // keepMark gives a new connection the mark of its first packet.
 func keepMark(link string) rule {
-	return rule{link + ": a new connection: keep its mark", join(inLink(link), marked(expr.CmpOpEq), unasked(), []expr.Any{
+	return rule{link + ": a new connection: keep its mark", join(unasked(), marked(expr.CmpOpEq), inLink(link), []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: insideTmp},
 		&expr.Ct{Key: expr.CtKeyMARK, SourceRegister: true, Register: insideTmp},
 	})}
@@ -176,9 +181,10 @@ func keepMark(link string) rule {
 
 // restoreMark gives a packet of an answer its connection's mark.
 func restoreMark(words string, match []expr.Any) rule {
-	return rule{words, join(match, []expr.Any{
+	return rule{words, join([]expr.Any{
 		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: insideTmp},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: insideTmp, Data: []byte{1}}, // IP_CT_DIR_REPLY
+	}, match, []expr.Any{
 		&expr.Ct{Key: expr.CtKeyMARK, Register: insideTmp},
 	}, isEntryMark(expr.CmpOpEq), []expr.Any{
 		&expr.Ct{Key: expr.CtKeyMARK, Register: insideTmp},
@@ -195,10 +201,10 @@ func restoreMark(words string, match []expr.Any) rule {
 func (f *family) askedRules(t wish) []rule {
 	var rules []rule
 	from := func(link string, match []expr.Any) {
-		rules = append(rules, f.askedRule(link+": a datagram", join(match, isProtocol(unix.IPPROTO_UDP)), askedTimeout),
-			f.askedRule(link+": an association", join(match, isProtocol(unix.IPPROTO_SCTP)), associatedTimeout))
+		rules = append(rules, f.askedRule(link+": a datagram", join(f.isOf(expr.CmpOpEq, unix.IPPROTO_UDP), match), askedTimeout),
+			f.askedRule(link+": an association", join(f.isOf(expr.CmpOpEq, unix.IPPROTO_SCTP), match), associatedTimeout))
 	}
-	from(t.Link, join(inLink(t.Link), marked(expr.CmpOpEq)))
+	from(t.Link, join(marked(expr.CmpOpEq), inLink(t.Link)))
 	if l := t.gateway.Link; l != "" {
 		from(l, inLink(l))
 	}
@@ -220,7 +226,7 @@ func (f *family) askedRule(what string, match []expr.Any, known time.Duration) r
 // tracking, which knows the flow by that address.
 func (f *family) answerRule(what string, proto byte) rule {
 	client := f.bytes / 4
-	return rule{"an answering " + what + ": from the address that was asked", join(isProtocol(proto), []expr.Any{
+	return rule{"an answering " + what + ": from the address that was asked", join(f.isOf(expr.CmpOpEq, proto), []expr.Any{
 		f.load(insideKey, f.destination),
 		&expr.Payload{DestRegister: insideKey + client, Base: expr.PayloadBaseTransportHeader, Offset: thDestination, Len: 2},
 		&expr.Payload{DestRegister: insideKey + client + 1, Base: expr.PayloadBaseTransportHeader, Offset: thPorts, Len: 2},
@@ -259,6 +265,14 @@ func isProtocol(proto byte) []expr.Any {
 // node's mark.
 func marked(op expr.CmpOp) []expr.Any {
 	return join([]expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: insideTmp}}, isEntryMark(op))
+}
+
+// hasMark matches packets that bear any mark.
+func hasMark() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: insideTmp},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: insideTmp, Data: make([]byte, 4)},
+	}
 }
 
 func isEntryMark(op expr.CmpOp) []expr.Any {

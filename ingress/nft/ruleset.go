@@ -82,7 +82,7 @@ type chain struct {
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
 	device   string // of the netdev family
-	// original: the last expression of each rule sets the zone of connection
+	// original: the last expression of the last rule sets the zone of connection
 	// tracking, of the original direction alone (addZoneRule).
 	original bool
 	rules    []rule
