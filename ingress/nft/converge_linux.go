@@ -312,8 +312,8 @@ func replace(conn *nftables.Conn, table *nftables.Table, want ruleset, known map
 	}
 	sig := want.signature()
 	for i, c := range want.chains {
-		for j, r := range c.rules {
-			if c.original && j == len(c.rules)-1 {
+		for _, r := range c.rules {
+			if c.original {
 				continue
 			}
 			conn.AddRule(&nftables.Rule{
@@ -330,14 +330,15 @@ func replace(conn *nftables.Conn, table *nftables.Table, want ruleset, known map
 		return transactions, fmt.Errorf("commit nftables elements: %w", err)
 	}
 	for _, c := range want.chains {
-		if !c.original {
-			continue
+		for _, r := range c.rules {
+			if !c.original {
+				continue
+			}
+			if err := addZoneRule(table, c.name, r.exprs, comment(sig, r)); err != nil {
+				return transactions, fmt.Errorf("add rule %q: %w", r.words, err)
+			}
+			transactions++
 		}
-		r := c.rules[len(c.rules)-1]
-		if err := addZoneRule(table, c.name, r.exprs, comment(sig, r)); err != nil {
-			return transactions, fmt.Errorf("add rule %q: %w", r.words, err)
-		}
-		transactions++
 	}
 	return transactions, nil
 }

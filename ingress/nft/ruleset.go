@@ -82,8 +82,8 @@ type chain struct {
 	hook     *nftables.ChainHook
 	priority *nftables.ChainPriority
 	device   string // of the netdev family
-	// original: the last expression of the last rule sets the zone of connection
-	// tracking, of the original direction alone (addZoneRule).
+	// original: the rules set the zone of connection tracking, of the original
+	// direction alone (addZoneRule).
 	original bool
 	rules    []rule
 }

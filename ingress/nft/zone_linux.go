@@ -12,10 +12,10 @@ import (
 )
 
 // addZoneRule appends a rule to a chain of the calling thread's namespace, in a
-// transaction of its own. The rule's last expression sets the zone of connection
-// tracking, and it gets the attribute by which the zone is that of the original
-// direction alone ("ct original zone set"): the library writes it for addresses
-// and ports only. Answers are looked up without a zone.
+// transaction of its own. The expression that sets the zone of connection tracking
+// gets the attribute by which the zone is that of the original direction alone ("ct
+// original zone set"): the library writes it for addresses and ports only. Answers
+// are looked up without a zone.
 func addZoneRule(table *nftables.Table, chain string, exprs []expr.Any, words string) error {
 	fam := byte(table.Family)
 	var list []byte
@@ -24,7 +24,7 @@ func addZoneRule(table *nftables.Table, chain string, exprs []expr.Any, words st
 		if err != nil {
 			return fmt.Errorf("encode expression %d: %w", i+1, err)
 		}
-		if i == len(exprs)-1 {
+		if ct, ok := e.(*expr.Ct); ok && ct.Key == expr.CtKeyZONE && ct.SourceRegister {
 			data, err := expr.MarshalExprData(fam, e)
 			if err != nil {
 				return fmt.Errorf("encode expression %d: %w", i+1, err)
