@@ -105,15 +105,24 @@ func (m *Machine) qemuArgs(args []string) []string {
 		// come and go, each of which waits for one. It changes what costs what.
 		cmdline += " rcupdate.rcu_expedited=1"
 	}
-	processor := []string{"-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", strconv.Itoa(m.cfg.CPUs)}
+	if !m.cfg.Counted || m.cfg.Leaps {
+		// What QEMU has translated it keeps by address: at random ones each start of
+		// a program would be translated anew.
+		cmdline += " norandmaps"
+	}
+	// A string instruction is emulated step by step, and counts once for each: without
+	// ERMS the kernel copies by words, as many instructions as a real copy costs.
+	model := "max,la57=off,erms=off,fsrm=off"
+	if m.cfg.CPUs == 1 && !m.cfg.Counted {
+		cmdline += " tsc=reliable no_timer_check"
+	}
+	processor := []string{"-accel", "tcg,thread=multi", "-cpu", model, "-smp", strconv.Itoa(m.cfg.CPUs)}
 	if m.cfg.Counted {
 		sleep := "on"
 		if m.cfg.Leaps {
 			sleep = "off"
 		}
-		// A string instruction counts once for each step: without ERMS the
-		// kernel copies by words, as many instructions as a real copy costs.
-		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
+		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", model, "-smp", "1"}
 		cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
 	}
 	return slices.Concat(processor, cables(m.cfg.Cables), []string{
