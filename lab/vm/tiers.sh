@@ -145,7 +145,7 @@ lab_tier 2-lab 'Lab|Faults'
 lab_tier 2-lab-bridge '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU|TestLabMeshKeepsClients|TestLabMustHold|TestLabRollingUpdates)$' WEFT_TEST_OVERLAY=bridge
 
 if need runc qemu busybox kernel kernel-new; then
-  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 40m -parallel 2 -tags "$TAGS vm" ./lab/vm
+  tier 3-vm env CGO_ENABLED=0 go test -count=1 -v -timeout 40m -parallel 16 -tags "$TAGS vm" ./lab/vm
 else
   without 3-vm vm "$reason"
 fi

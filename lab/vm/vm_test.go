@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -35,10 +36,84 @@ func need(t *testing.T, err error) {
 	}
 }
 
-// besideAnother lets a guest run while one more does, as -parallel says. It is for
-// the suites of engines, which do one thing at a time, most of it one processor's work,
-// and for clusters whose clock counts instructions: their nodes watch each other by it.
-func besideAnother(t *testing.T) { t.Parallel() }
+// besideAnother lets a guest run while one more does. It is for the suites of engines,
+// which do one thing at a time, most of it one processor's work, and for clusters whose
+// clock counts instructions: their nodes watch each other by it.
+func besideAnother(t *testing.T) {
+	t.Parallel()
+	pair.enter(len(longest) - slices.Index(append(longest[:], t.Name()), t.Name()))
+	t.Cleanup(pair.leave)
+}
+
+// longest are the tests that take the most processor time. They begin first, so that
+// none of them runs alone at the end.
+var longest = [...]string{"TestDemo", "TestEncryptionInKernel", "TestReboot", "TestNetkit", "TestEBPFOnOldKernel", "TestLossyNetwork", "TestIPVS"}
+
+// pair is the two guests of this process that run.
+var pair = queue{free: 2}
+
+// queue lets so many run at once, and of those that wait the longest.
+type queue struct {
+	mu      sync.Mutex // guards: all fields
+	free    int
+	waiting map[chan struct{}]int // how long it takes, in any unit; closed when its turn has come
+}
+
+func (q *queue) enter(length int) {
+	turn := make(chan struct{})
+	q.mu.Lock()
+	if q.waiting == nil {
+		q.waiting = map[chan struct{}]int{}
+	}
+	q.waiting[turn] = length
+	q.admitLocked()
+	q.mu.Unlock()
+	<-turn
+}
+
+func (q *queue) leave() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.free++
+	q.admitLocked()
+}
+
+func (q *queue) admitLocked() {
+	for q.free > 0 && len(q.waiting) > 0 {
+		var next chan struct{}
+		for turn, length := range q.waiting {
+			if next == nil || length > q.waiting[next] {
+				next = turn
+			}
+		}
+		delete(q.waiting, next)
+		q.free--
+		close(next)
+	}
+}
+
+// TestLongestFirst: two at once, and the longest of those that wait when one has ended.
+func TestLongestFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := queue{free: 2}
+		q.enter(1)
+		q.enter(1)
+		began := make(chan int, 5)
+		for _, length := range []int{3, 5, 2, 4} {
+			go func() { q.enter(length); began <- length }()
+		}
+		for _, want := range []int{5, 4, 3, 2} {
+			synctest.Wait()
+			if len(began) != 0 {
+				t.Fatalf("%d began while two others ran", <-began)
+			}
+			q.leave()
+			if got := <-began; got != want {
+				t.Errorf("%d began, want %d", got, want)
+			}
+		}
+	})
+}
 
 // kernelDir is where need.sh unpacks one of its kernels.
 func kernelDir(t *testing.T, name string) string {
