@@ -59,6 +59,8 @@ type Engine struct {
 	took  time.Duration
 	// express counts the passes that were not over everything. Owned by Apply.
 	express int
+	// bent: the last probe had to lead packets over the bridge.
+	bent bool
 }
 
 var _ ingress.Engine = (*Engine)(nil)

@@ -54,6 +54,17 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	}
 }
 
+// TestStraight: a kernel that can take a frame out at its port does.
+func TestStraight(t *testing.T) {
+	h := newHall(t)
+	if err := h.e.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := h.e.Note(); n != "" {
+		netnstest.Missing(t, "broute", errors.New(n))
+	}
+}
+
 // TestBridgeIsNotThereYet, as when the host has just booted: the next pass finds
 // it. It needs no IPVS. The daemon died of it once.
 func TestBridgeIsNotThereYet(t *testing.T) {

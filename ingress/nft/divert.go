@@ -151,6 +151,9 @@ func (v *Diverter) load(path string, p *place, d Diversion) error {
 	return withConn(path, func(conn *nftables.Conn) error { return v.e.converge(p, conn, divertRules(d, !v.bent)) })
 }
 
+// Straight reports whether the last Apply led IPv4 up from its port.
+func (v *Diverter) Straight() bool { return !v.bent }
+
 // Probe loads the table into a namespace. An error wraps weft.ErrUnsupported.
 func (v *Diverter) Probe(path string) error {
 	return withConn(path, func(conn *nftables.Conn) error {
