@@ -402,6 +402,9 @@ func tarOf(t *testing.T, files map[string][]byte, links map[string]string) []byt
 // run: none fails, and the same containers are there afterwards.
 func TestLabAdoption(t *testing.T) {
 	r := newRig(t, "t-adopt")
+	// How soon a silent host's tasks are replaced is not the question: on a slow machine
+	// the thirty requests alone, each two processes, take most of the usual five seconds.
+	r.must(r.on("h1", "swarm", "update", "--dispatcher-heartbeat", "1m")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--replicas", "3", "--publish", "8082:80", "weft/whoami")...)
 	for _, h := range []string{"h1", "h2", "h3"} {
 		r.eventually("port of "+h, func() error { _, err := r.get(t.Context(), h, 8082); return err })
