@@ -1,7 +1,6 @@
 package ipvs
 
 import (
-	"bytes"
 	"errors"
 	"net/netip"
 	"slices"
@@ -70,10 +69,7 @@ func (e *Engine) applyExpress(t ingress.Table) bool {
 }
 
 func sameNetwork(a, b ingress.Network) bool {
-	return a.VNI == b.VNI && a.Bridge == b.Bridge && a.IPv6 == b.IPv6 && slices.Equal(a.Ports, b.Ports) &&
-		slices.EqualFunc(a.Speakers, b.Speakers, func(x, y ingress.Speaker) bool {
-			return bytes.Equal(x.MAC, y.MAC) && slices.Equal(x.Addrs, y.Addrs)
-		})
+	return a.VNI == b.VNI && a.Bridge == b.Bridge && a.IPv6 == b.IPv6
 }
 
 // expressNetwork makes the changes of one network, and files them as left.
@@ -170,7 +166,7 @@ func (p *place) asLeft(left, want state, ops []op) error {
 			return errOther
 		}
 	}
-	b := newBatcher(p.family, p.devices)
+	b := newBatcher(p.family, p.device)
 	defer b.close()
 	return b.run(ops)
 }
