@@ -18,7 +18,7 @@ var quietFor = flag.Duration("quiet", 10*time.Minute, "time without deaths, with
 
 // lossy is a transport of real sockets that loses a part of what it sends.
 type lossy struct {
-	*memberlist.NetTransport
+	*sockets
 	loss float64
 }
 
@@ -30,7 +30,7 @@ func (l *lossy) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error
 	if rand.Float64() < l.loss {
 		return time.Now(), nil
 	}
-	return l.NetTransport.WriteToAddress(b, a)
+	return l.sockets.WriteToAddress(b, a)
 }
 
 // socketNode is a node of TestDeadNodeOnSockets.
@@ -43,9 +43,7 @@ type socketNode struct {
 
 func startSocketNode(t *testing.T, a *authority, n int, addr netip.AddrPort, seeds func() []netip.AddrPort) *socketNode {
 	t.Helper()
-	inner, err := memberlist.NewNetTransport(&memberlist.NetTransportConfig{
-		BindAddrs: []string{addr.Addr().String()}, BindPort: int(addr.Port()), Logger: serfLogger(slog.New(slog.DiscardHandler)),
-	})
+	inner, err := openSockets(addr, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

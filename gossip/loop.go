@@ -61,7 +61,7 @@ func (l *loop) drain(events <-chan serf.Event) {
 func (l *loop) run(ctx context.Context) error {
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
-	seeds := time.NewTicker(seedMin)
+	seeds := time.NewTimer(seedMin)
 	defer seeds.Stop()
 	due := time.NewTimer(0)
 	defer due.Stop()
@@ -87,6 +87,7 @@ func (l *loop) run(ctx context.Context) error {
 			l.lookAtMembers()
 		case <-seeds.C:
 			l.trySeeds(time.Now())
+			seeds.Reset(l.seedPause())
 		case <-tick.C:
 			l.withCore((*core).tick)
 			l.knock()
@@ -366,6 +367,14 @@ func (l *loop) trySeeds(now time.Time) {
 	}
 	l.seedWait = min(l.seedWait*2, limit)
 	l.nextSeed = now.Add(l.seedWait)
+}
+
+// seedPause is the time until seeds are looked at again.
+func (l *loop) seedPause() time.Duration {
+	if l.wasMissing > 0 {
+		return seedMin
+	}
+	return tickInterval
 }
 
 // join starts joining addrs unless a join is under way. Its outcome shows in

@@ -52,7 +52,7 @@ const handshakeByte = 0x16
 
 var _ Transport = (*mux)(nil)
 
-// newMux starts two goroutines, which Shutdown waits for. ctx is the life of
+// newMux starts goroutines, which Shutdown waits for. ctx is the life of
 // the node; its end does not stop the mux, as leaving needs it.
 func newMux(ctx context.Context, inner Transport, cfg Config) *mux {
 	x := &mux{
@@ -66,7 +66,11 @@ func newMux(ctx context.Context, inner Transport, cfg Config) *mux {
 	}
 	x.ctx, x.closing = context.WithCancel(context.WithoutCancel(ctx))
 	x.sessions = newSessions(x.ctx, inner, cfg.Identity, x.frames, cfg.Log)
-	x.wg.Go(x.splitPackets)
+	if d, ok := inner.(direct); ok {
+		d.receive(x.split)
+	} else {
+		x.wg.Go(x.splitPackets)
+	}
 	x.wg.Go(x.splitStreams)
 	return x
 }
@@ -94,24 +98,28 @@ func (x *mux) splitPackets() {
 	for {
 		select {
 		case p := <-x.Transport.PacketCh():
-			if len(p.Buf) > 0 && x.guest.Receive != nil && p.Buf[0] == x.guest.Magic {
-				x.receiveGuest(p)
-				continue
-			}
-			if len(p.Buf) > 0 && p.Buf[0] == frameMagic {
-				select {
-				case x.frames <- inFrame{from: p.From.String(), b: p.Buf}:
-				default:
-					x.dropped.Add(1)
-				}
-				continue
-			}
-			select {
-			case x.packets <- p:
-			case <-x.ctx.Done():
-			}
+			x.split(p)
 		case <-x.done:
 			return
+		}
+	}
+}
+
+// split gives a packet to whom it is for. Only memberlist can let it wait.
+func (x *mux) split(p *memberlist.Packet) {
+	switch {
+	case len(p.Buf) > 0 && x.guest.Receive != nil && p.Buf[0] == x.guest.Magic:
+		x.receiveGuest(p)
+	case len(p.Buf) > 0 && p.Buf[0] == frameMagic:
+		select {
+		case x.frames <- inFrame{from: p.From.String(), b: p.Buf}:
+		default:
+			x.dropped.Add(1)
+		}
+	default:
+		select {
+		case x.packets <- p:
+		case <-x.ctx.Done():
 		}
 	}
 }

@@ -252,17 +252,12 @@ func (g *Gossip) listen() (Transport, error) {
 	}
 	var err error
 	for range tries {
-		var t *memberlist.NetTransport
-		t, err = memberlist.NewNetTransport(&memberlist.NetTransportConfig{
-			BindAddrs: []string{cfg.Bind.Addr().String()},
-			BindPort:  int(cfg.Bind.Port()),
-			Logger:    serfLogger(cfg.Log),
-		})
-		if err == nil {
+		var s *sockets
+		if s, err = openSockets(cfg.Bind, cfg.Log); err == nil {
 			if cfg.Advertise.Port() == 0 {
-				g.cfg.Advertise = netip.AddrPortFrom(cfg.Advertise.Addr(), uint16(t.GetAutoBindPort()))
+				g.cfg.Advertise = netip.AddrPortFrom(cfg.Advertise.Addr(), s.port())
 			}
-			return t, nil
+			return s, nil
 		}
 	}
 	return nil, fmt.Errorf("listen for gossip on %v (is another node running here?): %w", cfg.Bind, err)
