@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/weftnet/weft"
 )
 
@@ -59,23 +61,17 @@ func HostListeners() ([]weft.Listener, error) {
 	}
 	out := []weft.Listener{}
 	for _, f := range []struct {
-		name  string
 		proto weft.Protocol
-		state string
+		read  func() ([]socket, error)
 	}{
-		{"tcp", weft.TCP, tcpListen}, {"tcp6", weft.TCP, tcpListen},
-		{"udp", weft.UDP, tcpClose}, {"udp6", weft.UDP, tcpClose},
+		{weft.TCP, func() ([]socket, error) { return tcpSockets(unix.AF_INET, "tcp") }},
+		{weft.TCP, func() ([]socket, error) { return tcpSockets(unix.AF_INET6, "tcp6") }},
+		{weft.UDP, func() ([]socket, error) { return readSockets("udp", tcpClose) }},
+		{weft.UDP, func() ([]socket, error) { return readSockets("udp6", tcpClose) }},
 	} {
-		b, err := os.ReadFile("/proc/self/net/" + f.name)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // no IPv6
-		}
+		sockets, err := f.read()
 		if err != nil {
-			return nil, fmt.Errorf("read sockets: %w", err)
-		}
-		sockets, err := parseSockets(b, f.state)
-		if err != nil {
-			return nil, fmt.Errorf("parse /proc/self/net/%s: %w", f.name, err)
+			return nil, err
 		}
 		for _, s := range sockets {
 			if !own[s.inode] {
@@ -100,6 +96,30 @@ func HostListeners() ([]weft.Listener, error) {
 		return cmp.Or(cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port), a.Addr.Compare(b.Addr))
 	})
 	return slices.Compact(out), nil
+}
+
+// tcpSockets are those that listen: asked for alone, where the kernel can do that.
+func tcpSockets(family uint8, name string) ([]socket, error) {
+	if out, err := listening(family); err == nil {
+		return out, nil
+	}
+	return readSockets(name, tcpListen)
+}
+
+// readSockets reads one of the files of the namespace, of which IPv6's may be missing.
+func readSockets(name, state string) ([]socket, error) {
+	b, err := os.ReadFile("/proc/self/net/" + name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read sockets: %w", err)
+	}
+	out, err := parseSockets(b, state)
+	if err != nil {
+		return nil, fmt.Errorf("parse /proc/self/net/%s: %w", name, err)
+	}
+	return out, nil
 }
 
 // ownSockets are the inodes of this process's sockets.

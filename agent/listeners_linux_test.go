@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
@@ -226,4 +228,45 @@ func TestListenersAreReported(t *testing.T) {
 			t.Errorf("told %v, want %v, each once", told, want)
 		}
 	})
+}
+
+// TestListening: what the kernel says when asked is what its file says, for both
+// families.
+func TestListening(t *testing.T) {
+	for family, f := range map[uint8]struct{ network, addr, file string }{
+		unix.AF_INET: {"tcp4", "127.0.0.1:0", "tcp"}, unix.AF_INET6: {"tcp6", "[::1]:0", "tcp6"},
+	} {
+		l, err := net.Listen(f.network, f.addr)
+		if err != nil {
+			t.Logf("no %s here: %v", f.network, err)
+			continue
+		}
+		defer l.Close()
+		conn, err := net.Dial(f.network, l.Addr().String()) // one that does not listen
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		of := l.Addr().(*net.TCPAddr).AddrPort()
+		only := func(all []socket, err error) []socket {
+			if err != nil {
+				t.Fatal(err)
+			}
+			return slices.DeleteFunc(all, func(s socket) bool { return s.port != of.Port() })
+		}
+		asked, read := only(listening(family)), only(readSockets(f.file, tcpListen))
+		if !slices.Equal(asked, read) || len(asked) != 1 || asked[0].addr != of.Addr() {
+			t.Errorf("the kernel says %v, its file %v, want one on %v", asked, read, of)
+		}
+	}
+}
+
+func TestParseDiag(t *testing.T) {
+	m := make([]byte, diagAnswer)
+	m[0] = unix.AF_UNIX
+	for name, b := range map[string][]byte{"cut off": m[:diagAnswer-1], "another family": m, "empty": nil} {
+		if got, err := parseDiag(b); err == nil {
+			t.Errorf("%s: read as %v", name, got)
+		}
+	}
 }
