@@ -25,8 +25,11 @@ func serviceCreate(c *connection) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "create [OPTIONS] IMAGE [ARG...]", Short: "Create a service", Args: cobra.MinimumNArgs(1),
 		Long: "Create a service.\n\nPorts published with --publish answer on every host of the cluster, whether it\n" +
-			"runs a task or not. The host that takes a request passes it on from its own\n" +
-			"address on the ingress network: tasks do not see the client's address.",
+			"runs a task or not, and tasks see the client's own address. A port may be bound to\n" +
+			"an address or interface of the hosts, and limited to clients:\n" +
+			"  --publish 127.0.0.1:8080:80\n" +
+			"  --publish published=8080,target=80,interface=eth0,allow=10.0.0.0/8\n" +
+			"  --label weft.source=snat   hides clients behind the host that they asked",
 	}
 	s.install(cmd)
 	cmd.Flags().SetInterspersed(false)
