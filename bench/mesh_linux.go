@@ -101,11 +101,18 @@ func (g *ground) mesh(ctx context.Context, name string, h pairOfHosts) error {
 			t.Ingress.Tasks = []ingress.EntryTask{{Task: task, NetNS: ns, Link: "eth0", Addr: port.Addr}}
 		}
 		if c.isIPVS {
+			// Nobody asks for the address: it is there so that the bridge has the engine's table,
+			// as every network of services has.
 			n.VIPs = []vxlan.VIP{{Addr: serviceAddr, MAC: weft.VIPMAC("s", serviceAddr)}}
 			t.Networks = []ingress.Network{{
 				VNI: n.VNI, NetNS: filepath.Join(g.dir, weft.OverlayNetNS(nodes[i].id, n.VNI)), Bridge: weft.BridgeName(n.VNI),
 				Services: []ingress.Service{{ID: "s", VIP: serviceAddr, MAC: weft.VIPMAC("s", serviceAddr), Backends: []ingress.Backend{{Task: task, Addr: taskOn(1), MAC: port.MAC}}}},
 			}}
+			if i == 1 { // without its speaker the table drops the task's ARP
+				local := &t.Networks[0]
+				local.Ports, local.Tasks = []string{weft.PortVethName(task, id)}, []string{ns}
+				local.Speakers = []ingress.Speaker{{MAC: port.MAC, Addrs: []netip.Addr{taskOn(1)}}}
+			}
 		}
 		if err := g.meshHost(ctx, c, meshSide{nodes[i], host, n, t}); err != nil {
 			return err

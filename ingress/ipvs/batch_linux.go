@@ -24,11 +24,11 @@ const (
 type batcher struct {
 	routes, services int // sockets; -1 until used
 	family           uint16
-	device           int
+	devices          devices
 }
 
-func newBatcher(family uint16, device int) *batcher {
-	return &batcher{routes: -1, services: -1, family: family, device: device}
+func newBatcher(family uint16, d devices) *batcher {
+	return &batcher{routes: -1, services: -1, family: family, devices: d}
 }
 
 func (b *batcher) close() {
@@ -59,7 +59,7 @@ func dial(protocol int) (int, error) {
 
 // socket is the one that takes an op.
 func (b *batcher) socket(o op) (*int, int) {
-	if o.local.IsValid() || o.neigh.IsValid() {
+	if o.local.IsValid() || o.near.IsValid() || o.neigh.IsValid() {
 		return &b.routes, unix.NETLINK_ROUTE
 	}
 	return &b.services, unix.NETLINK_GENERIC
@@ -77,7 +77,7 @@ func (b *batcher) run(ops []op) error {
 				return errors.Join(append(errs, err)...)
 			}
 		}
-		e := encoder{family: b.family, device: b.device}
+		e := encoder{family: b.family, devices: b.devices}
 		n := 0
 		for n < len(ops) && len(e.buf) < batchBytes {
 			if next, _ := b.socket(ops[n]); next != fd {
@@ -152,6 +152,8 @@ func (o op) String() string {
 	switch {
 	case o.local.IsValid():
 		return fmt.Sprintf("%s route of service address %s", v, o.local)
+	case o.near.IsValid():
+		return fmt.Sprintf("%s route to task %s", v, o.near)
 	case o.neigh.IsValid():
 		return fmt.Sprintf("%s neighbour %s", v, o.neigh)
 	case o.dest.addr.IsValid():

@@ -25,6 +25,16 @@ func damage(vni uint32, left, have, want state) []weft.Repair {
 			say("service route stray", "service address "+a.String(), reasonStray)
 		}
 	}
+	for _, a := range differing(left.near, have.near) {
+		if want.near[a] {
+			say("task route missing", "task "+a.String(), reasonGone)
+		}
+	}
+	for _, a := range onlyIn(have.near, left.near, netip.Addr.Compare) {
+		if !want.near[a] {
+			say("task route stray", "task "+a.String(), "no task has it")
+		}
+	}
 	for _, a := range differing(left.neigh, have.neigh) {
 		h, there := have.neigh[a]
 		w, wanted := want.neigh[a]

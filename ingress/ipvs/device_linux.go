@@ -20,8 +20,9 @@ import (
 type setting struct{ key, value string }
 
 // settings are what the namespace's stack and IPVS must do; device names the
-// balancer's. Keys of net/ipv4/vs are there once IPVS is.
-func settings(device string, with6 bool) []setting {
+// balancer's, ports the tasks', where their packets come in. Keys of net/ipv4/vs are
+// there once IPVS is.
+func settings(device string, ports []string, with6 bool) []setting {
 	ipv4 := "net/ipv4/conf/" + device + "/"
 	s := []setting{
 		// Service addresses are local here and must not be answered for: the
@@ -29,7 +30,12 @@ func settings(device string, with6 bool) []setting {
 		// device makes for clients must not bear one either.
 		{"net/ipv4/conf/all/arp_ignore", "8"},
 		{ipv4 + "arp_announce", "2"},
-		{"net/ipv4/conf/all/rp_filter", "0"}, {ipv4 + "rp_filter", "0"},
+		{"net/ipv4/conf/all/rp_filter", "0"}, {ipv4 + "rp_filter", "0"}, {"net/ipv4/conf/default/rp_filter", "0"},
+		// Nobody's source is looked up: service addresses are all that is local here, and
+		// who sends from one gets no answer by it.
+		{"net/ipv4/conf/all/accept_local", "1"},
+		// Nor is a socket looked for: there are none.
+		{"net/ipv4/ip_early_demux", "0"},
 		// A refusal is an answer, not an attack on the client.
 		{"net/ipv4/icmp_ratemask", "0"},
 		// A backend that is gone lets its flows go at once.
@@ -43,6 +49,9 @@ func settings(device string, with6 bool) []setting {
 		// Rates that nobody reads cost a walk over all backends every two seconds.
 		{"net/ipv4/vs/run_estimation", "0"},
 	}
+	for _, p := range ports {
+		s = append(s, setting{"net/ipv4/conf/" + p + "/rp_filter", "0"})
+	}
 	if with6 {
 		s = append(s,
 			setting{"net/ipv6/conf/" + device + "/accept_ra", "0"},
@@ -52,9 +61,13 @@ func settings(device string, with6 bool) []setting {
 	return append(s, setting{"net/ipv6/conf/" + device + "/disable_ipv6", map[bool]string{true: "0", false: "1"}[with6]})
 }
 
-// optional are keys that a kernel may lack: what they switch off is not there.
+// portSettings begins the keys of tasks' ports (weft.PortVethName).
+const portSettings = "net/ipv4/conf/wp"
+
+// optional are keys that may be missing: what they switch off is not in this kernel, or
+// the port is gone.
 func (s setting) optional() bool {
-	return s.key == "net/ipv4/vs/run_estimation" || s.key == "net/ipv4/vs/conntrack" || strings.HasPrefix(s.key, "net/ipv6/") && s.value == "1" || s.key == "net/ipv6/icmp/ratelimit"
+	return strings.HasPrefix(s.key, portSettings) || s.key == "net/ipv4/vs/run_estimation" || s.key == "net/ipv4/vs/conntrack" || strings.HasPrefix(s.key, "net/ipv6/") && s.value == "1" || s.key == "net/ipv6/icmp/ratelimit"
 }
 
 // set makes the settings of the calling thread's namespace and returns those that
@@ -89,6 +102,63 @@ type leg struct {
 	name   string
 	bridge netlink.Link
 	link   netlink.Link
+	// out is the bridge's tunnel, nil without one that can be used: what is IPv4 and
+	// for another node is sent there at once, past the bridge.
+	out netlink.Link
+}
+
+// setOut finds the tunnel of a network. One to the router of an encrypted network is
+// left alone.
+func (l *leg) setOut(vni uint32) error {
+	out, err := l.h.LinkByName(weft.VXLANName(vni))
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look up %s: %w", weft.VXLANName(vni), err)
+	}
+	if a := out.Attrs(); a.MasterIndex == l.bridge.Attrs().Index && a.Flags&unix.IFF_UP != 0 {
+		l.out = out
+		return nil
+	}
+	return clearTunnel(l.h, out)
+}
+
+// clearTunnel removes what led past the bridge. The overlay has no routes and no
+// neighbours on its tunnel.
+func clearTunnel(h *netlink.Handle, tunnel netlink.Link) error {
+	name, index := tunnel.Attrs().Name, tunnel.Attrs().Index
+	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: index, Protocol: routeProtocol}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		return fmt.Errorf("list routes of %s: %w", name, err)
+	}
+	for _, r := range routes {
+		if err2 := h.RouteDel(&r); err2 != nil && !errors.Is(err2, unix.ESRCH) {
+			err = errors.Join(err, fmt.Errorf("remove route %s by %s: %w", r.Dst, name, err2))
+		}
+	}
+	neighbours, err2 := h.NeighList(index, netlink.FAMILY_V4)
+	if err2 != nil {
+		return errors.Join(err, fmt.Errorf("list neighbours of %s: %w", name, err2))
+	}
+	for _, n := range neighbours {
+		if n.State != netlink.NUD_PERMANENT {
+			continue
+		}
+		if err2 := h.NeighDel(&n); err2 != nil && !errors.Is(err2, unix.ENOENT) {
+			err = errors.Join(err, fmt.Errorf("remove neighbour %s from %s: %w", n.IP, name, err2))
+		}
+	}
+	return err
+}
+
+// devices are those that the network's messages are about.
+func (l *leg) devices(near map[netip.Addr]bool) devices {
+	d := devices{device: l.link.Attrs().Index, near: near}
+	if l.out != nil {
+		d.out = l.out.Attrs().Index
+	}
+	return d
 }
 
 func (l *leg) close() { l.h.Close() }
@@ -226,52 +296,112 @@ func (l *leg) ways(with6 bool) (missing []string, err error) {
 		}
 	}
 	for _, f := range families {
-		routes, err := l.h.RouteListFiltered(f, &netlink.Route{LinkIndex: l.link.Attrs().Index, Table: unix.RT_TABLE_MAIN, Protocol: routeProtocol},
-			netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
-		if err != nil {
-			return missing, fmt.Errorf("list routes of %s: %w", l.name, err)
-		}
-		if len(routes) > 0 {
-			continue
-		}
-		all, scope := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, netlink.SCOPE_LINK
+		all, scope, priority := everybody4, netlink.SCOPE_LINK, waysPriority
 		if f == netlink.FAMILY_V6 {
-			all, scope = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}, netlink.SCOPE_UNIVERSE
+			all, scope, priority = everybody6, netlink.SCOPE_UNIVERSE, 0
 		}
-		r := &netlink.Route{LinkIndex: l.link.Attrs().Index, Dst: all, Scope: scope, Protocol: routeProtocol, Family: f}
-		if err := l.h.RouteReplace(r); err != nil {
-			return missing, fmt.Errorf("add route %s by %s: %w", all, l.name, err)
+		what, err := l.way(netlink.Route{LinkIndex: l.link.Attrs().Index, Dst: all, Scope: scope, Priority: priority, Family: f})
+		if missing = append(missing, what...); err != nil {
+			return missing, err
 		}
-		missing = append(missing, "route "+all.String())
+		if f == netlink.FAMILY_V4 && l.out != nil {
+			what, err := l.way(netlink.Route{LinkIndex: l.out.Attrs().Index, Dst: all, Scope: scope, Family: f})
+			if missing = append(missing, what...); err != nil {
+				return missing, err
+			}
+		}
 	}
 	return missing, nil
 }
 
-// read returns the local routes and the neighbours of the device.
-func (l *leg) read(with6 bool) (local map[netip.Addr]bool, neigh map[netip.Addr]mac, err error) {
-	local, neigh = map[netip.Addr]bool{}, map[netip.Addr]mac{}
+// everybody is where the ways lead, by family.
+var (
+	everybody4 = &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
+	everybody6 = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+)
+
+// waysPriority is the metric of IPv4's way by the balancer's device, behind that by the
+// tunnel: a tunnel takes its way along when it is made anew.
+const waysPriority = 1
+
+// way makes a route to everybody, and names it if it was missing.
+func (l *leg) way(r netlink.Route) (missing []string, err error) {
+	r.Table, r.Protocol = unix.RT_TABLE_MAIN, routeProtocol
+	found := false
+	err = l.h.RouteListFilteredIter(r.Family, &r, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL, func(h netlink.Route) bool {
+		found = found || isAll(h.Dst) && (h.Priority == r.Priority || r.Family == netlink.FAMILY_V6)
+		return true
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes to %s: %w", r.Dst, err)
+	}
+	if found {
+		return nil, nil
+	}
+	if err := l.h.RouteReplace(&r); err != nil {
+		return nil, fmt.Errorf("add route %s by %s: %w", r.Dst, l.name, err)
+	}
+	return []string{"route " + r.Dst.String()}, nil
+}
+
+// isAll reports that a route's destination is everybody.
+func isAll(dst *net.IPNet) bool {
+	if dst == nil {
+		return true
+	}
+	ones, _ := dst.Mask.Size()
+	return ones == 0
+}
+
+// read returns what the namespace has of routes and neighbours. A neighbour on a device
+// that does not lead there is removed.
+func (l *leg) read(with6 bool, near map[netip.Addr]bool) (s state, err error) {
+	s = state{local: map[netip.Addr]bool{}, near: map[netip.Addr]bool{}, neigh: map[netip.Addr]mac{}}
+	devices := l.devices(near)
 	for _, f := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6}[:map[bool]int{false: 1, true: 2}[with6]] {
-		err := l.h.RouteListFilteredIter(f, &netlink.Route{LinkIndex: l.link.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Protocol: routeProtocol},
-			netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL, func(r netlink.Route) bool {
-				if r.Dst != nil {
-					a, _ := netip.AddrFromSlice(r.Dst.IP)
-					local[a.Unmap()] = true
+		err := l.routes(f, unix.RT_TABLE_LOCAL, s.local)
+		if err == nil && f == netlink.FAMILY_V4 {
+			err = l.routes(f, unix.RT_TABLE_MAIN, s.near)
+		}
+		if err != nil {
+			return s, err
+		}
+		for _, on := range []netlink.Link{l.link, l.out} {
+			if on == nil || on == l.out && f == netlink.FAMILY_V6 {
+				continue
+			}
+			ns, err := l.h.NeighList(on.Attrs().Index, f)
+			if err != nil {
+				return s, fmt.Errorf("list neighbours of %s: %w", on.Attrs().Name, err)
+			}
+			for _, n := range ns {
+				a, _ := netip.AddrFromSlice(n.IP)
+				if a = a.Unmap(); n.State != netlink.NUD_PERMANENT || len(n.HardwareAddr) != 6 || a.IsMulticast() {
+					continue
 				}
-				return true
-			})
-		if err != nil {
-			return nil, nil, fmt.Errorf("list local routes of %s: %w", l.name, err)
-		}
-		ns, err := l.h.NeighList(l.link.Attrs().Index, f)
-		if err != nil {
-			return nil, nil, fmt.Errorf("list neighbours of %s: %w", l.name, err)
-		}
-		for _, n := range ns {
-			a, _ := netip.AddrFromSlice(n.IP)
-			if n.State == netlink.NUD_PERMANENT && len(n.HardwareAddr) == 6 && !a.IsMulticast() {
-				neigh[a.Unmap()] = mac(n.HardwareAddr)
+				if devices.to(a) == on.Attrs().Index {
+					s.neigh[a] = mac(n.HardwareAddr)
+				} else if err := l.h.NeighDel(&n); err != nil && !errors.Is(err, unix.ENOENT) {
+					return s, fmt.Errorf("remove neighbour %s from %s: %w", a, on.Attrs().Name, err)
+				}
 			}
 		}
 	}
-	return local, neigh, nil
+	return s, nil
+}
+
+// routes collects the addresses to which the device has routes of ours in a table.
+func (l *leg) routes(family, table int, into map[netip.Addr]bool) error {
+	err := l.h.RouteListFilteredIter(family, &netlink.Route{LinkIndex: l.link.Attrs().Index, Table: table, Protocol: routeProtocol},
+		netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL, func(r netlink.Route) bool {
+			if !isAll(r.Dst) {
+				a, _ := netip.AddrFromSlice(r.Dst.IP)
+				into[a.Unmap()] = true
+			}
+			return true
+		})
+	if err != nil {
+		return fmt.Errorf("list routes of %s: %w", l.name, err)
+	}
+	return nil
 }

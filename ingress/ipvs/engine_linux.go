@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	kernel "github.com/moby/ipvs"
@@ -58,6 +59,8 @@ type Engine struct {
 	took  time.Duration
 	// express counts the passes that were not over everything. Owned by Apply.
 	express int
+	// bent: the last probe had to lead packets over the bridge.
+	bent bool
 }
 
 var _ ingress.Engine = (*Engine)(nil)
@@ -67,7 +70,7 @@ type place struct {
 	inode       uint64 // a namespace made anew is empty, and that is nobody's fault
 	bridge, mtu int    // so is a bridge
 	mac         mac    // of the bridge
-	device      int    // the balancer's
+	devices     devices
 	family      uint16 // IPVS's number among the generic netlink families
 	state       state
 	network     ingress.Network // the wish
@@ -202,6 +205,10 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 		return nil, mac{}, err
 	}
 	defer l.close()
+	if err := l.setOut(n.VNI); err != nil {
+		return nil, mac{}, err
+	}
+	p.devices = l.devices(p.state.near)
 	bridge = mac(l.bridge.Attrs().HardwareAddr)
 	p.bridge, p.mtu = l.bridge.Attrs().Index, l.bridge.Attrs().MTU
 	if left != nil && left.bridge != p.bridge {
@@ -210,9 +217,9 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 	if left != nil && left.mtu == p.mtu {
 		say("balancer wrong", l.name, fault)
 	}
-	was, err := set(settings(l.name, n.IPv6))
+	was, err := set(settings(l.name, n.Ports, n.IPv6))
 	for _, s := range was {
-		if fault == "" {
+		if fault == "" && left.had(s.key) {
 			say("sysctl wrong", s.key, fmt.Sprintf("it was %q", s.value))
 		}
 	}
@@ -226,7 +233,7 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 	}
 	missing, err := l.ways(n.IPv6)
 	for _, what := range missing {
-		if fault == "" {
+		if fault == "" && left != nil && left.devices.out == p.devices.out {
 			say("balancer wrong", l.name, "its "+what+" was gone")
 		}
 	}
@@ -238,8 +245,8 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 	} else {
 		say("ipvs timeouts wrong", "ipvs", reason)
 	}
-	var have state
-	if have.local, have.neigh, err = l.read(n.IPv6); err != nil {
+	have, err := l.read(n.IPv6, p.state.near)
+	if err != nil {
 		return nil, mac{}, err
 	}
 	var strays []weft.Repair
@@ -247,16 +254,31 @@ func (e *Engine) inside(n ingress.Network, p, left *place) (repairs []weft.Repai
 		return nil, mac{}, err
 	}
 	if left != nil {
-		was := left.state
-		if fault != "" {
-			was.local, was.neigh = nil, nil // went with the device
-		}
-		repairs = append(append(repairs, damage(n.VNI, was, have, p.state)...), strays...)
+		repairs = append(append(repairs, damage(n.VNI, left.stillThere(p, fault != ""), have, p.state)...), strays...)
 	}
-	p.family, p.device = family, l.link.Attrs().Index
-	b := newBatcher(p.family, p.device)
+	p.family = family
+	b := newBatcher(p.family, p.devices)
 	defer b.close()
 	return repairs, bridge, b.run(diff(have, p.state))
+}
+
+// stillThere is what must be left of the last pass: without what went with a device, or
+// belongs on another one now.
+func (p *place) stillThere(now *place, remade bool) state {
+	s := p.state
+	if remade {
+		s.local, s.near, s.neigh = nil, nil, nil
+	}
+	if p.devices.out != now.devices.out || !maps.Equal(p.state.near, now.state.near) {
+		s.neigh = nil
+	}
+	return s
+}
+
+// had reports that the last pass has made a setting: that of a port that has come since
+// is nobody's fault.
+func (p *place) had(key string) bool {
+	return p != nil && slices.ContainsFunc(settings(weft.BalancerName(p.network.VNI), p.network.Ports, p.network.IPv6), func(s setting) bool { return s.key == key })
 }
 
 // family is the number of IPVS among the generic netlink families. Asking for it
@@ -380,33 +402,41 @@ func (e *Engine) clear(path string) error {
 	defer ns.Close()
 	err = e.divert.Remove(path)
 	return errors.Join(err, ns.Do(func() error {
-		links, err := netlink.LinkList()
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open rtnetlink socket: %w", err)
+		}
+		defer h.Close()
+		links, err := h.LinkList()
 		if err != nil {
 			return fmt.Errorf("list links: %w", err)
 		}
 		for _, l := range links {
-			if m, ok := l.(*netlink.Macvlan); ok && m.Mode == netlink.MACVLAN_MODE_PASSTHRU && isBalancer(m.Name) {
-				err = errors.Join(err, netlink.LinkDel(l))
+			if m, ok := l.(*netlink.Macvlan); ok && m.Mode == netlink.MACVLAN_MODE_PASSTHRU && isNamed(m.Name, weft.BalancerName) {
+				err = errors.Join(err, h.LinkDel(l))
+			}
+			if v, ok := l.(*netlink.Vxlan); ok && isNamed(v.Name, weft.VXLANName) {
+				err = errors.Join(err, clearTunnel(h, v))
 			}
 		}
 		if _, err := family(); errors.Is(err, weft.ErrUnsupported) {
 			return err
 		}
-		h, err2 := kernel.New("")
+		k, err2 := kernel.New("")
 		if err2 != nil {
 			return errors.Join(err, fmt.Errorf("open IPVS: %w", err2))
 		}
-		defer h.Close()
-		if err2 = h.Flush(); err2 != nil {
+		defer k.Close()
+		if err2 = k.Flush(); err2 != nil {
 			err2 = fmt.Errorf("remove IPVS services: %w", err2)
 		}
 		return errors.Join(err, err2)
 	}))
 }
 
-// isBalancer reports whether weft.BalancerName makes this name.
-func isBalancer(name string) bool {
+// isNamed reports whether name makes this one of some network's number.
+func isNamed(have string, name func(vni uint32) string) bool {
 	var vni uint32
-	_, err := fmt.Sscanf(name, weft.BalancerName(0)[:len(weft.BalancerName(0))-1]+"%d", &vni)
-	return err == nil && name == weft.BalancerName(vni)
+	_, err := fmt.Sscanf(have, strings.TrimSuffix(name(0), "0")+"%d", &vni)
+	return err == nil && have == name(vni)
 }

@@ -54,6 +54,17 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	}
 }
 
+// TestStraight: a kernel that can take a frame out at its port does.
+func TestStraight(t *testing.T) {
+	h := newHall(t)
+	if err := h.e.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := h.e.Note(); n != "" {
+		netnstest.Missing(t, "broute", errors.New(n))
+	}
+}
+
 // TestBridgeIsNotThereYet, as when the host has just booted: the next pass finds
 // it. It needs no IPVS. The daemon died of it once.
 func TestBridgeIsNotThereYet(t *testing.T) {
@@ -74,6 +85,8 @@ type hall struct {
 	t        testing.TB
 	e        *Engine
 	path     string
+	speakers []ingress.Speaker
+	ports    []string
 	repaired []string
 }
 
@@ -104,7 +117,7 @@ func (h *hall) in(f func() error) {
 }
 
 func (h *hall) table(services ...ingress.Service) ingress.Table {
-	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Services: services}}}
+	return ingress.Table{Networks: []ingress.Network{{VNI: hallVNI, NetNS: h.path, Bridge: "br", IPv6: true, Ports: h.ports, Speakers: h.speakers, Services: services}}}
 }
 
 func (h *hall) apply(services ...ingress.Service) {
@@ -126,7 +139,14 @@ func (h *hall) read() (s state) {
 			return err
 		}
 		defer l.close()
-		if s.local, s.neigh, err = l.read(true); err != nil {
+		if err = l.setOut(hallVNI); err != nil {
+			return err
+		}
+		want, err := plan(h.table().Networks[0])
+		if err != nil {
+			return err
+		}
+		if s, err = l.read(true, want.near); err != nil {
 			return err
 		}
 		s.services, _, err = readServices(k, hallVNI)

@@ -1,6 +1,7 @@
 package ipvs
 
 import (
+	"bytes"
 	"errors"
 	"net/netip"
 	"slices"
@@ -69,7 +70,10 @@ func (e *Engine) applyExpress(t ingress.Table) bool {
 }
 
 func sameNetwork(a, b ingress.Network) bool {
-	return a.VNI == b.VNI && a.Bridge == b.Bridge && a.IPv6 == b.IPv6
+	return a.VNI == b.VNI && a.Bridge == b.Bridge && a.IPv6 == b.IPv6 && slices.Equal(a.Ports, b.Ports) &&
+		slices.EqualFunc(a.Speakers, b.Speakers, func(x, y ingress.Speaker) bool {
+			return bytes.Equal(x.MAC, y.MAC) && slices.Equal(x.Addrs, y.Addrs)
+		})
 }
 
 // expressNetwork makes the changes of one network, and files them as left.
@@ -166,7 +170,7 @@ func (p *place) asLeft(left, want state, ops []op) error {
 			return errOther
 		}
 	}
-	b := newBatcher(p.family, p.device)
+	b := newBatcher(p.family, p.devices)
 	defer b.close()
 	return b.run(ops)
 }

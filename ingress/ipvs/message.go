@@ -46,10 +46,24 @@ type encoder struct {
 	buf   []byte
 	start int // of the open message
 	count uint32
-	// family is the number of IPVS among the generic netlink families, device
-	// the index of the balancer's device.
+	// family is the number of IPVS among the generic netlink families.
 	family uint16
-	device int
+	devices
+}
+
+// devices are the indices of what leads away: device the balancer's, which leads to
+// everybody, and out the tunnel's, 0 without, which leads to who is not near.
+type devices struct {
+	device, out int
+	near        map[netip.Addr]bool
+}
+
+// to is the one that leads to an address.
+func (d devices) to(a netip.Addr) int {
+	if d.out == 0 || a.Is6() || d.near[a] {
+		return d.device
+	}
+	return d.out
 }
 
 const (
@@ -113,7 +127,9 @@ func (e *encoder) u32(kind uint16, v uint32) {
 func (e *encoder) encode(o op) {
 	switch {
 	case o.local.IsValid():
-		e.route(o)
+		e.route(o, o.local, unix.RT_TABLE_LOCAL, unix.RT_SCOPE_HOST, unix.RTN_LOCAL)
+	case o.near.IsValid():
+		e.route(o, o.near, unix.RT_TABLE_MAIN, unix.RT_SCOPE_LINK, unix.RTN_UNICAST)
 	case o.neigh.IsValid():
 		e.neighbour(o)
 	default:
@@ -169,17 +185,17 @@ func familyOf(a netip.Addr) byte {
 	return unix.AF_INET
 }
 
-// route is a local route (struct rtmsg of linux/rtnetlink.h): what is sent to the
-// address arrives, and answers may bear it, without the device having it.
-func (e *encoder) route(o op) {
+// route is one by the balancer's device (struct rtmsg of linux/rtnetlink.h). A local one:
+// what is sent to the address arrives, and answers may bear it, without the device having it.
+func (e *encoder) route(o op, to netip.Addr, table, scope, kindOf byte) {
 	kind, flags := uint16(unix.RTM_NEWROUTE), uint16(unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
 	if o.verb == remove {
 		kind, flags = unix.RTM_DELROUTE, 0
 	}
 	e.begin(kind, flags)
-	e.buf = append(e.buf, familyOf(o.local), byte(o.local.BitLen()), 0, 0, unix.RT_TABLE_LOCAL, routeProtocol, unix.RT_SCOPE_HOST, unix.RTN_LOCAL)
+	e.buf = append(e.buf, familyOf(to), byte(to.BitLen()), 0, 0, table, routeProtocol, scope, kindOf)
 	e.buf = binary.NativeEndian.AppendUint32(e.buf, 0)
-	e.bytes(unix.RTA_DST, o.local.AsSlice()...)
+	e.bytes(unix.RTA_DST, to.AsSlice()...)
 	e.u32(unix.RTA_OIF, uint32(e.device))
 }
 
@@ -191,7 +207,7 @@ func (e *encoder) neighbour(o op) {
 	}
 	e.begin(kind, flags)
 	e.buf = append(e.buf, familyOf(o.neigh), 0, 0, 0)
-	e.buf = binary.NativeEndian.AppendUint32(e.buf, uint32(e.device))
+	e.buf = binary.NativeEndian.AppendUint32(e.buf, uint32(e.to(o.neigh)))
 	e.buf = binary.NativeEndian.AppendUint16(e.buf, unix.NUD_PERMANENT)
 	e.buf = append(e.buf, 0, 0)
 	e.bytes(unix.NDA_DST, o.neigh.AsSlice()...)

@@ -16,7 +16,10 @@ import (
 type state struct {
 	// local are the service addresses, each a local route.
 	local map[netip.Addr]bool
-	// neigh are the backends' hardware addresses.
+	// near are the addresses of the node's own tasks, each a route by the balancer's
+	// device: others may be led past the bridge (leg.out).
+	near map[netip.Addr]bool
+	// neigh are the backends' hardware addresses, each on the device that leads there.
 	neigh map[netip.Addr]mac
 	// services are the virtual services: those that have backends. What is
 	// sent to another service address is refused by the namespace's own stack.
@@ -62,7 +65,14 @@ const (
 // plan is the state that a network's services ask for. An error names what cannot
 // be had; the rest is in the state.
 func plan(n ingress.Network) (state, error) {
-	s := state{local: make(map[netip.Addr]bool, len(n.Services)), neigh: map[netip.Addr]mac{}, services: make(map[key][]dest, len(n.Services))}
+	s := state{local: make(map[netip.Addr]bool, len(n.Services)), near: map[netip.Addr]bool{}, neigh: map[netip.Addr]mac{}, services: make(map[key][]dest, len(n.Services))}
+	for _, p := range n.Speakers {
+		for _, a := range p.Addrs {
+			if a.Is4() {
+				s.near[a] = true
+			}
+		}
+	}
 	vips := make(map[key]netip.Addr, len(n.Services))
 	for _, svc := range n.Services {
 		k := keyOf(svc.VIP)
@@ -129,6 +139,7 @@ const (
 type op struct {
 	verb  verb
 	local netip.Addr
+	near  netip.Addr
 	neigh netip.Addr
 	mac   mac
 	key   key
@@ -141,6 +152,9 @@ func diff(have, want state) []op {
 	var ops, gone []op
 	for _, a := range differing(want.local, have.local) {
 		ops = append(ops, op{verb: add, local: a})
+	}
+	for _, a := range differing(want.near, have.near) {
+		ops = append(ops, op{verb: add, near: a})
 	}
 	for _, a := range differing(want.neigh, have.neigh) {
 		ops = append(ops, op{verb: add, neigh: a, mac: want.neigh[a]})
@@ -157,6 +171,9 @@ func diff(have, want state) []op {
 	}
 	for _, a := range onlyIn(have.neigh, want.neigh, netip.Addr.Compare) {
 		gone = append(gone, op{verb: remove, neigh: a})
+	}
+	for _, a := range onlyIn(have.near, want.near, netip.Addr.Compare) {
+		gone = append(gone, op{verb: remove, near: a})
 	}
 	for _, a := range onlyIn(have.local, want.local, netip.Addr.Compare) {
 		gone = append(gone, op{verb: remove, local: a})

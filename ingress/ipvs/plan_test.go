@@ -32,12 +32,13 @@ func service(vip netip.Addr, b ...ingress.Backend) ingress.Service {
 }
 
 func TestPlan(t *testing.T) {
-	got, err := plan(ingress.Network{Services: []ingress.Service{
+	got, err := plan(ingress.Network{Speakers: []ingress.Speaker{{Addrs: []netip.Addr{addr4(9), addr6(9)}}}, Services: []ingress.Service{
 		service(addr4(200), backend(2, true), backend(1, false)), service(addr6(200), backend(1, false)), service(addr4(201)),
 	}})
 	must(t, err)
 	want := state{
 		local: map[netip.Addr]bool{addr4(200): true, addr6(200): true, addr4(201): true},
+		near:  map[netip.Addr]bool{addr4(9): true}, // IPv6 goes by the bridge
 		neigh: map[netip.Addr]mac{addr4(1): {2, 0, 0, 0, 0, 1}, addr4(2): {2, 0, 0, 0, 0, 2}, addr6(1): {2, 0, 0, 0, 0, 1}},
 		services: map[key][]dest{
 			keyOf(addr4(200)): {{addr4(1), takes}, {addr4(2), drains}},
@@ -76,7 +77,10 @@ func TestPlanRefuses(t *testing.T) {
 }
 
 func drawState(t *rapid.T, name string) state {
-	s := state{local: map[netip.Addr]bool{}, neigh: map[netip.Addr]mac{}, services: map[key][]dest{}}
+	s := state{local: map[netip.Addr]bool{}, near: map[netip.Addr]bool{}, neigh: map[netip.Addr]mac{}, services: map[key][]dest{}}
+	for _, n := range rapid.SliceOfDistinct(rapid.ByteRange(0, 3), rapid.ID).Draw(t, name+" tasks") {
+		s.near[addr4(100+n)] = true
+	}
 	for _, n := range rapid.SliceOfDistinct(rapid.ByteRange(0, 7), rapid.ID).Draw(t, name+" services") {
 		of := addr4
 		if n%2 == 1 {
@@ -99,6 +103,9 @@ func flat(s state) map[string]string {
 	for a := range s.local {
 		out["local "+a.String()] = ""
 	}
+	for a := range s.near {
+		out["near "+a.String()] = ""
+	}
 	for a, m := range s.neigh {
 		out["neigh "+a.String()] = fmt.Sprint(m)
 	}
@@ -118,6 +125,8 @@ func perform(t *rapid.T, lines map[string]string, o op) {
 	switch {
 	case o.local.IsValid():
 		name = "local " + o.local.String()
+	case o.near.IsValid():
+		name = "near " + o.near.String()
 	case o.neigh.IsValid():
 		name, value = "neigh "+o.neigh.String(), fmt.Sprint(o.mac)
 	case o.dest.addr.IsValid():
@@ -277,7 +286,7 @@ func FuzzParse(f *testing.F) {
 // TestNames: which links Close takes for its own.
 func TestNames(t *testing.T) {
 	for name, want := range map[string]bool{"wi4097": true, "wi0": true, "wi": false, "wi04097": false, "wb4097": false, "wi4097x": false, "wi-1": false} {
-		if got := isBalancer(name); got != want {
+		if got := isNamed(name, weft.BalancerName); got != want {
 			t.Errorf("%s: %v", name, got)
 		}
 	}

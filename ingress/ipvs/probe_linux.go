@@ -78,6 +78,7 @@ func (e *Engine) rehearse(ctx context.Context, path string) error {
 	if err := p.Apply(ctx, ingress.Table{Networks: []ingress.Network{n}}); err != nil {
 		return fmt.Errorf("this kernel lacks a part of what is needed (modules ip_vs, ip_vs_rr, macvlan, nf_tables): %w", err)
 	}
+	e.bent = !p.divert.Straight()
 	err = netns.Do(path, func() error {
 		h, err := kernel.New("")
 		if err != nil {
@@ -95,4 +96,13 @@ func (e *Engine) rehearse(ctx context.Context, path string) error {
 		return err
 	})
 	return errors.Join(err, p.Close(ctx))
+}
+
+// Note says what this host's kernel lacks that the engine would use; "" = nothing, or not
+// probed yet. It is not called at the same time as Probe.
+func (e *Engine) Note() string {
+	if !e.bent {
+		return ""
+	}
+	return "what is sent to a service address takes the longer way over the bridge, as this kernel cannot take a frame out at its port (Linux 6.4)"
 }

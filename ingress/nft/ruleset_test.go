@@ -78,7 +78,8 @@ func goldenRulesets() []namedRules {
 			vip(202),                       // none
 			vip(203, many...),              // a larger ring
 		}}, true)},
-		{"divert", divertRules(Diversion{MAC: net.HardwareAddr{0x0e, 0, 0, 0, 16, 1}, IPv6: true, Unmarked: []netip.Addr{netip.MustParseAddr("10.0.16.201"), netip.MustParseAddr("fd00::c9")}})},
+		{"divert", divertRules(Diversion{MAC: net.HardwareAddr{0x0e, 0, 0, 0, 16, 1}, IPv6: true, Unmarked: []netip.Addr{netip.MustParseAddr("10.0.16.201"), netip.MustParseAddr("fd00::c9")}}, false)},
+		{"divert_straight", divertRules(Diversion{MAC: net.HardwareAddr{0x0e, 0, 0, 0, 16, 1}, Unmarked: []netip.Addr{netip.MustParseAddr("fd00::c9")}}, true)},
 		{"bridge_no_reject", bridgeRules(ingress.Network{Services: []ingress.Service{vip(202)}}, false)},
 		{"ports", portRules(ingress.Network{Ports: []string{"wp1", "wp2"}, Services: []ingress.Service{
 			vip(200, testBackend(1, false)), vip(201, testBackend(4, true)), vip(202),

@@ -47,7 +47,7 @@ func besideAnother(t *testing.T) {
 
 // longest are the tests that take the most processor time. They begin first, so that
 // none of them runs alone at the end.
-var longest = [...]string{"TestDemo", "TestEncryptionInKernel", "TestReboot", "TestNetkit", "TestEBPFOnOldKernel", "TestLossyNetwork", "TestIPVS"}
+var longest = [...]string{"TestDemo", "TestEncryptionInKernel", "TestReboot", "TestNetkit", "TestEBPFOnOldKernel", "TestLossyNetwork", "TestIPVS", "TestIPVSStraight"}
 
 // pair is the two guests of this process that run.
 var pair = queue{free: 2}
