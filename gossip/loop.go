@@ -41,6 +41,8 @@ type loop struct {
 	seedWait   time.Duration
 	nextSeed   time.Time
 	wasMissing int
+	apart      weft.ID // was out of reach and has not been exchanged with since; "" = nobody
+	nextMakeUp time.Time
 }
 
 // drain turns events into "look again" until serf has shut down.
@@ -91,6 +93,7 @@ func (l *loop) run(ctx context.Context) error {
 		case <-tick.C:
 			l.withCore((*core).tick)
 			l.knock()
+			l.makeUp()
 		}
 		l.follow(listen)
 		l.sendAll(due)
@@ -281,10 +284,31 @@ func (l *loop) receive(f inFrame) {
 // hear takes a sign of life. Who was silent is in sight again before its frame is
 // looked at.
 func (l *loop) hear(from weft.ID) {
+	wasApart := l.watch.isSilent(from) || l.watch.isDoubted(from)
 	l.watch.hear(time.Now(), from)
 	if l.watch.changed {
 		l.lookAtMembers()
 	}
+	if wasApart {
+		l.apart = from
+		l.makeUp()
+	}
+}
+
+// makeUp exchanges everything with a member that is heard again. Else what membership
+// began to suspect in the silence, and was not told otherwise, would come true seconds
+// after the silence: each side suspects the other still, has spread that, and spreads it no
+// more. One exchange is enough for all that the two know, so there is one a second.
+func (l *loop) makeUp() {
+	now := time.Now()
+	if l.apart == "" || now.Before(l.nextMakeUp) {
+		return
+	}
+	a, ok := l.addrs[l.apart]
+	if ok && !l.join([]string{a.Addr}) {
+		return // later: one is under way
+	}
+	l.apart, l.nextMakeUp = "", now.Add(tickInterval)
 }
 
 // compareLive joins a member that twice in a row thought others alive than we

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -273,10 +274,10 @@ func (l *Lab) makeFabric(r record) error {
 	return nil
 }
 
-// hostsAtOnce is how many hosts start, join and are waited for at a time. Starts are the
-// processor's work, and each has a limit of its own: with fifty at once on two cores
-// the first would not be done before that of the last had passed.
-const hostsAtOnce = 8
+// hostsAtOnce is how many hosts start, join and are waited for at a time. Both are the
+// processor's work, and each has a limit of its own: eight joins at once on two cores, beside
+// forty daemons at rest, took longer than theirs.
+var hostsAtOnce = 2 * runtime.NumCPU()
 
 // bringUp starts the daemons that do not run, hostsAtOnce, then forms or completes the
 // cluster.

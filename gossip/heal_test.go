@@ -1,0 +1,58 @@
+package gossip
+
+import (
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestHealsForGood: what a cut has taken out of sight is back soon after it, and stays:
+// suspicions of membership from before the heal must not come true after it.
+func TestHealsForGood(t *testing.T) {
+	five := testAddr(5).String()
+	ways := map[string]func(from, to string) bool{
+		"both ways":       func(from, to string) bool { return from == five || to == five },
+		"it hears nobody": func(_, to string) bool { return to == five },
+		"nobody hears it": func(from, _ string) bool { return from == five },
+	}
+	for way, cut := range ways {
+		for _, length := range []time.Duration{2, 3, 4, 6, 20} {
+			length *= time.Second
+			t.Run(fmt.Sprintf("%s for %s", way, length), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					c := newCluster(t, 5)
+					defer c.close()
+					for n, r := range c.nodes {
+						r.Publish(endpoints(n))
+					}
+					whole := func() bool {
+						for n := range c.nodes {
+							if !c.allHave(n, n) {
+								return false
+							}
+						}
+						return c.allSee(5)
+					}
+					c.await(time.Second, "all tables", whole)
+					time.Sleep(3 * time.Second)
+					c.f.setCut(cut)
+					time.Sleep(length)
+					c.f.setCut(nil)
+					healed := c.await(15*time.Second, "the cut to heal", whole)
+					var gone, last time.Duration
+					for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(5 * time.Millisecond) {
+						if !whole() {
+							gone += 5 * time.Millisecond
+							last = time.Since(began)
+						}
+					}
+					t.Logf("healed after %v", healed)
+					if gone > 0 {
+						t.Errorf("after it was whole again, something was out of sight for %v in all, last after %v", gone, last)
+					}
+				})
+			})
+		}
+	}
+}
