@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/sandbox"
 )
 
 // Socket states of /proc/net/{tcp,udp} (include/net/tcp_states.h). An
@@ -100,10 +101,15 @@ func HostListeners() ([]weft.Listener, error) {
 
 // tcpSockets are those that listen: asked for alone, where the kernel can do that.
 func tcpSockets(family uint8, name string) ([]socket, error) {
-	if out, err := listening(family); err == nil {
-		return out, nil
+	asked, err := sandbox.Listening(family)
+	if err != nil {
+		return readSockets(name, tcpListen)
 	}
-	return readSockets(name, tcpListen)
+	out := make([]socket, len(asked))
+	for i, l := range asked {
+		out[i] = socket{l.Addr.Addr(), l.Addr.Port(), l.Inode}
+	}
+	return out, nil
 }
 
 // readSockets reads one of the files of the namespace, of which IPv6's may be missing.

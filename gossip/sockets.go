@@ -1,7 +1,6 @@
 package gossip
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -25,8 +24,9 @@ type sockets struct {
 	log     *slog.Logger
 	streams chan net.Conn
 	wg      sync.WaitGroup
-	closing context.Context
-	close   context.CancelFunc
+	closing chan struct{} // closed by Shutdown
+	once    sync.Once
+	err     error // of the shutdown
 }
 
 // direct is a Transport that gives packets to a function rather than to PacketCh.
@@ -63,8 +63,7 @@ func openSockets(bind netip.AddrPort, log *slog.Logger) (*sockets, error) {
 	if err := udp.SetReadBuffer(receiveBuffer); err != nil {
 		return nil, errors.Join(fmt.Errorf("set the receive buffer: %w", err), tcp.Close(), udp.Close())
 	}
-	s := &sockets{udp: udp, tcp: tcp, log: log, streams: make(chan net.Conn)}
-	s.closing, s.close = context.WithCancel(context.Background())
+	s := &sockets{udp: udp, tcp: tcp, log: log, streams: make(chan net.Conn), closing: make(chan struct{})}
 	s.wg.Go(s.accept)
 	return s, nil
 }
@@ -101,13 +100,13 @@ func (s *sockets) accept() {
 			s.log.Warn("cannot accept a stream of another node", weft.KeyErr, err)
 			select {
 			case <-time.After(acceptPause):
-			case <-s.closing.Done():
+			case <-s.closing:
 			}
 			continue
 		}
 		select {
 		case s.streams <- conn:
-		case <-s.closing.Done():
+		case <-s.closing:
 			conn.Close()
 		}
 	}
@@ -156,11 +155,10 @@ func (s *sockets) StreamCh() <-chan net.Conn { return s.streams }
 // Shutdown implements Transport. It returns once nothing is received any more, which
 // take has to let happen.
 func (s *sockets) Shutdown() error {
-	s.close()
-	err := errors.Join(s.udp.Close(), s.tcp.Close())
+	s.once.Do(func() {
+		close(s.closing)
+		s.err = errors.Join(s.udp.Close(), s.tcp.Close())
+	})
 	s.wg.Wait()
-	if errors.Is(err, net.ErrClosed) { // a second time
-		return nil
-	}
-	return err
+	return s.err
 }

@@ -1,4 +1,4 @@
-package agent
+package sandbox
 
 import (
 	"encoding/binary"
@@ -41,24 +41,30 @@ func (d diagSockets) Serialize() []byte {
 	return b
 }
 
-// listening asks the kernel for the listening TCP sockets of this network namespace. It
-// goes through these alone, while /proc/net/tcp goes through the connections of all
-// namespaces to print them: on a busy host, megabytes. A kernel without inet_diag has an
-// error.
-func listening(family uint8) ([]socket, error) {
+// Listener is a listening socket.
+type Listener struct {
+	Addr  netip.AddrPort
+	Inode uint64 // that /proc/PID/fd names
+}
+
+// Listening asks the kernel for the listening TCP sockets of the calling thread's network
+// namespace, of AF_INET or AF_INET6. It goes through these alone, while /proc/net/tcp goes
+// through the connections of all namespaces to print them: on a busy host, megabytes. A
+// kernel without inet_diag has an error.
+func Listening(family uint8) ([]Listener, error) {
 	req := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 	req.AddData(diagSockets{family: family, states: diagListen})
 	messages, err := req.Execute(unix.NETLINK_INET_DIAG, 0)
 	if err != nil {
 		return nil, fmt.Errorf("list listening sockets: %w", err)
 	}
-	var out []socket
+	var out []Listener
 	for _, m := range messages {
 		s, err := parseDiag(m)
 		if err != nil {
 			return nil, err
 		}
-		if s.port != 0 {
+		if s.Addr.Port() != 0 {
 			out = append(out, s)
 		}
 	}
@@ -66,7 +72,7 @@ func listening(family uint8) ([]socket, error) {
 }
 
 // parseDiag reads one struct inet_diag_msg.
-func parseDiag(m []byte) (s socket, err error) {
+func parseDiag(m []byte) (s Listener, err error) {
 	if len(m) < diagAnswer {
 		return s, fmt.Errorf("the kernel tells of a socket in %d bytes, want %d", len(m), diagAnswer)
 	}
@@ -80,5 +86,6 @@ func parseDiag(m []byte) (s socket, err error) {
 		return s, fmt.Errorf("the kernel tells of a socket of family %d", m[0])
 	}
 	a, _ := netip.AddrFromSlice(m[diagAddr : diagAddr+size]) // of one of the two lengths
-	return socket{a.Unmap(), binary.BigEndian.Uint16(m[diagPort:]), uint64(binary.NativeEndian.Uint32(m[diagInode:]))}, nil
+	at := netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(m[diagPort:]))
+	return Listener{at, uint64(binary.NativeEndian.Uint32(m[diagInode:]))}, nil
 }
