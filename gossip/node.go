@@ -294,6 +294,7 @@ func (g *Gossip) serfConfig(t Transport, events chan<- serf.Event) *serf.Config 
 	m.PushPullInterval = pushPull
 	m.TCPTimeout = streamTimeout
 	m.UDPBufferSize = datagramBytes
+	m.EnableCompression = false // of packets of some dozen bytes, at a cost above that of their encryption
 	// A node that comes back with another address is let in once it is dead.
 	m.DeadNodeReclaimTime = time.Second
 	c.MemberlistConfig = m

@@ -170,11 +170,9 @@ type clusterBoot struct {
 	bundle ca.Bundle
 }
 
-// become makes this node what state says and waits until the leader has spoken
-// to it. When that fails, nothing of it stays.
+// become makes this node what state says and waits, as long as limit says, until the leader
+// has spoken to it. When that fails, nothing of it stays.
 func (ms *membership) become(ctx context.Context, state memberState, boot *clusterBoot, limit time.Duration) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
 	defer func() {
 		if err != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
@@ -206,6 +204,9 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 	if err := ms.start(ctx, m); err != nil {
 		return err
 	}
+	// The leader's time begins here: what this node's kernel took to be probed is not its.
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	select {
 	case <-m.stage.learned:
 		if m.manager != nil {

@@ -11,9 +11,9 @@ import (
 const (
 	// period is the pause between two checks of a path: what has become
 	// narrower without a word is noticed within it. periodPerPeer stretches
-	// it, so that a node sends ten checks a second at most.
+	// it, so that a node sends four checks a second at most, and answers as many.
 	period        = 5 * time.Second
-	periodPerPeer = 100 * time.Millisecond
+	periodPerPeer = 250 * time.Millisecond
 	// patience is how long an answer is waited for.
 	patience = 3 * time.Second
 	// hints is how often a peer is told to search again: with the first
@@ -106,10 +106,13 @@ func (c *core) answered(now time.Time, f frame) {
 	}
 }
 
+// pause is the time between two checks of a path.
+func (c *core) pause() time.Duration { return max(period, time.Duration(len(c.paths))*periodPerPeer) }
+
 // step returns what is to be sent now, in the order of peers.
 func (c *core) step(now time.Time) []packet {
 	maps.DeleteFunc(c.waiting, func(_ uint64, w waiting) bool { return now.Sub(w.sent) > patience })
-	pause := max(period, time.Duration(len(c.paths))*periodPerPeer)
+	pause := c.pause()
 	var out []packet
 	for _, a := range slices.SortedFunc(maps.Keys(c.paths), netip.Addr.Compare) {
 		p := c.paths[a]

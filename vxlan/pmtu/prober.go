@@ -25,8 +25,6 @@ const (
 	// settle is how long changes of links are collected before the routes are
 	// read again.
 	settle = 50 * time.Millisecond
-	// reread is the longest time that routes go unread.
-	reread = 5 * time.Second
 )
 
 // Config of a Prober. All fields are required unless they say otherwise.
@@ -242,13 +240,13 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 	for {
 		now := time.Now()
 		isNew := p.hasNew(known)
-		if isNew || now.Sub(read) >= reread {
+		if isNew || now.Sub(read) >= p.reread() {
 			p.readLimits(ctx, known)
 			read = now
 		}
 		next := p.send(conn)
 		p.publish()
-		wait := min(next, time.Until(read.Add(reread)))
+		wait := min(next, time.Until(read.Add(p.reread())))
 		timer := time.NewTimer(max(wait, time.Millisecond))
 		select {
 		case <-ctx.Done():
@@ -265,6 +263,14 @@ func (p *Prober) loop(ctx context.Context, conn *net.UDPConn) {
 		}
 		timer.Stop()
 	}
+}
+
+// reread is the longest time that routes go unread, if nobody tells of a change: that of a
+// check.
+func (p *Prober) reread() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.core.pause()
 }
 
 // hasNew reports whether a peer is watched whose route was never read, and
@@ -317,7 +323,7 @@ func (p *Prober) send(conn *net.UDPConn) time.Duration {
 		// Any other error is a packet that was lost: the search knows those.
 	}
 	if next.IsZero() {
-		return reread
+		return period
 	}
 	return next.Sub(now)
 }
