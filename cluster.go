@@ -20,7 +20,8 @@ type ClusterSpec struct {
 	// TaskHistory is how many ended tasks a slot keeps for `service ps`.
 	TaskHistory int
 	// NodeDownAfter is how long a node may be silent before its tasks are
-	// replaced. Shorter replaces sooner and more often for nothing.
+	// replaced; one that gossip hears, twice as long. Shorter replaces sooner and more
+	// often for nothing.
 	NodeDownAfter time.Duration
 }
 

@@ -37,6 +37,11 @@ type Config struct {
 	// Logs reaches the agent of a node.
 	Logs func(ctx context.Context, node weft.Node) (wire.Agent, error)
 	Log  *slog.Logger
+	// Heard says whether gossip hears a node now. One that it hears may send no report
+	// for twice as long before it is taken for down: its way has been cut and is whole
+	// again, and TCP takes a second or two to find that out. It may be called from any
+	// goroutine and must not block. nil = it hears nobody.
+	Heard func(weft.ID) bool
 	// Timing of Raft; zero fields = DefaultTiming.
 	Timing Timing
 

@@ -15,7 +15,8 @@ type liveness struct {
 	// mu guards: last, looked.
 	mu     sync.Mutex
 	last   map[weft.ID]time.Time
-	looked time.Time // the last call of silent; zero = none yet
+	looked time.Time          // the last call of silent; zero = none yet
+	heard  func(weft.ID) bool // Config.Heard
 }
 
 // looksPerLimit is how often the loop looks for silent nodes within the time
@@ -36,8 +37,8 @@ const wakeGrace = 30 * time.Second
 // newLiveness gives every node of the state a grace: a new leader has heard
 // nobody yet, and agents need time to find it. woke is when a manager that was
 // started again first knew a leader; zero = it was not started again.
-func newLiveness(v *state.Snapshot, limit time.Duration, woke, now time.Time) *liveness {
-	l := &liveness{last: map[weft.ID]time.Time{}}
+func newLiveness(v *state.Snapshot, limit time.Duration, woke, now time.Time, heard func(weft.ID) bool) *liveness {
+	l := &liveness{last: map[weft.ID]time.Time{}, heard: heard}
 	from := now.Add(limit)
 	if awake := woke.Add(wakeGrace - limit); !woke.IsZero() && awake.After(from) {
 		from = awake
@@ -66,8 +67,8 @@ func (l *liveness) when(node weft.ID) time.Time {
 }
 
 // silent lists, in the order of ids, the ready nodes that were not heard for
-// longer than limit and those that never were within admitGrace, and when to look
-// again. If this process stood still, its own silence is not held against the
+// longer than limit, or twice as long if gossip hears them, and those that never were
+// within admitGrace, and when to look again. If this process stood still, its own silence is not held against the
 // nodes: they get the whole limit again.
 func (l *liveness) silent(nodes []weft.Node, limit time.Duration, now time.Time) (down []weft.ID, again time.Time) {
 	l.mu.Lock()
@@ -90,7 +91,9 @@ func (l *liveness) silent(nodes []weft.Node, limit time.Duration, now time.Time)
 		var end time.Time
 		switch n.Status.State {
 		case weft.NodeReady:
-			end = last.Add(limit)
+			if end = last.Add(limit); !now.Before(end) && l.heard != nil && l.heard(n.ID) {
+				end = last.Add(2 * limit)
+			}
 		case weft.NodeUnknown:
 			end = last.Add(admitGrace)
 		default:

@@ -85,7 +85,7 @@ func (t *term) prepare(ctx context.Context) error {
 	v := t.store.View()
 	c, _ := v.Cluster()
 	t.alloc = newAllocator(v)
-	t.live = newLiveness(v, c.Spec.NodeDownAfter, t.m.wokeBy(time.Now()), time.Now())
+	t.live = newLiveness(v, c.Spec.NodeDownAfter, t.m.wokeBy(time.Now()), time.Now(), t.m.cfg.Heard)
 	t.dispatch = dispatch.New(dispatch.Config{
 		Store: t.store, Propose: t.prop.one, Seen: t.live.seen, Confirmed: t.lookAgain, Log: t.log,
 	})

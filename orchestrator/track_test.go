@@ -116,6 +116,20 @@ func TestSilent(t *testing.T) {
 	if !l.when("gone").IsZero() {
 		t.Error("a removed node is remembered")
 	}
+	// Whom gossip hears has twice as long: its way is whole, and TCP is about to find out.
+	l.heard = func(id weft.ID) bool { return id == "a" }
+	nodes := []weft.Node{ready("a"), ready("b")}
+	if down, again := l.silent(nodes, 5*time.Second, now); len(down) != 0 || !again.Equal(now.Add(4*time.Second)) {
+		t.Errorf("heard by gossip: down %v, again %v", down, again)
+	}
+	l.last["b"] = now.Add(4 * time.Second)
+	for range 4 { // it looks often enough itself
+		now = now.Add(time.Second)
+		down, _ = l.silent(nodes, 5*time.Second, now)
+	}
+	if len(down) != 1 || down[0] != "a" {
+		t.Errorf("heard by gossip alone for twice the limit: down %v, want a", down)
+	}
 }
 
 // A leader that was not running itself, because its machine had no time or its

@@ -248,6 +248,12 @@ func (m *member) makeCrypt(ctx context.Context, overlay vxlan.Engine) (*wg.Engin
 	return crypt, crypt.Probe(ctx)
 }
 
+// gossipHears is orchestrator.Config's Heard.
+func (m *member) gossipHears(node weft.ID) bool {
+	all, _ := m.gossip.Members()
+	return slices.ContainsFunc(all, func(g gossip.Member) bool { return g.ID == node })
+}
+
 // makeServer composes the cluster port and, on a manager, what answers there.
 func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 	sc := wire.ServerConfig{Credentials: m.creds, Agent: agentLogs{m.agent}, Log: m.log}
@@ -255,7 +261,7 @@ func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 		m.raft = wire.NewRaft(m.creds, m.state.Advertise)
 		mgr, err := orchestrator.New(orchestrator.Config{
 			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
-			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Log: m.log,
+			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Heard: m.gossipHears, Log: m.log,
 		})
 		if err != nil {
 			return err
