@@ -22,6 +22,12 @@ import (
 //	doubted ── silentAfter in all, and silentOwn of own questions ──► silent
 //	any of them ── a frame of it, or another's word that it lives ──► heard
 //
+// Among many (crowd) the same is done by few: only the two who watch a member tell all,
+// those whom they have asked to help ask at half the pace, and all who were told ask twice
+// and then others. Else a member that is late by a little gets a thousand
+// questions a second and everybody a thousand words about it, and on a machine that has no
+// processor to spare for that all are late for ever (TestWatchStarved).
+//
 // Whoever doubts also asks three others again and again: where only the way between
 // two is broken, they say so. A node that was kept from running does not
 // count that time: the answers may be in its queue.
@@ -50,6 +56,7 @@ type watched struct {
 	since, first time.Time
 	asked        int           // own questions since first
 	told         int           // how far others know: helpersAsked, allTold
+	by           cause         // of the silence's beginning here
 	next         time.Time     // of the next question; zero: none
 	patience     time.Duration // for an answer, as long as they take
 	rest         time.Duration // before it is watched again
@@ -65,6 +72,17 @@ type watchCounts struct{ doubts, silences uint64 }
 const (
 	helpersAsked = 1 + iota
 	allTold
+	allToldAgain // in a crowd
+)
+
+// cause is how a silence began for a node: by its own question, as one who is asked to
+// help, or as one of all who were told.
+type cause uint8
+
+const (
+	ownQuestion cause = iota
+	asHelper
+	asOneOfAll
 )
 
 // Times of the watch, our own choices. A member that gets no processor for a second
@@ -85,6 +103,8 @@ const (
 	patienceMin = 100 * time.Millisecond
 	patienceMax = 150 * time.Millisecond
 	knockAgain  = 50 * time.Millisecond
+	// crowd is the number of members above which few ask for all.
+	crowd = 16
 	// helpers are asked after asksAfter, all are told after tellsAfter.
 	helpers    = 3
 	asksAfter  = 300 * time.Millisecond
@@ -97,6 +117,10 @@ const (
 	// silentOwn is how long, and silentAsked how often, a node itself asks.
 	silentOwn   = 500 * time.Millisecond
 	silentAsked = 6
+	// toldAsked is silentAsked of one who was told, in a crowd.
+	toldAsked = 2
+	// vouchAgain is the pause after which such a one asks three others again.
+	vouchAgain = 150 * time.Millisecond
 	// silentAgain paces questions to a silent member.
 	silentAgain = 500 * time.Millisecond
 	// freshFor is how old a sign of life may be to speak for a member: less than
@@ -182,7 +206,7 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 func (w *watch) clear(now time.Time, p *watched) {
 	w.changed = w.changed || p.isDoubted || p.isSilent
 	p.isDoubted, p.isSilent, p.askers = false, false, nil
-	p.since, p.first, p.asked, p.told = time.Time{}, time.Time{}, 0, 0
+	p.since, p.first, p.asked, p.told, p.by = time.Time{}, time.Time{}, 0, 0, ownQuestion
 	if !p.next.IsZero() {
 		p.next = now.Add(p.rest - w.some(p.rest/4))
 	}
@@ -231,8 +255,34 @@ func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
 		p.since = since
 	}
 	if p.asked == 0 {
-		w.ask(now, p, knockAgain)
+		if p.by = asHelper; m.silence >= tellsAfter {
+			p.by = asOneOfAll
+		}
+		w.ask(now, p, w.again(now, p))
 	}
+}
+
+func (w *watch) isCrowd() bool { return len(w.ring) > crowd }
+
+// again is the pause before the next question to one that owes an answer.
+func (w *watch) again(now time.Time, p *watched) time.Duration {
+	switch {
+	case !w.isCrowd() || p.by == ownQuestion:
+		return knockAgain
+	case p.by == asHelper:
+		return 2 * knockAgain
+	case now.Sub(p.since) < lastAsks:
+		return lastAsks - now.Sub(p.since)
+	}
+	return vouchAgain
+}
+
+// enough is how often a node has to have asked before it gives a member up.
+func (w *watch) enough(p *watched) int {
+	if w.isCrowd() && p.by == asOneOfAll {
+		return toldAsked
+	}
+	return silentAsked
 }
 
 // ask sends a question; the next is due after pause.
@@ -333,7 +383,7 @@ func (w *watch) some(d time.Duration) time.Duration { return time.Duration(w.ran
 // doubt goes on with a member that owes an answer.
 func (w *watch) doubt(now time.Time, p *watched, due bool) {
 	silence := now.Sub(p.since)
-	if !now.Before(w.verdict(p)) && p.asked >= silentAsked {
+	if !now.Before(w.verdict(p)) && p.asked >= w.enough(p) {
 		p.isDoubted, p.isSilent, w.changed = false, true, true
 		w.counts.silences++
 		p.next = now.Add(silentAgain)
@@ -346,16 +396,25 @@ func (w *watch) doubt(now time.Time, p *watched, due bool) {
 	if !due {
 		return
 	}
-	defer w.ask(now, p, knockAgain)
-	if silence < asksAfter {
+	isOneOfAll := w.isCrowd() && p.by == asOneOfAll
+	if isOneOfAll && p.asked >= toldAsked {
+		p.next = now.Add(vouchAgain)
+	} else {
+		defer func() { w.ask(now, p, w.again(now, p)) }()
+	}
+	if silence < asksAfter || isOneOfAll && silence < lastAsks {
 		return
 	}
 	others := slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
 		return id == w.self || id == p.id || w.of[id].isSilent
 	})
+	tells := !w.isCrowd() || p.by == ownQuestion
 	switch {
-	case p.told < allTold && silence >= tellsAfter && silence < lastAsks:
+	case tells && p.told < allTold && silence >= tellsAfter && silence < lastAsks:
 		p.told = allTold
+		w.send(doubt{p.id, silence}, others...)
+	case w.isCrowd() && tells && p.told < allToldAgain && silence >= lastAsks:
+		p.told = allToldAgain
 		w.send(doubt{p.id, silence}, others...)
 	case p.told < helpersAsked || silence >= lastAsks:
 		p.told = max(p.told, helpersAsked)
@@ -385,7 +444,7 @@ func (w *watch) schedule() {
 	}
 	for _, p := range w.of {
 		sooner(p.next)
-		if !p.since.IsZero() && !p.isSilent && p.asked >= silentAsked {
+		if !p.since.IsZero() && !p.isSilent && p.asked >= w.enough(p) {
 			sooner(w.verdict(p))
 		}
 	}
