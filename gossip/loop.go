@@ -298,7 +298,8 @@ func (l *loop) hear(from weft.ID) {
 // makeUp exchanges everything with a member that is heard again. Else what membership
 // began to suspect in the silence, and was not told otherwise, would come true seconds
 // after the silence: each side suspects the other still, has spread that, and spreads it no
-// more. One exchange is enough for all that the two know, so there is one a second.
+// more. One exchange is enough for all that the two know, so there is one a second, and
+// among many, to whom it is longer, ten a second of all nodes.
 func (l *loop) makeUp() {
 	now := time.Now()
 	if l.apart == "" || now.Before(l.nextMakeUp) {
@@ -308,7 +309,7 @@ func (l *loop) makeUp() {
 	if ok && !l.join([]string{a.Addr}) {
 		return // later: one is under way
 	}
-	l.apart, l.nextMakeUp = "", now.Add(tickInterval)
+	l.apart, l.nextMakeUp = "", now.Add(max(tickInterval, time.Duration(len(l.addrs))*tickInterval/10))
 }
 
 // compareLive joins a member that twice in a row thought others alive than we
