@@ -246,7 +246,7 @@ func wordsService(w *words) {
 	}
 	w.refused("h1", 1, "no such service: web|service web not found", "service", "inspect", "web")
 	for _, h := range allHosts {
-		w.says(h, "^$", "ps", "-aq", "--filter", "name=web.")
+		w.says(h, "^$", "ps", "-aq", "--filter", named("web"))
 	}
 }
 
@@ -300,7 +300,7 @@ func wordsContainer(w *words) {
 	task := w.tasks("full", "ID")[0]
 	w.cgroupHas(task, "memory.limit_in_bytes", "memory.max", "67108864")
 	w.cgroupHas(task, "cpu.cfs_quota_us", "cpu.max", "50000")
-	if out := w.d("h2", "ps", "--filter", "name=full.", "--format", "{{.Image}} {{.Command}} {{.Status}}"); !strings.HasPrefix(out, `busybox:latest "sleep 1000000" Up `) {
+	if out := w.d("h2", "ps", "--filter", named("full"), "--format", "{{.Image}} {{.Command}} {{.Status}}"); !strings.HasPrefix(out, `busybox:latest "sleep 1000000" Up `) {
 		w.t.Errorf("ps: %s", out)
 	}
 	if out := w.d("h2", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}}", w.containers("h2", "full")[0]); out != "67108864 500000000" {
@@ -309,14 +309,14 @@ func wordsContainer(w *words) {
 	// The command that the image brings is shown, too.
 	w.create("plain", "--constraint", "node.hostname==h2", "weft/whoami")
 	w.runs("plain", "1/1")
-	if out := w.d("h2", "ps", "--filter", "name=plain.", "--format", "{{.Command}}"); out != `"/weft whoami"` {
+	if out := w.d("h2", "ps", "--filter", named("plain"), "--format", "{{.Command}}"); out != `"/weft whoami"` {
 		w.t.Errorf("ps of an image's own command: %s", out)
 	}
 	// sleep as the first process does not hear SIGTERM: the grace period of
 	// one second ends it, not Docker's ten.
 	start := time.Now()
 	w.d("h1", "service", "rm", "full")
-	w.says("h2", "^$", "ps", "-q", "--filter", "name=full.")
+	w.says("h2", "^$", "ps", "-q", "--filter", named("full"))
 	if took := time.Since(start); took < time.Second || took > 6*time.Second {
 		w.t.Errorf("the container ended after %s, want about a second", took)
 	}

@@ -135,7 +135,7 @@ func (r *rig) createRolled() {
 func (r *rig) healthy(n int) error {
 	var all []string
 	for _, h := range three {
-		out, err := r.run(r.t.Context(), r.on(h, "ps", "--filter", "name=web.", "--format", "{{.Status}}")...)
+		out, err := r.run(r.t.Context(), r.on(h, "ps", "--filter", named("web"), "--format", "{{.Status}}")...)
 		if err != nil {
 			return err
 		}

@@ -232,6 +232,10 @@ func (r *rig) must(args ...string) string {
 	return strings.TrimSpace(out)
 }
 
+// named is a filter for the containers of a service. It is a regular expression that is
+// sought anywhere, and ids are in names: "db." fits one node in fifty.
+func named(service string) string { return "name=^/?" + service + "[.]" }
+
 // on is the docker command of a host.
 func (r *rig) on(host string, args ...string) []string {
 	sock := filepath.Join(DefaultConfig().RunDir, r.name, host, "weft.sock")
@@ -271,7 +275,7 @@ func (r *rig) eventually(what string, f func() error) {
 // containers are the ids of the running containers of a service on a host.
 func (r *rig) containers(host, service string) []string {
 	r.t.Helper()
-	return strings.Fields(r.must(r.on(host, "ps", "-q", "--no-trunc", "--filter", "name="+service+".")...))
+	return strings.Fields(r.must(r.on(host, "ps", "-q", "--no-trunc", "--filter", named(service))...))
 }
 
 func TestLabDemo(t *testing.T) {

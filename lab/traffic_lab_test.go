@@ -253,7 +253,7 @@ func (p replica) ns() string { return "/proc/" + p.pid + "/ns/net" }
 func (r *rig) replicas(service string, hosts ...string) ([]replica, error) {
 	var out []replica
 	for _, h := range hosts {
-		ids, err := r.run(r.t.Context(), r.on(h, "ps", "-q", "--no-trunc", "--filter", "name="+service+".")...)
+		ids, err := r.run(r.t.Context(), r.on(h, "ps", "-q", "--no-trunc", "--filter", named(service))...)
 		if err != nil {
 			return nil, err
 		}
