@@ -99,6 +99,26 @@ func hears(t *testing.T, p vxlan.Port, at netip.Addr, during func()) (texts []st
 	}
 }
 
+// awaits sends honest frames until one comes: a port that has just been made forwards
+// nothing yet on a busy machine.
+func awaits(t *testing.T, from, to vxlan.Port) {
+	t.Helper()
+	var c *net.UDPConn
+	must(t, netns.Do(to.NetNS, func() (err error) {
+		c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.Addr.Addr(), forgedPort)))
+		return err
+	}))
+	defer c.Close()
+	for range 100 {
+		send(t, from, datagram(from.MAC, to.MAC, from.Addr.Addr(), to.Addr.Addr(), "ready"))
+		must(t, c.SetReadDeadline(time.Now().Add(100*time.Millisecond)))
+		if n, _, err := c.ReadFromUDPAddrPort(make([]byte, 64)); err == nil && n > 0 {
+			return
+		}
+	}
+	t.Fatalf("nothing of %s comes to %s", from.Addr, to.Addr)
+}
+
 // TestForgedHardwareAddress: a frame that bears another hardware address than that of the
 // task that sends it goes nowhere, neither to tasks of this node nor of others: in the
 // name of an entry node it would bring a client's address that nobody has checked.
@@ -144,6 +164,8 @@ func TestForgedHardwareAddress(t *testing.T) {
 			}
 		}
 	}
+	awaits(t, liar, near)
+	awaits(t, liar, far)
 	check("at first")
 
 	// Somebody opens the port: that is a fault like any other.
