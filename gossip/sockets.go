@@ -15,9 +15,8 @@ import (
 )
 
 // sockets is a Transport of one UDP and one TCP port. memberlist has one, too, which
-// takes 64 KiB of fresh memory for each packet and hands it on by a goroutine more: at
-// rest, when a node gets twenty packets a second, that was a third of what the daemon
-// used.
+// takes 64 KiB of fresh memory for each packet and hands it on by a goroutine more: the
+// most of what a daemon at rest has to do is to take packets.
 type sockets struct {
 	udp     *net.UDPConn
 	tcp     *net.TCPListener

@@ -420,12 +420,13 @@ func TestWatchPartition(t *testing.T) {
 }
 
 // TestWatchNeighboursDieTogether: the watchers of a node die with it, and others take
-// their place one after the other, from both sides. 50 times for each number.
+// their place one after the other, from both sides. 50 times for each number, of few and
+// of a crowd.
 func TestWatchNeighboursDieTogether(t *testing.T) {
 	for _, dead := range [][]int{{3, 4}, {3, 4, 5}, {3, 4, 5, 6}, {2, 3, 4, 5, 6, 7}} {
 		var took []time.Duration
-		for seed := range uint64(50) {
-			w := newWatchNet(seed, 12, 0.1, 250*time.Microsecond)
+		for seed := range uint64(100) {
+			w := newWatchNet(seed, 12+int(seed%2)*18, 0.1, 250*time.Microsecond)
 			w.run(2*time.Second + time.Duration(w.rand.IntN(1000))*time.Millisecond)
 			for _, n := range dead {
 				w.nodes[n].isDead = true

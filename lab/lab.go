@@ -275,8 +275,8 @@ func (l *Lab) makeFabric(r record) error {
 }
 
 // hostsAtOnce is how many hosts start, join and are waited for at a time. Both are the
-// processor's work, and each has a limit of its own: eight joins at once on two cores, beside
-// forty daemons at rest, took longer than theirs.
+// processor's work, and each has a limit of its own: with more at once than the processors can
+// do the first would not be done before that of the last had passed.
 var hostsAtOnce = 2 * runtime.NumCPU()
 
 // bringUp starts the daemons that do not run, hostsAtOnce, then forms or completes the

@@ -68,8 +68,8 @@ func (l *liveness) when(node weft.ID) time.Time {
 
 // silent lists, in the order of ids, the ready nodes that were not heard for
 // longer than limit, or twice as long if gossip hears them, and those that never were
-// within admitGrace, and when to look again. If this process stood still, its own silence is not held against the
-// nodes: they get the whole limit again.
+// within admitGrace, and when to look again. If this process stood still, its own silence
+// is not held against the nodes: they get the whole limit again.
 func (l *liveness) silent(nodes []weft.Node, limit time.Duration, now time.Time) (down []weft.ID, again time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
