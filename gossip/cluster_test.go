@@ -269,6 +269,23 @@ func (c *cluster) allHave(owner, endpoints int) bool {
 	return true
 }
 
+// allHaveAll reports whether every node sees exactly n endpoints of each node n.
+func (c *cluster) allHaveAll() bool {
+	for _, r := range c.nodes {
+		all, _ := r.Snapshot()
+		have := map[weft.ID]int{}
+		for _, e := range all {
+			have[e.Owner]++
+		}
+		for n := range c.nodes {
+			if have[nodeID(n)] != n {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 func count(g *Gossip, owner int) (n int) {
 	all, _ := g.Snapshot()
 	for _, e := range all {

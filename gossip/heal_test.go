@@ -19,40 +19,55 @@ func TestHealsForGood(t *testing.T) {
 	for way, cut := range ways {
 		for _, length := range []time.Duration{2, 3, 4, 20} {
 			length *= time.Second
-			t.Run(fmt.Sprintf("%s for %s", way, length), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					c := newCluster(t, 5)
-					defer c.close()
-					for n, r := range c.nodes {
-						r.Publish(endpoints(n))
-					}
-					whole := func() bool {
-						for n := range c.nodes {
-							if !c.allHave(n, n) {
-								return false
-							}
-						}
-						return c.allSee(5)
-					}
-					c.await(time.Second, "all tables", whole)
-					time.Sleep(3 * time.Second)
-					c.f.setCut(cut)
-					time.Sleep(length)
-					c.f.setCut(nil)
-					healed := c.await(15*time.Second, "the cut to heal", whole)
-					var gone, last time.Duration
-					for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(5 * time.Millisecond) {
-						if !whole() {
-							gone += 5 * time.Millisecond
-							last = time.Since(began)
-						}
-					}
-					t.Logf("healed after %v", healed)
-					if gone > 0 {
-						t.Errorf("after it was whole again, something was out of sight for %v in all, last after %v", gone, last)
-					}
-				})
-			})
+			t.Run(fmt.Sprintf("%s for %s", way, length), func(t *testing.T) { healsForGood(t, 5, cut, length) })
 		}
 	}
+}
+
+// TestManyHealForGood: the same where many are apart from many, so that there are more
+// to make up with than exchanges are allowed.
+func TestManyHealForGood(t *testing.T) {
+	const members, few = 24, 8
+	apart := map[string]bool{}
+	for n := 1; n <= few; n++ {
+		apart[testAddr(n).String()] = true
+	}
+	ways := map[string]func(from, to string) bool{
+		"both ways":       func(from, to string) bool { return apart[from] != apart[to] },
+		"few hear nobody": func(from, to string) bool { return apart[to] && !apart[from] },
+	}
+	for way, cut := range ways {
+		for _, length := range []time.Duration{3, 20} {
+			length *= time.Second
+			t.Run(fmt.Sprintf("%s for %s", way, length), func(t *testing.T) { healsForGood(t, members, cut, length) })
+		}
+	}
+}
+
+func healsForGood(t *testing.T, members int, cut func(from, to string) bool, length time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, members)
+		defer c.close()
+		for n, r := range c.nodes {
+			r.Publish(endpoints(n))
+		}
+		whole := func() bool { return c.allSee(members) && c.allHaveAll() }
+		c.await(5*time.Second, "all tables", whole)
+		time.Sleep(3 * time.Second)
+		c.f.setCut(cut)
+		time.Sleep(length)
+		c.f.setCut(nil)
+		healed := c.await(15*time.Second, "the cut to heal", whole)
+		var gone, last time.Duration
+		for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(5 * time.Millisecond) {
+			if !whole() {
+				gone += 5 * time.Millisecond
+				last = time.Since(began)
+			}
+		}
+		t.Logf("healed after %v", healed)
+		if gone > 0 {
+			t.Errorf("after it was whole again, something was out of sight for %v in all, last after %v", gone, last)
+		}
+	})
 }
