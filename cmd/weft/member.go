@@ -254,15 +254,20 @@ func (m *member) gossipHears(node weft.ID) bool {
 	return slices.ContainsFunc(all, func(g gossip.Member) bool { return g.ID == node })
 }
 
+// managerConfig is what the manager of this node is given; the member's Raft must be there.
+func (m *member) managerConfig(boot *orchestrator.Bootstrap) orchestrator.Config {
+	return orchestrator.Config{
+		Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
+		Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Heard: m.gossipHears, Log: m.log,
+	}
+}
+
 // makeServer composes the cluster port and, on a manager, what answers there.
 func (m *member) makeServer(boot *orchestrator.Bootstrap) error {
 	sc := wire.ServerConfig{Credentials: m.creds, Agent: agentLogs{m.agent}, Log: m.log}
 	if m.state.Role == weft.RoleManager {
 		m.raft = wire.NewRaft(m.creds, m.state.Advertise)
-		mgr, err := orchestrator.New(orchestrator.Config{
-			Dir: m.cfg.DataRoot, Node: m.state.Node, Addr: m.state.Advertise, Stream: raftStream{m.raft},
-			Bootstrap: boot, CA: authority{}, Logs: m.agentOf, Heard: m.gossipHears, Log: m.log,
-		})
+		mgr, err := orchestrator.New(m.managerConfig(boot))
 		if err != nil {
 			return err
 		}

@@ -98,6 +98,10 @@ func TestMemberRenewsItsCertificate(t *testing.T) {
 	if info := ms.Local(); info.State != weft.LocalActive || info.Error != "" {
 		t.Errorf("after the renewal the node is %s: %s", info.State, info.Error)
 	}
+	// The manager asks gossip, who is heard there.
+	if heard := m.managerConfig(nil).Heard; heard == nil || !heard(state.Node) || heard(weft.NewID()) {
+		t.Error("the manager is not given whom gossip hears")
+	}
 	stop()
 	if err := <-done; err != nil {
 		t.Errorf("end of the member: %v", err)
