@@ -27,8 +27,8 @@ type Transport = memberlist.NodeAwareTransport
 // probeTimeout everybody is suspect again and again, and only has to say so. memberlist stretches the timeouts of a node that finds itself slow, up
 // to awareness times.
 const (
-	probeInterval = 500 * time.Millisecond
-	probeTimeout  = 250 * time.Millisecond
+	probeInterval = time.Second
+	probeTimeout  = 500 * time.Millisecond
 	suspicionMult = 6
 	maxSuspicion  = 3
 	awareness     = 8
