@@ -21,10 +21,11 @@ type Transport = memberlist.NodeAwareTransport
 //	suspicionMult x max(1, log10(members)) x probeInterval
 //
 // once a second member suspects it too, and maxSuspicion times that until then.
-// A dead node of three is thus failed after 3 to 5 s. It is out of sight before
+// Among few a dead node is thus failed 6 s after the first suspicion. It is out of sight before
 // (watch.go), without membership being told: a verdict of membership is spread, and has to
 // be refuted. So membership has time: where a way and back takes longer than
-// probeTimeout everybody is suspect again and again, and only has to say so. memberlist stretches the timeouts of a node that finds itself slow, up
+// probeTimeout, or a node waits for the processor as long, everybody is suspect again and again, and only
+// has to say so. memberlist stretches the timeouts of a node that finds itself slow, up
 // to awareness times.
 const (
 	probeInterval = time.Second

@@ -7,12 +7,12 @@ import (
 )
 
 // TestFarNodes: with 100 ms between nodes, one way, and 5 % loss nobody who is alive
-// is taken for dead, though a probe's answer takes most of the time that it has, and
-// who is asked to probe in the place of another is too late at first. Nor with 130 ms,
-// where no probe is answered in time and everybody is suspect again and again: membership
-// that gave up as soon as it could (suspicionMult 3) took a live node for dead once in ten minutes.
+// is taken for dead. Nor with 260 ms, where no probe is answered in time, who is asked to
+// probe in the place of another is too late at first, and everybody is suspect again and
+// again: membership that gave up as soon as it could (suspicionMult 3) took a live node
+// for dead once in ten minutes.
 func TestFarNodes(t *testing.T) {
-	for _, latency := range []time.Duration{100 * time.Millisecond, 130 * time.Millisecond} {
+	for _, latency := range []time.Duration{100 * time.Millisecond, 260 * time.Millisecond} {
 		t.Run(latency.String(), func(t *testing.T) { farNodes(t, latency) })
 	}
 }

@@ -31,6 +31,7 @@ type loop struct {
 	members chan struct{}
 	watch   *watch
 	addrs   map[weft.ID]memberlist.Address // of all members, dead ones too
+	alive   []Member                       // by membership, self included, in order
 	dead    []weft.ID                      // failed members
 
 	wg         sync.WaitGroup // drain and joins
@@ -115,7 +116,7 @@ func (l *loop) follow(listen *time.Timer) {
 		l.watch.changed = false
 		l.g.stats.doubts.Store(l.watch.counts.doubts)
 		l.g.stats.silences.Store(l.watch.counts.silences)
-		l.lookAtMembers()
+		l.show()
 	}
 	for _, e := range l.watch.take() {
 		l.send(e)
@@ -155,9 +156,9 @@ func (l *loop) self() Member {
 	return Member{ID: l.g.cfg.Node, Addr: l.g.cfg.Advertise.Addr().Unmap(), VTEP: l.g.cfg.VTEP}
 }
 
-// lookAtMembers reads serf's members and gives them to the core.
+// lookAtMembers reads serf's members, and shows them.
 func (l *loop) lookAtMembers() {
-	live, alive := []Member{l.self()}, []weft.ID(nil)
+	l.alive = append(l.alive[:0], l.self())
 	clear(l.addrs)
 	l.dead = l.dead[:0]
 	for _, m := range l.serf.Members() {
@@ -177,19 +178,36 @@ func (l *loop) lookAtMembers() {
 				l.g.cfg.Log.Warn("member is left out: it tells no tunnel address", weft.KeyPeer, id, weft.KeyErr, err)
 				continue
 			}
-			live = append(live, Member{ID: id, Addr: addr.Addr(), VTEP: vtep})
-			alive = append(alive, id)
+			l.alive = append(l.alive, Member{ID: id, Addr: addr.Addr(), VTEP: vtep})
 		}
 	}
-	l.watch.setMembers(time.Now(), alive)
-	live = slices.DeleteFunc(live, func(m Member) bool { return l.watch.isSilent(m.ID) })
-	for i := range live {
-		live[i].Doubted = l.watch.isDoubted(live[i].ID)
+	slices.SortFunc(l.alive, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
+	var others []weft.ID
+	for _, m := range l.alive {
+		if m.ID != l.g.cfg.Node {
+			others = append(others, m.ID)
+		}
 	}
+	l.watch.setMembers(time.Now(), others)
 	if err := l.open.know(slices.Collect(maps.Keys(l.addrs))); err != nil {
 		l.g.cfg.Log.Error("frames of members cannot be read", weft.KeyErr, err)
 	}
-	slices.SortFunc(live, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
+	l.show()
+}
+
+// show gives the core the members that the watch does not miss. What the watch says
+// changes often where a machine is loaded, and nothing but this.
+func (l *loop) show() {
+	live := make([]Member, 0, len(l.alive))
+	for _, m := range l.alive {
+		if m.ID != l.g.cfg.Node {
+			if l.watch.isSilent(m.ID) {
+				continue
+			}
+			m.Doubted = l.watch.isDoubted(m.ID)
+		}
+		live = append(live, m)
+	}
 	switch {
 	case len(live) == 1:
 		l.met = time.Time{}
@@ -203,16 +221,18 @@ func (l *loop) lookAtMembers() {
 // tell logs who came and who went.
 func (l *loop) tell(live []Member) {
 	before, _ := l.g.Members()
-	has := func(ms []Member, id weft.ID) bool {
-		return slices.ContainsFunc(ms, func(m Member) bool { return m.ID == id })
+	was, is := map[weft.ID]bool{}, map[weft.ID]bool{}
+	for _, m := range before {
+		was[m.ID] = true
 	}
 	for _, m := range live {
-		if !has(before, m.ID) {
+		is[m.ID] = true
+		if !was[m.ID] {
 			l.g.cfg.Log.Info("member is alive", weft.KeyPeer, m.ID, "addr", m.Addr)
 		}
 	}
 	for _, m := range before {
-		if !has(live, m.ID) {
+		if !is[m.ID] {
 			why := "left"
 			switch {
 			case slices.Contains(l.dead, m.ID):
@@ -287,7 +307,7 @@ func (l *loop) hear(from weft.ID) {
 	wasApart := l.watch.isSilent(from) || l.watch.isDoubted(from)
 	l.watch.hear(time.Now(), from)
 	if l.watch.changed {
-		l.lookAtMembers()
+		l.show()
 	}
 	if wasApart {
 		l.apart = from
