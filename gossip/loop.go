@@ -42,8 +42,8 @@ type loop struct {
 	seedWait   time.Duration
 	nextSeed   time.Time
 	wasMissing int
-	apart      weft.ID // was out of reach and has not been exchanged with since; "" = nobody
-	nextMakeUp time.Time
+	apart      weft.ID   // was out of reach and has not been exchanged with since; "" = nobody
+	nextMakeUp time.Time // the earliest moment of the next exchange, but for a newcomer's
 }
 
 // drain turns events into "look again" until serf has shut down.
@@ -309,7 +309,7 @@ func (l *loop) hear(from weft.ID) {
 	if l.watch.changed {
 		l.show()
 	}
-	if wasApart {
+	if wasApart && (!l.watch.isCrowd() || l.watch.isBeside(from)) {
 		l.apart = from
 		l.makeUp()
 	}
@@ -319,7 +319,9 @@ func (l *loop) hear(from weft.ID) {
 // began to suspect in the silence, and was not told otherwise, would come true seconds
 // after the silence: each side suspects the other still, has spread that, and spreads it no
 // more. One exchange is enough for all that the two know, so there is one a second, and
-// among many, to whom it is longer, ten a second of all nodes.
+// among many, to whom it is longer, ten a second of all nodes. Among many only those beside
+// the member, in order, do it: one that was late because it had too much to do would else
+// have an exchange with each.
 func (l *loop) makeUp() {
 	now := time.Now()
 	if l.apart == "" || now.Before(l.nextMakeUp) {
@@ -329,12 +331,19 @@ func (l *loop) makeUp() {
 	if ok && !l.join([]string{a.Addr}) {
 		return // later: one is under way
 	}
-	l.apart, l.nextMakeUp = "", now.Add(max(tickInterval, time.Duration(len(l.addrs))*tickInterval/10))
+	l.apart = ""
+	l.hasExchanged(now)
+}
+
+// hasExchanged puts the next exchange off: ten a second of all nodes, one of each.
+func (l *loop) hasExchanged(now time.Time) {
+	l.nextMakeUp = now.Add(max(tickInterval, time.Duration(len(l.addrs))*tickInterval/10))
 }
 
 // compareLive joins a member that twice in a row thought others alive than we
 // do: a full exchange tells both, long before memberlist's own turn. A newcomer does so
-// at once: others may have come with it, of whom its seed did not know yet.
+// at once: others may have come with it, of whom its seed did not know yet. Others keep
+// makeUp's pace: where many are late, views differ all the time, and no exchange ends that.
 func (l *loop) compareLive(from weft.ID, d cold) {
 	l.g.mu.Lock()
 	mine := l.g.core.digest(from)
@@ -344,13 +353,16 @@ func (l *loop) compareLive(from weft.ID, d cold) {
 		return
 	}
 	// The other may be the one that misses somebody, whose digests it drops.
-	if now := time.Now(); now.Sub(l.answered) >= tickInterval/2 {
+	now := time.Now()
+	if now.Sub(l.answered) >= tickInterval/2 {
 		l.answered = now
 		l.send(envelope{to: []weft.ID{from}, m: mine})
 	}
-	if l.differs++; l.differs >= 2 || time.Since(l.met) < newcomerFor {
+	isNew := now.Sub(l.met) < newcomerFor
+	if l.differs++; isNew || l.differs >= 2 && !now.Before(l.nextMakeUp) {
 		if a, ok := l.addrs[from]; ok && l.join([]string{a.Addr}) {
 			l.differs = 0
+			l.hasExchanged(now)
 		}
 	}
 }
