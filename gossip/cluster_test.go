@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -257,6 +258,17 @@ func (c *cluster) allSee(members int) bool {
 		}
 	}
 	return true
+}
+
+// seenBy is how many others have node n in sight.
+func (c *cluster) seenBy(n int) (seen int) {
+	for i, r := range c.nodes {
+		m, _ := r.Members()
+		if i != n && slices.ContainsFunc(m, func(m Member) bool { return m.ID == nodeID(n) }) {
+			seen++
+		}
+	}
+	return seen
 }
 
 // allHave reports whether every node sees exactly this many endpoints of owner.

@@ -71,3 +71,37 @@ func healsForGood(t *testing.T, members int, cut func(from, to string) bool, len
 		}
 	})
 }
+
+// TestLateSeed: a node that all have for a seed, and that is late, is not joined by all for
+// that: it would be late for having too much to do.
+func TestLateSeed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const members = 24
+		c := newCluster(t, members)
+		defer c.close()
+		time.Sleep(2 * newcomerFor)
+		joins := func() (n uint64) {
+			for _, r := range c.nodes {
+				n += r.Stats().Joins
+			}
+			return n
+		}
+		late := testAddr(1).String()
+		before := joins()
+		for range 5 {
+			c.f.setCut(func(from, to string) bool { return from == late || to == late })
+			c.await(5*time.Second, "the late one to be out of sight", func() bool { return c.seenBy(1) == 0 })
+			time.Sleep(2 * tickInterval) // seeds are looked at meanwhile
+			c.f.setCut(nil)
+			c.await(5*time.Second, "all to see it again", func() bool { return c.allSee(members) })
+			time.Sleep(5 * time.Second)
+		}
+		// Who is beside it may exchange with it, and it with one; that views differ meanwhile
+		// leads to some more.
+		got := joins() - before
+		t.Logf("%d nodes, one late five times: %d joins", members, got)
+		if limit := uint64(5 * 10); got > limit {
+			t.Errorf("%d joins, want %d at most", got, limit)
+		}
+	})
+}

@@ -390,14 +390,14 @@ func (l *loop) knock() {
 	}
 }
 
-// trySeeds joins seeds that are no members, if it is time to.
+// trySeeds joins seeds that are no members, if it is time to. One that is only silent is
+// one: all would join it at once for being late, and make it later.
 func (l *loop) trySeeds(now time.Time) {
 	if now.Before(l.nextSeed) {
 		return
 	}
-	members, _ := l.g.Members()
 	known := map[string]bool{l.g.cfg.Advertise.String(): true}
-	for _, m := range members {
+	for _, m := range l.alive {
 		known[l.addrs[m.ID].Addr] = true
 	}
 	var missing []string
@@ -406,7 +406,7 @@ func (l *loop) trySeeds(now time.Time) {
 			missing = append(missing, a)
 		}
 	}
-	alone := len(members) == 1
+	alone := len(l.alive) == 1
 	if len(missing) == 0 || len(missing) > l.wasMissing {
 		l.seedWait = seedMin
 	}
