@@ -279,6 +279,16 @@ func (l *Lab) makeFabric(r record) error {
 // do the first would not be done before that of the last had passed.
 var hostsAtOnce = 2 * runtime.NumCPU()
 
+// joinsAtOnce is how many of so many hosts join at a time. Those that have joined are work,
+// too, above all for the manager, which gets no more of the processors than each of them:
+// among many half of the processors are left to that.
+func joinsAtOnce(hosts int) int {
+	if hosts <= 16 {
+		return hostsAtOnce
+	}
+	return max(1, runtime.NumCPU()/2)
+}
+
 // bringUp starts the daemons that do not run, hostsAtOnce, then forms or completes the
 // cluster.
 func (l *Lab) bringUp(ctx context.Context, r *record) error {
@@ -360,7 +370,7 @@ func (l *Lab) form(ctx context.Context, r record, hosts []Host, infos []NodeInfo
 		return fmt.Errorf("ask %s for the join tokens: %w", hosts[manager].Name, err)
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(hostsAtOnce)
+	g.SetLimit(joinsAtOnce(r.Hosts))
 	for _, h := range hosts {
 		if !inactive(h) {
 			continue

@@ -20,6 +20,9 @@ import (
 // Bounds of a join.
 const (
 	joinDialTimeout = 5 * time.Second
+	// joinHandshakeTimeout bounds the handshake with one who is there: a busy manager
+	// takes its time, as long as it gives itself (ServerConfig).
+	joinHandshakeTimeout = 10 * time.Second
 	// joinTimeout bounds the leader's decision, which waits for a majority,
 	// and an election before it.
 	joinTimeout = 30 * time.Second
@@ -47,8 +50,8 @@ type Joined struct {
 
 // Join makes this node a member: it finds a manager that proves to be of the
 // token's cluster, shows the token and gets a certificate. It blocks for at
-// most joinDialTimeout for each address that does not answer and joinTimeout
-// for the one that does.
+// most joinDialTimeout for each address that does not answer, joinHandshakeTimeout for
+// each that is no manager, and joinTimeout for the one that is.
 //
 // Errors: weft.ErrInvalid for a malformed token or one of another cluster
 // (then also ca.ErrOtherCluster); the manager's own words when it refused the
@@ -114,13 +117,22 @@ func withPort(remote string) (string, error) {
 }
 
 func dialJoin(ctx context.Context, remote string, cfg *tls.Config) (*tls.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, joinDialTimeout)
-	defer cancel()
-	c, err := (&tls.Dialer{Config: cfg}).DialContext(ctx, "tcp", remote)
+	plain, err := (&net.Dialer{Timeout: joinDialTimeout}).DialContext(ctx, "tcp", remote)
 	if err != nil {
 		return nil, err
 	}
-	return c.(*tls.Conn), nil
+	cfg = cfg.Clone()
+	if cfg.ServerName == "" { // as tls.Dial does
+		cfg.ServerName, _, _ = net.SplitHostPort(remote)
+	}
+	ctx, cancel := context.WithTimeout(ctx, joinHandshakeTimeout)
+	defer cancel()
+	c := tls.Client(plain, cfg)
+	if err := c.HandshakeContext(ctx); err != nil {
+		plain.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // askToJoin sends the request and checks the answer. b holds the key, and the
