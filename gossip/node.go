@@ -167,15 +167,18 @@ func (g *Gossip) refreshLocked() {
 func (g *Gossip) setMembers(now time.Time, members []Member) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !slices.Equal(members, g.members) {
-		if !slices.EqualFunc(members, g.members, sameMember) {
-			g.core.changed = true // a VTEP may have changed
-		}
-		g.members = members
-		old := g.nodes
-		g.nodes = &view{changed: make(chan struct{})}
-		close(old.changed)
+	if slices.Equal(members, g.members) {
+		return
 	}
+	onlyDoubts := slices.EqualFunc(members, g.members, sameMember)
+	g.members = members
+	old := g.nodes
+	g.nodes = &view{changed: make(chan struct{})}
+	close(old.changed)
+	if onlyDoubts {
+		return
+	}
+	g.core.changed = true // a VTEP may have changed
 	ids := make([]weft.ID, len(members))
 	for i, m := range members {
 		ids[i] = m.ID
