@@ -118,5 +118,5 @@ func (l *loop) takeKeys() {
 	}
 	l.ring = r
 	// Whoever was away while keys changed can be reached from now on.
-	l.seedWait, l.nextSeed = seedMin, l.nextSeed.Add(-seedMax)
+	l.seeds.wait, l.seeds.next = seedMin, l.seeds.next.Add(-seedMax)
 }

@@ -39,11 +39,16 @@ type loop struct {
 	differs    int            // digests in a row with other live members
 	answered   time.Time      // the last of them, with our own digest
 	met        time.Time      // when the first other member came to sight; zero = there is none
-	seedWait   time.Duration
-	nextSeed   time.Time
-	wasMissing int
+	seeds      seeding
 	apart      weft.ID   // was out of reach and has not been exchanged with since; "" = nobody
 	nextMakeUp time.Time // the earliest moment of the next exchange, but for a newcomer's
+}
+
+// seeding is how the search for seeds that are no members goes on.
+type seeding struct {
+	wait    time.Duration // after the last join
+	next    time.Time     // the earliest moment of the next
+	missing int           // when last looked at
 }
 
 // drain turns events into "look again" until serf has shut down.
@@ -393,7 +398,7 @@ func (l *loop) knock() {
 // trySeeds joins seeds that are no members, if it is time to. One that is only silent is
 // one: all would join it at once for being late, and make it later.
 func (l *loop) trySeeds(now time.Time) {
-	if now.Before(l.nextSeed) {
+	if now.Before(l.seeds.next) {
 		return
 	}
 	known := map[string]bool{l.g.cfg.Advertise.String(): true}
@@ -407,10 +412,10 @@ func (l *loop) trySeeds(now time.Time) {
 		}
 	}
 	alone := len(l.alive) == 1
-	if len(missing) == 0 || len(missing) > l.wasMissing {
-		l.seedWait = seedMin
+	if len(missing) == 0 || len(missing) > l.seeds.missing {
+		l.seeds.wait = seedMin
 	}
-	l.wasMissing = len(missing)
+	l.seeds.missing = len(missing)
 	if len(missing) == 0 {
 		return
 	}
@@ -422,13 +427,13 @@ func (l *loop) trySeeds(now time.Time) {
 	if alone {
 		limit = seedAlone
 	}
-	l.seedWait = min(l.seedWait*2, limit)
-	l.nextSeed = now.Add(l.seedWait)
+	l.seeds.wait = min(l.seeds.wait*2, limit)
+	l.seeds.next = now.Add(l.seeds.wait)
 }
 
 // seedPause is the time until seeds are looked at again.
 func (l *loop) seedPause() time.Duration {
-	if l.wasMissing > 0 {
+	if l.seeds.missing > 0 {
 		return seedMin
 	}
 	return tickInterval

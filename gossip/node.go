@@ -229,7 +229,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		g: g, serf: s, mux: x, ring: ring, seal: seal, open: newOpener(secrets(ring)...),
 		members: make(chan struct{}, 1),
 		watch:   newWatch(g.cfg.Node, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))),
-		addrs:   map[weft.ID]memberlist.Address{}, seedWait: seedMin,
+		addrs:   map[weft.ID]memberlist.Address{}, seeds: seeding{wait: seedMin},
 	}
 	// serf holds a lock while it writes an event, and the loop asks serf
 	// for members: so nobody but this goroutine may read events.

@@ -164,14 +164,17 @@ func lookup(name string) func(context.Context) error {
 }
 
 // resolve asks the resolver of the namespace for the IPv4 addresses of a name
-// (RFC 1035 section 4). No address is an error.
+// (RFC 1035 section 4), with room for all of them in one datagram (RFC 6891). No address
+// is an error.
 func resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	q := bits.BigEndian.AppendUint16(nil, 0x7766)
-	q = append(q, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0) // recursion desired, one question
+	q = append(q, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1) // recursion desired, one question, one more record
 	for label := range strings.SplitSeq(name, ".") {
 		q = append(append(q, byte(len(label))), label...)
 	}
 	q = append(q, 0, 0, 1, 0, 1) // A, IN
+	asked := len(q)
+	q = append(q, 0, 0, 41, 16, 0, 0, 0, 0, 0, 0, 0) // OPT: 4,096 bytes
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "udp", "127.0.0.11:53")
 	if err != nil {
@@ -191,10 +194,10 @@ func resolve(ctx context.Context, name string) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
-	if n < len(q) || b[3]&0x0f != 0 {
+	if n < asked || b[3]&0x0f != 0 {
 		return nil, fmt.Errorf("name %s: rcode %d", name, b[3]&0x0f)
 	}
-	addrs := answersIn(b[len(q):n], int(bits.BigEndian.Uint16(b[6:])))
+	addrs := answersIn(b[asked:n], int(bits.BigEndian.Uint16(b[6:])))
 	if len(addrs) == 0 {
 		return nil, fmt.Errorf("name %s has no address", name)
 	}
