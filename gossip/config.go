@@ -21,7 +21,7 @@ type Transport = memberlist.NodeAwareTransport
 //	suspicionMult x max(1, log10(members)) x probeInterval
 //
 // once a second member suspects it too, and maxSuspicion times that until then.
-// Among few a dead node is thus failed 6 s after the first suspicion. It is out of sight before
+// Among few a dead node is thus failed 4 s after the first suspicion. It is out of sight before
 // (watch.go), without membership being told: a verdict of membership is spread, and has to
 // be refuted. So membership has time: where a way and back takes longer than
 // probeTimeout, or a node waits for the processor as long, everybody is suspect again and again, and only
@@ -30,7 +30,7 @@ type Transport = memberlist.NodeAwareTransport
 const (
 	probeInterval = time.Second
 	probeTimeout  = 500 * time.Millisecond
-	suspicionMult = 6
+	suspicionMult = 4
 	maxSuspicion  = 3
 	awareness     = 8
 
