@@ -281,12 +281,12 @@ var hostsAtOnce = 2 * runtime.NumCPU()
 
 // joinsAtOnce is how many of so many hosts join at a time. Those that have joined are work,
 // too, above all for the manager, which gets no more of the processors than each of them:
-// among many half of the processors are left to that.
+// among many one for each processor.
 func joinsAtOnce(hosts int) int {
 	if hosts <= 16 {
 		return hostsAtOnce
 	}
-	return max(1, runtime.NumCPU()/2)
+	return runtime.NumCPU()
 }
 
 // bringUp starts the daemons that do not run, hostsAtOnce, then forms or completes the
