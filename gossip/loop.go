@@ -314,7 +314,7 @@ func (l *loop) hear(from weft.ID) {
 	if l.watch.changed {
 		l.show()
 	}
-	if wasApart && (!l.watch.isCrowd() || l.watch.isBeside(from)) {
+	if wasApart {
 		l.apart = from
 		l.makeUp()
 	}
@@ -324,9 +324,7 @@ func (l *loop) hear(from weft.ID) {
 // began to suspect in the silence, and was not told otherwise, would come true seconds
 // after the silence: each side suspects the other still, has spread that, and spreads it no
 // more. One exchange is enough for all that the two know, so there is one a second, and
-// among many, to whom it is longer, ten a second of all nodes. Among many only those beside
-// the member, in order, do it: one that was late because it had too much to do would else
-// have an exchange with each.
+// among many, to whom it is longer, ten a second of all nodes.
 func (l *loop) makeUp() {
 	now := time.Now()
 	if l.apart == "" || now.Before(l.nextMakeUp) {

@@ -351,19 +351,6 @@ func (w *watch) watching(now time.Time) map[weft.ID]bool {
 	return out
 }
 
-// isBeside reports whether a member is one of the two after this node or the two before
-// it, in order: among many, those who do for all what each could do for himself.
-func (w *watch) isBeside(id weft.ID) bool {
-	me, _ := slices.BinarySearch(w.ring, w.self)
-	n := len(w.ring)
-	for _, step := range []int{1, 2, n - 1, n - 2} {
-		if w.ring[(me+step+n)%n] == id {
-			return true
-		}
-	}
-	return false
-}
-
 func (w *watch) step(now time.Time, p *watched, isWatched bool) {
 	due := !p.next.IsZero() && !now.Before(p.next)
 	switch {

@@ -116,14 +116,12 @@ func withPort(remote string) (string, error) {
 	return net.JoinHostPort(host, port), nil
 }
 
+// dialJoin has a limit for each of the two steps, where tls.Dialer has one for both. cfg
+// checks the manager by its certificate's root and names no server.
 func dialJoin(ctx context.Context, remote string, cfg *tls.Config) (*tls.Conn, error) {
 	plain, err := (&net.Dialer{Timeout: joinDialTimeout}).DialContext(ctx, "tcp", remote)
 	if err != nil {
 		return nil, err
-	}
-	cfg = cfg.Clone()
-	if cfg.ServerName == "" { // as tls.Dial does
-		cfg.ServerName, _, _ = net.SplitHostPort(remote)
 	}
 	ctx, cancel := context.WithTimeout(ctx, joinHandshakeTimeout)
 	defer cancel()
