@@ -20,9 +20,9 @@ import (
 // Bounds of a join.
 const (
 	joinDialTimeout = 5 * time.Second
-	// joinHandshakeTimeout bounds the handshake with one who is there: a busy manager
-	// takes its time, as long as it gives itself (ServerConfig).
-	joinHandshakeTimeout = 10 * time.Second
+	// handshakeTimeout bounds the handshake of a join with one who is there, and a
+	// server's: a busy manager takes its time, and has as long as it gives itself.
+	handshakeTimeout = 10 * time.Second
 	// joinTimeout bounds the leader's decision, which waits for a majority,
 	// and an election before it.
 	joinTimeout = 30 * time.Second
@@ -50,7 +50,7 @@ type Joined struct {
 
 // Join makes this node a member: it finds a manager that proves to be of the
 // token's cluster, shows the token and gets a certificate. It blocks for at
-// most joinDialTimeout for each address that does not answer, joinHandshakeTimeout for
+// most joinDialTimeout for each address that does not answer, handshakeTimeout for
 // each that is no manager, and joinTimeout for the one that is.
 //
 // Errors: weft.ErrInvalid for a malformed token or one of another cluster
@@ -123,7 +123,7 @@ func dialJoin(ctx context.Context, remote string, cfg *tls.Config) (*tls.Conn, e
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, joinHandshakeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	c := tls.Client(plain, cfg)
 	if err := c.HandshakeContext(ctx); err != nil {

@@ -87,7 +87,7 @@ func (c ServerConfig) withDefaults() ServerConfig {
 		c.Now = time.Now
 	}
 	if c.HandshakeTimeout == 0 {
-		c.HandshakeTimeout = 10 * time.Second
+		c.HandshakeTimeout = handshakeTimeout
 	}
 	if c.MaxHandshakes == 0 {
 		c.MaxHandshakes = 256
