@@ -23,14 +23,16 @@ import (
 //	any of them ── a frame of it, or another's word that it lives ──► heard
 //
 // Among many (crowd) the same is done by few: only the two who watch a member tell all,
-// those whom they have asked to help ask at half the pace, and all who were told ask twice
-// and then others. Else a member that is late by a little gets a thousand
+// three times, as one in ten is lost; those whom they have asked to help ask at half the
+// pace, and all who were told a few times. Else a member that is late by a little gets a thousand
 // questions a second and everybody a thousand words about it, and on a machine that has no
-// processor to spare for that all are late for ever (TestWatchStarved).
+// processor to spare for that all are late for ever (TestWatchStarved). Who asks so seldom
+// has seen little: it does not pass on the silence that it was told of, only its own.
 //
 // Whoever doubts also asks three others again and again: where only the way between
 // two is broken, they say so. A node that was kept from running does not
-// count that time: the answers may be in its queue.
+// count that time: the answers may be in its queue. Nor does it believe how long a silence
+// has lasted by what it then reads, which may be as old.
 type watch struct {
 	self weft.ID
 	rand *rand.Rand
@@ -55,7 +57,8 @@ type watched struct {
 	// has seen; zero: it owes no answer. first is our own first question.
 	since, first time.Time
 	asked        int           // own questions since first
-	told         int           // how far others know: helpersAsked, allTold
+	told         int           // how often this node has told all of its silence
+	hasHelpers   bool          // this node has asked three others
 	by           cause         // of the silence's beginning here
 	next         time.Time     // of the next question; zero: none
 	patience     time.Duration // for an answer, as long as they take
@@ -67,13 +70,6 @@ type watched struct {
 
 // watchCounts are counted since the start.
 type watchCounts struct{ doubts, silences uint64 }
-
-// Steps of watched.told.
-const (
-	helpersAsked = 1 + iota
-	allTold
-	allToldAgain // in a crowd
-)
 
 // cause is how a silence began for a node: by its own question, as one who is asked to
 // help, or as one of all who were told.
@@ -105,10 +101,13 @@ const (
 	knockAgain  = 50 * time.Millisecond
 	// crowd is the number of members above which few ask for all.
 	crowd = 16
-	// helpers are asked after asksAfter, all are told after tellsAfter.
+	// helpers are asked after asksAfter, all are told after tellsAfter; in a crowd also
+	// tellsEvery and twice that later, when who is told can still ask for silentOwn.
 	helpers    = 3
 	asksAfter  = 300 * time.Millisecond
 	tellsAfter = 400 * time.Millisecond
+	tellsEvery = 250 * time.Millisecond
+	tellsCrowd = 3
 	// doubtAfter a silence is told to readers, who may make their own inquiries.
 	doubtAfter = 500 * time.Millisecond
 	// lastAsks is when the last inquiries with others begin.
@@ -117,9 +116,10 @@ const (
 	// silentOwn is how long, and silentAsked how often, a node itself asks.
 	silentOwn   = 500 * time.Millisecond
 	silentAsked = 6
-	// toldAsked is silentAsked of one who was told, in a crowd.
-	toldAsked = 2
-	// vouchAgain is the pause after which such a one asks three others again.
+	// toldAsked is silentAsked of one who was told, in a crowd. It asks every toldAgain,
+	// and after lastAsks, with three others, every vouchAgain.
+	toldAsked  = 2
+	toldAgain  = 400 * time.Millisecond
 	vouchAgain = 150 * time.Millisecond
 	// silentAgain paces questions to a silent member.
 	silentAgain = 500 * time.Millisecond
@@ -206,7 +206,7 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 func (w *watch) clear(now time.Time, p *watched) {
 	w.changed = w.changed || p.isDoubted || p.isSilent
 	p.isDoubted, p.isSilent, p.askers = false, false, nil
-	p.since, p.first, p.asked, p.told, p.by = time.Time{}, time.Time{}, 0, 0, ownQuestion
+	p.since, p.first, p.asked, p.told, p.hasHelpers, p.by = time.Time{}, time.Time{}, 0, 0, false, ownQuestion
 	if !p.next.IsZero() {
 		p.next = now.Add(p.rest - w.some(p.rest/4))
 	}
@@ -246,6 +246,9 @@ func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
 	}
 	// What this node has seen of it goes before what it is told.
 	since := now.Add(-min(m.silence, silentAfter))
+	if now.Before(w.notBefore) {
+		since = now // it may have lain in the queue for as long as this node was late
+	}
 	for _, t := range []time.Time{p.heard, p.vouched} {
 		if t.After(since) {
 			since = t
@@ -272,7 +275,7 @@ func (w *watch) again(now time.Time, p *watched) time.Duration {
 	case p.by == asHelper:
 		return 2 * knockAgain
 	case now.Sub(p.since) < lastAsks:
-		return lastAsks - now.Sub(p.since)
+		return min(lastAsks-now.Sub(p.since), toldAgain)
 	}
 	return vouchAgain
 }
@@ -397,30 +400,37 @@ func (w *watch) doubt(now time.Time, p *watched, due bool) {
 		return
 	}
 	isOneOfAll := w.isCrowd() && p.by == asOneOfAll
-	if isOneOfAll && p.asked >= toldAsked {
-		p.next = now.Add(vouchAgain)
-	} else {
-		defer func() { w.ask(now, p, w.again(now, p)) }()
-	}
+	defer func() { w.ask(now, p, w.again(now, p)) }()
 	if silence < asksAfter || isOneOfAll && silence < lastAsks {
 		return
 	}
 	others := slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
 		return id == w.self || id == p.id || w.of[id].isSilent
 	})
-	tells := !w.isCrowd() || p.by == ownQuestion
+	says := silence
 	switch {
-	case tells && p.told < allTold && silence >= tellsAfter && silence < lastAsks:
-		p.told = allTold
-		w.send(doubt{p.id, silence}, others...)
-	case w.isCrowd() && tells && p.told < allToldAgain && silence >= lastAsks:
-		p.told = allToldAgain
-		w.send(doubt{p.id, silence}, others...)
-	case p.told < helpersAsked || silence >= lastAsks:
-		p.told = max(p.told, helpersAsked)
-		w.rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
-		w.send(doubt{p.id, silence}, others[:min(len(others), helpers)]...)
+	case isOneOfAll:
+		says = 0
+	case w.isCrowd() && p.by == asHelper:
+		says = min(silence, now.Sub(p.first))
 	}
+	switch {
+	case w.tellsAll(p, silence):
+		p.told++
+		w.send(doubt{p.id, says}, others...)
+	case !p.hasHelpers && p.told == 0 || silence >= lastAsks:
+		p.hasHelpers = true
+		w.rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
+		w.send(doubt{p.id, says}, others[:min(len(others), helpers)]...)
+	}
+}
+
+// tellsAll reports whether it is time to tell all of a silence, once or once more.
+func (w *watch) tellsAll(p *watched, silence time.Duration) bool {
+	if w.isCrowd() {
+		return p.by == ownQuestion && p.told < tellsCrowd && silence >= tellsAfter+time.Duration(p.told)*tellsEvery
+	}
+	return p.told == 0 && silence >= tellsAfter && silence < lastAsks
 }
 
 // verdict is the earliest moment at which a member is given up.

@@ -284,7 +284,7 @@ func TestWatchDead(t *testing.T) {
 // TestWatchStalls: nodes that get no processor for half a second to a second, some of
 // them at once, are not taken for silent, and do not take others for silent.
 func TestWatchStalls(t *testing.T) {
-	length := 2 * time.Minute
+	length := 10 * time.Minute
 	if *Long {
 		length = time.Hour
 	}
