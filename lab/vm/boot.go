@@ -100,15 +100,12 @@ func note(values map[string]string, line string) error {
 func (m *Machine) qemuArgs(args []string) []string {
 	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
 	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
-	if !m.cfg.Counted {
+	if !m.cfg.Counted || m.cfg.Leaps {
 		// Short grace periods: most that tests do is namespaces and links that
 		// come and go, each of which waits for one. It changes what costs what.
-		cmdline += " rcupdate.rcu_expedited=1"
-	}
-	if !m.cfg.Counted || m.cfg.Leaps {
 		// What QEMU has translated it keeps by address: at random ones each start of
 		// a program would be translated anew.
-		cmdline += " norandmaps"
+		cmdline += " rcupdate.rcu_expedited=1 norandmaps"
 	}
 	// A string instruction is emulated step by step, and counts once for each: without
 	// ERMS the kernel copies by words, as many instructions as a real copy costs.

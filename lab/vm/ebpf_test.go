@@ -19,7 +19,7 @@ func TestEBPFOnOldKernel(t *testing.T) {
 	for name, pkg := range map[string]string{"vxlan": "vxlan/bpf", "ingress": "ingress/bpf", "bridge": "vxlan/linux"} {
 		files["/usr/bin/"+name+".test"] = testsOf(t, pkg)
 	}
-	m := build(t, files, `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, Counted: true, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge veth nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack; do modprobe $m; done
 export WEFT_TEST_REQUIRE=userns,root,clsact
@@ -32,7 +32,7 @@ bridge.test -test.v -test.timeout 5m -test.run '^Test(Express|ExpressIsAsAWholeP
 weft lab up --hosts 1 --overlay-engine ebpf; say up $?
 say chosen $(DOCKER_HOST=unix:///run/weft/lab/lab/h1/weft.sock weft info | grep 'overlay engine ebpf')
 weft lab down; say down $?
-`)
+`})
 	r := boot(t, m)
 	logTests(t, r)
 	want(t, r, map[string]string{"overlay": "0", "packets": "0", "repairs": "0", "service": "0", "express": "0", "up": "0", "down": "0"})
@@ -81,7 +81,7 @@ func TestNetkit(t *testing.T) {
 	besideAnother(t)
 	files := weftFiles(t)
 	files["/usr/bin/vxlan.test"], files["/usr/bin/ingress.test"] = testsOf(t, "vxlan/bpf"), testsOf(t, "ingress/bpf")
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), CPUs: 1, Files: files, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Counted: true, Leaps: true, Files: files, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge veth nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack; do modprobe $m; done
 export WEFT_TEST_REQUIRE=userns,root,netkit
@@ -99,8 +99,7 @@ n=0; until weft info | grep -q 'overlay engine ebpf: chosen'; do n=$((n+1)); [ $
 say engine $(weft info | grep 'overlay engine ebpf')
 weft lab down; say down $?
 `})
-	// Its check of the timer fails on a machine that lets the guest wait.
-	r := boot(t, m, "no_timer_check")
+	r := boot(t, m)
 	logTests(t, r)
 	want(t, r, map[string]string{"chosen": "0", "kept": "0", "packets": "0", "repairs": "0", "sockets": "0", "service": "0", "published": "0", "down": "0"})
 	passed(t, r, "TestChoice", "TestNothingPassesWithoutItsProgram", "TestPortsKeepTheirKind/netkit_then_tcx", "TestTooBigIsAnswered/netkit/ipv6=true",

@@ -19,13 +19,13 @@ func TestEncryptionInKernel(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build the tests of vxlan/wg: %v\n%s", err, out)
 	}
-	m := build(t, map[string]string{"/usr/bin/wg.test": bin}, `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: map[string]string{"/usr/bin/wg.test": bin}, Counted: true, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in wireguard vxlan bridge veth tun nf_tables nft_chain_nat nft_reject_bridge nf_conntrack_netlink; do modprobe $m; done
 mkdir -p /tmp
 WEFT_TEST_REQUIRE=userns,root WEFT_TEST_WIREGUARD=kernel wg.test -test.v -test.timeout 20m
 say tests $?
-`)
+`})
 	r := boot(t, m)
 	for line := range strings.Lines(r.Console) {
 		if strings.Contains(line, "--- ") || strings.Contains(line, "_test.go") {

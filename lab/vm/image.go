@@ -41,7 +41,8 @@ type Config struct {
 	// Leaps, of a guest that is Counted, has idle time leapt over: the clock is at the
 	// next timer at once. Nothing in the guest is late, however slow or busy the machine
 	// is, but for what comes from outside it: while the disk is read the clock runs
-	// away, by minutes. So a guest that leaps works in memory.
+	// away, by minutes. So a guest that leaps works in memory: before Init all its
+	// programs and modules are read, and /var/lib/weft is a tmpfs.
 	Leaps bool
 	// Cables are pairs of virtio network cards of the guest, each pair joined by
 	// nothing but a hub; CardMAC tells them apart. A packet is at the other card as
@@ -155,8 +156,12 @@ func (m *Machine) makeRoot(ctx context.Context, root, busybox string) error {
 			return err
 		}
 	}
+	script := m.cfg.Init
+	if m.cfg.Leaps {
+		script = memoryInit + script
+	}
 	for name, text := range map[string]string{
-		"sbin/init": guestInit, "etc/weft-init": m.cfg.Init,
+		"sbin/init": guestInit, "etc/weft-init": script,
 		"etc/hostname": "weft-vm\n", "etc/hosts": "127.0.0.1 localhost\n", "etc/resolv.conf": "",
 		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\n", "etc/group": "root:x:0:\n",
 	} {
@@ -189,6 +194,12 @@ cd /root
 sh /etc/weft-init </dev/null
 sync
 poweroff -f
+`
+
+// memoryInit comes before the script of a guest that leaps.
+const memoryInit = `mkdir -p /var/lib/weft
+mount -t tmpfs -o size=75% tmpfs /var/lib/weft
+find /bin /sbin /lib /usr -type f -exec cat {} + >/dev/null
 `
 
 // bootInit is the first process of the initramfs: it finds the disk.

@@ -117,8 +117,7 @@ func writeSoak(t *testing.T, m *Machine, commit string, began time.Time, text st
 	}
 }
 
-// lossyInit reads hosts= and seconds= from the kernel's command line. All that it
-// needs is in memory before it begins. Each look asks another daemon for the states
+// lossyInit reads hosts= and seconds= from the kernel's command line. Each look asks another daemon for the states
 // of all nodes, and for the names in the namespaces of all tasks. What fails is told in
 // lines that begin with LOSSY.
 const lossyInit = `
@@ -127,9 +126,6 @@ word() { sed -n "s/.*$1=\([0-9]*\).*/\1/p" /proc/cmdline; }
 now() { cut -d. -f1 /proc/uptime; }
 N=$(word hosts); S=$(word seconds)
 for m in vxlan bridge br_netfilter veth overlay nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack nf_conntrack_netlink nft_reject_bridge sch_netem; do modprobe $m; done
-mkdir -p /var/lib/weft
-mount -t tmpfs -o size=3g tmpfs /var/lib/weft
-find /bin /sbin /lib /usr -type f -not -path '*/modules/*' -exec cat {} + >/dev/null
 on() { h=$1; shift; DOCKER_HOST=unix:///run/weft/lab/lab/$h/weft.sock weft "$@"; }
 # repeats a command for 5 minutes at most
 until_ok() {

@@ -90,12 +90,14 @@ judge() {
 # scheduler's own (SCHED_IDLE, nice) counts among a session's processes only.
 idle=
 for root in /sys/fs/cgroup/cpu /sys/fs/cgroup; do
-  mkdir -p "$root/weft-tests" 2>/dev/null || continue
-  if [ -e "$root/weft-tests/cpu.idle" ] && echo 1 >"$root/weft-tests/cpu.idle"; then
-    idle=$root/weft-tests
+  group=$root/weft-tests-$$
+  rmdir "$root"/weft-tests-* 2>/dev/null # of runs that were killed
+  mkdir "$group" 2>/dev/null || continue
+  if [ -e "$group/cpu.idle" ] && echo 1 >"$group/cpu.idle"; then
+    idle=$group
     break
   fi
-  rmdir "$root/weft-tests"
+  rmdir "$group"
 done
 # What is left in it when this ends early is ours, and ends with it.
 end_idle() {
@@ -151,6 +153,13 @@ tier build make -s build
 tier vet go vet -tags "$TAGS lab vm" ./...
 tier staticcheck go run "$STATICCHECK" -tags "${TAGS// /,},lab,vm" ./...
 
+# The guests' clocks count instructions: nothing in them is late because of what else the
+# machine does, so they take what the tests of the kernel and the labs, which mostly
+# wait, leave of it.
+guests=(env CGO_ENABLED=0 go test -count=1 -v -timeout 75m -parallel 16 -tags "$TAGS vm" ./lab/vm)
+need runc qemu busybox kernel kernel-new && vm=yes || { vm=; vm_reason=$reason; }
+[ -z "$vm" ] || begin 3-vm "${guests[@]}"
+
 # Tests of the kernel mostly wait for it: four packages at once keep two processors
 # busy, and those that take longest begin first.
 longest=(./vxlan/bpf ./vxlan/wg ./ingress/nft ./agent/runtime/containerd ./api)
@@ -194,12 +203,6 @@ lab_tier() {
     without "$1" root "$runc_reason"
   fi
 }
-
-# The guests' clocks count instructions: nothing in them is late because of what else the
-# machine does, so they take what the labs, which mostly wait, leave of it.
-guests=(env CGO_ENABLED=0 go test -count=1 -v -timeout 60m -parallel 16 -tags "$TAGS vm" ./lab/vm)
-need runc qemu busybox kernel kernel-new && vm=yes || { vm=; vm_reason=$reason; }
-[ -z "$vm" ] || begin 3-vm "${guests[@]}"
 
 lab_tier 2-lab 'Lab|Faults'
 # The must-hold tests on the engine that is not this machine's first choice.

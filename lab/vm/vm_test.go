@@ -19,9 +19,9 @@ import (
 	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
-// bootLimit bounds one boot with its work. The longest, the encryption's, takes
-// under 4 minutes alone on two idle cores; a loaded machine is given more.
-const bootLimit = 25 * time.Minute
+// bootLimit bounds one boot with its work. The longest, the demo's, takes 5 minutes of a
+// processor, of which it may get little: guests run beside everything else (tiers.sh).
+const bootLimit = 50 * time.Minute
 
 // need ends the test when the machine lacks something: as a skip, or as a
 // failure where the VM lane is required.
@@ -244,9 +244,6 @@ func TestDemo(t *testing.T) {
 	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Files: weftFiles(t), MemoryMiB: 3072, Counted: true, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge br_netfilter veth overlay nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack nf_conntrack_netlink nft_reject_bridge; do modprobe $m; done
-mkdir -p /var/lib/weft
-mount -t tmpfs tmpfs /var/lib/weft
-find /bin /sbin /lib /usr -type f -not -path '*/modules/*' -exec cat {} + >/dev/null
 # The demo leaves nothing, its logs neither.
 (while sleep 1; do cp /var/lib/weft/lab/lab/*.log /tmp 2>/dev/null; done) &
 weft lab demo; say demo $?
