@@ -102,9 +102,9 @@ func (m *Machine) qemuArgs(args []string) []string {
 	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
 	if !m.cfg.Counted || m.cfg.Leaps {
 		// Short grace periods: most that tests do is namespaces and links that
-		// come and go, each of which waits for one. It changes what costs what.
-		// What QEMU has translated it keeps by address: at random ones each start of
-		// a program would be translated anew.
+		// come and go, each of which waits for one. And what QEMU has translated it
+		// keeps by address: at random ones each start of a program would be
+		// translated anew. Both change what costs what.
 		cmdline += " rcupdate.rcu_expedited=1 norandmaps"
 	}
 	// A string instruction is emulated step by step, and counts once for each: without

@@ -117,9 +117,9 @@ func writeSoak(t *testing.T, m *Machine, commit string, began time.Time, text st
 	}
 }
 
-// lossyInit reads hosts= and seconds= from the kernel's command line. Each look asks another daemon for the states
-// of all nodes, and for the names in the namespaces of all tasks. What fails is told in
-// lines that begin with LOSSY.
+// lossyInit reads hosts= and seconds= from the kernel's command line. Each look asks
+// another daemon for the states of all nodes, and for the names in the namespaces of all
+// tasks. What fails is told in lines that begin with LOSSY.
 const lossyInit = `
 say() { echo "WEFT-RESULT $*"; }
 word() { sed -n "s/.*$1=\([0-9]*\).*/\1/p" /proc/cmdline; }
