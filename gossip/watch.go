@@ -27,7 +27,7 @@ import (
 // pace, and all who were told a few times. Else a member that is late by a little gets a thousand
 // questions a second and everybody a thousand words about it, and on a machine that has no
 // processor to spare for that all are late for ever (TestWatchStarved). Who asks so seldom
-// has seen little: it does not pass on the silence that it was told of, only its own.
+// has seen little: a helper passes on its own part of the silence, one who was told nothing.
 //
 // Whoever doubts also asks three others again and again: where only the way between
 // two is broken, they say so. A node that was kept from running does not

@@ -110,9 +110,6 @@ func (m *Machine) qemuArgs(args []string) []string {
 	// A string instruction is emulated step by step, and counts once for each: without
 	// ERMS the kernel copies by words, as many instructions as a real copy costs.
 	model := "max,la57=off,erms=off,fsrm=off"
-	if m.cfg.CPUs == 1 && !m.cfg.Counted {
-		cmdline += " tsc=reliable no_timer_check"
-	}
 	processor := []string{"-accel", "tcg,thread=multi", "-cpu", model, "-smp", strconv.Itoa(m.cfg.CPUs)}
 	if m.cfg.Counted {
 		sleep := "on"

@@ -91,7 +91,9 @@ judge() {
 idle=
 for root in /sys/fs/cgroup/cpu /sys/fs/cgroup; do
   group=$root/weft-tests-$$
-  rmdir "$root"/weft-tests-* 2>/dev/null # of runs that were killed
+  for old in "$root"/weft-tests-*; do # of runs that were killed
+    [ -d "/proc/${old##*-}" ] || rmdir "$old" 2>/dev/null
+  done
   mkdir "$group" 2>/dev/null || continue
   if [ -e "$group/cpu.idle" ] && echo 1 >"$group/cpu.idle"; then
     idle=$group

@@ -19,7 +19,7 @@ import (
 	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
-// bootLimit bounds one boot with its work. The longest, the demo's, takes 5 minutes of a
+// bootLimit bounds one boot with its work. The longest, the demo's, takes 3 minutes of a
 // processor, of which it may get little: guests run beside everything else (tiers.sh).
 const bootLimit = 50 * time.Minute
 
