@@ -34,10 +34,10 @@ const (
 	maxSuspicion  = 3
 	awareness     = 8
 
-	// gossipInterval and gossipNodes spread news of members: 100 ms and 3
-	// reach 100 members in about half a second.
+	// gossipInterval and gossipNodes spread news of members: 100 ms and 2
+	// reach 200 members in about half a second.
 	gossipInterval = 100 * time.Millisecond
-	gossipNodes    = 3
+	gossipNodes    = 2
 	// pushPull is the period of memberlist's full exchange with one member.
 	pushPull = 15 * time.Second
 

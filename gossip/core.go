@@ -45,7 +45,9 @@ type core struct {
 	waiting  map[key][]*update // deltas whose base has not come, in one part
 	suspects map[weft.ID]*suspect
 	repairs  map[weft.ID]*repair
+	vain     vain
 	gap      time.Duration // how late a packet may be before it counts as lost
+	wanting  wanting
 
 	flushes pace
 	wantAt  time.Time // not after the first of missing is due; zero: none is
@@ -167,7 +169,7 @@ func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
 		self: self, rand: r, prove: p, last: stamp{epoch: epoch},
 		own: own{nets: map[weft.ID]*ownNet{}}, peers: map[weft.ID]*peer{}, nets: map[weft.ID]*network{},
 		flights: newFlights(), missing: map[key]*miss{}, waiting: map[key][]*update{},
-		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, gap: minGap,
+		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, gap: minGap, wanting: wanting{size: wantingBegin},
 	}
 	c.peers[self] = &peer{id: self, live: true, shown: true}
 	c.live = []weft.ID{self}

@@ -91,6 +91,10 @@ func (l *loop) run(ctx context.Context) error {
 			l.listen()
 		case f := <-l.mux.frames:
 			l.receive(f)
+			// What is there is taken together: its outcome is shown and told once.
+			for range min(len(l.mux.frames), maxTogether) {
+				l.receive(<-l.mux.frames)
+			}
 		case <-l.members:
 			l.lookAtMembers()
 		case <-seeds.C:
@@ -105,6 +109,9 @@ func (l *loop) run(ctx context.Context) error {
 		l.sendAll(due)
 	}
 }
+
+// maxTogether bounds how many frames are taken before what follows from them is sent.
+const maxTogether = 32
 
 // listen gives the watch its time, after all that has come: a member's answer may
 // lie there.
@@ -223,29 +230,26 @@ func (l *loop) show() {
 	l.g.setMembers(time.Now(), live)
 }
 
-// tell logs who came and who went.
+// tell logs who came and who went. Both lists are in order.
 func (l *loop) tell(live []Member) {
 	before, _ := l.g.Members()
-	was, is := map[weft.ID]bool{}, map[weft.ID]bool{}
-	for _, m := range before {
-		was[m.ID] = true
-	}
-	for _, m := range live {
-		is[m.ID] = true
-		if !was[m.ID] {
-			l.g.cfg.Log.Info("member is alive", weft.KeyPeer, m.ID, "addr", m.Addr)
-		}
-	}
-	for _, m := range before {
-		if !is[m.ID] {
-			why := "left"
+	for len(before) > 0 || len(live) > 0 {
+		switch {
+		case len(before) > 0 && len(live) > 0 && before[0].ID == live[0].ID:
+			before, live = before[1:], live[1:]
+		case len(before) == 0 || len(live) > 0 && live[0].ID < before[0].ID:
+			l.g.cfg.Log.Info("member is alive", weft.KeyPeer, live[0].ID, "addr", live[0].Addr)
+			live = live[1:]
+		default:
+			id, why := before[0].ID, "left"
 			switch {
-			case slices.Contains(l.dead, m.ID):
+			case slices.Contains(l.dead, id):
 				why = "failed"
-			case l.watch.isSilent(m.ID):
+			case l.watch.isSilent(id):
 				why = "silent"
 			}
-			l.g.cfg.Log.Info("member is gone", weft.KeyPeer, m.ID, "why", why)
+			l.g.cfg.Log.Info("member is gone", weft.KeyPeer, id, "why", why)
+			before = before[1:]
 		}
 	}
 }
@@ -307,14 +311,14 @@ func (l *loop) receive(f inFrame) {
 }
 
 // hear takes a sign of life. Who was silent is in sight again before its frame is
-// looked at.
+// looked at; who was doubted is so with what else has come.
 func (l *loop) hear(from weft.ID) {
-	wasApart := l.watch.isSilent(from) || l.watch.isDoubted(from)
+	wasSilent, wasDoubted := l.watch.isSilent(from), l.watch.isDoubted(from)
 	l.watch.hear(time.Now(), from)
-	if l.watch.changed {
+	if wasSilent {
 		l.show()
 	}
-	if wasApart {
+	if wasSilent || wasDoubted {
 		l.apart = from
 		l.makeUp()
 	}

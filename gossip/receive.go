@@ -27,6 +27,9 @@ func (c *core) receive(now time.Time, from weft.ID, m message, stream bool) {
 			c.send(&have{nets: c.sums(from)}, false, from)
 		}
 	case done:
+		if r := c.repairs[from]; r != nil {
+			c.vain.ended(now, r.isOfUse, len(c.live))
+		}
 		delete(c.repairs, from)
 	}
 	c.advance(now)
@@ -60,8 +63,9 @@ func (c *core) receiveUpdate(now time.Time, from weft.ID, m *update) {
 	}
 	if known == m.stamp {
 		c.counts.stale++
-		if m.tree == noTree && f.came && f.asked {
-			// What was asked for came by itself: packets are later than thought.
+		if m.tree == noTree && f.asked && (f.came || f.again) {
+			// What was asked for came by itself, or was asked for twice and came twice:
+			// packets are later than thought.
 			f.asked = false
 			c.gap = min(2*c.gap, maxGap)
 		}
@@ -73,10 +77,16 @@ func (c *core) receiveUpdate(now time.Time, from weft.ID, m *update) {
 	}
 	whole := *m
 	whole.part, whole.parts, whole.body = 0, 1, b
+	c.isOfUse(from)
+	lacked := c.missing[key{m.network, m.owner}]
 	if c.use(now, from, n, &whole) {
 		f.came = m.tree < noTree
+		if lacked != nil {
+			f.asked, f.again = f.asked || lacked.tries > 0, lacked.tries > 1
+		}
 		if f.asked && !f.came {
 			c.gap = max(c.gap*7/8, minGap)
+			c.wanting.got++
 		}
 		c.useWaiting(now, n, m.owner)
 	}
@@ -256,6 +266,7 @@ type flight struct {
 	sent  [noTree]uint64 // by part: passed on in that tree
 	came  bool           // by a tree, and was used
 	asked bool           // for, as it seemed lost
+	again bool           // more than once
 }
 
 // Bounds of what is kept of updates under way.

@@ -28,8 +28,33 @@ type suspect struct {
 
 // repair compares networks with one member.
 type repair struct {
-	end  time.Time
-	nets []weft.ID
+	end     time.Time
+	nets    []weft.ID
+	isOfUse bool // one of the two lacked something
+}
+
+// vain paces repairs by how many have found nothing in a row, or have not been answered.
+// Two that think different members alive have different hashes all the time.
+type vain struct {
+	count int
+	until time.Time
+}
+
+// vainPause follows the first repair in vain and is doubled by each; vainShare of each
+// member bounds it.
+const (
+	vainPause = 250 * time.Millisecond
+	vainShare = 20 * time.Millisecond
+)
+
+// ended takes the end of a repair among so many members.
+func (v *vain) ended(now time.Time, isOfUse bool, members int) {
+	if isOfUse {
+		*v = vain{}
+		return
+	}
+	v.until = now.Add(min(vainPause<<v.count, vainShare*time.Duration(members)))
+	v.count = min(v.count+1, 10)
 }
 
 const (
@@ -107,9 +132,10 @@ func (c *core) advance(now time.Time) {
 	for _, id := range slices.Sorted(maps.Keys(c.repairs)) {
 		if r := c.repairs[id]; !now.Before(r.end) {
 			delete(c.repairs, id)
+			c.vain.ended(now, false, len(c.live))
 			for _, n := range r.nets { // with another, if there is one
 				if others := c.others(n); len(others) > 0 && c.nets[n] != nil {
-					c.suspect(now, n, others[c.rand.IntN(len(others))], 0, now.Add(c.gap))
+					c.suspect(now, n, others[c.rand.IntN(len(others))], 0, later(now.Add(c.gap), c.vain.until))
 				}
 			}
 		}
@@ -136,6 +162,48 @@ func (c *core) hotDigest(now time.Time, n *network) {
 	}
 }
 
+// wanting bounds the tables that are asked for and have not come. Where all have little
+// processor, what is asked for again before its answer has been read makes the answers
+// later still. It grows by each that comes, and is halved when less comes than is late.
+type wanting struct {
+	size int
+	got  int // since it was last looked at
+}
+
+// Bounds of its size; many nodes begin at once with what is between.
+const (
+	wantingMin   = 8
+	wantingBegin = 64
+	wantingMax   = 512
+)
+
+// late takes the number of tables that have not come in time, and reports whether that
+// looks like more than losses.
+func (w *wanting) late(n int) (isMuch bool) {
+	isMuch = n >= wantingMin && w.got == 0
+	if n > w.got {
+		w.size = max(w.size/2, wantingMin)
+	} else {
+		w.size = min(w.size+w.got, wantingMax)
+	}
+	w.got = 0
+	return isMuch
+}
+
+// missed are the keys of what is missing. Owners after this node come first: else all
+// would ask the same one at a time.
+func (c *core) missed() []key {
+	place := func(k key) int {
+		if k.owner < c.self {
+			return 1
+		}
+		return 0
+	}
+	return slices.SortedFunc(maps.Keys(c.missing), func(a, b key) int {
+		return cmp.Or(place(a)-place(b), cmp.Compare(a.owner, b.owner), cmp.Compare(a.network, b.network))
+	})
+}
+
 // wantMissing asks for what has not come: who told of it, then the owner, and at
 // last by a repair.
 func (c *core) wantMissing(now time.Time) {
@@ -144,10 +212,19 @@ func (c *core) wantMissing(now time.Time) {
 	}
 	c.wantAt = time.Time{}
 	asks := map[weft.ID]map[weft.ID][]ownerStamp{}
-	byName := func(a, b key) int {
-		return cmp.Or(cmp.Compare(a.owner, b.owner), cmp.Compare(a.network, b.network))
+	late, open := 0, 0
+	for _, m := range c.missing {
+		if m.tries > 0 {
+			open++
+			if !now.Before(m.due) {
+				late++
+			}
+		}
 	}
-	for _, k := range slices.SortedFunc(maps.Keys(c.missing), byName) {
+	if c.wanting.late(late) {
+		c.gap = min(2*c.gap, maxGap)
+	}
+	for _, k := range c.missed() {
 		m, p := c.missing[k], c.peers[k.owner]
 		if p == nil {
 			delete(c.missing, k)
@@ -157,6 +234,14 @@ func (c *core) wantMissing(now time.Time) {
 			c.wantAt = sooner(c.wantAt, m.due)
 			continue
 		}
+		if m.tries == 0 {
+			if open >= c.wanting.size {
+				m.due = now.Add(max(wantAgain, c.gap))
+				c.wantAt = sooner(c.wantAt, m.due)
+				continue
+			}
+			open++
+		}
 		ask := m.teller
 		if m.tries > 0 && p.live {
 			ask = k.owner
@@ -164,7 +249,7 @@ func (c *core) wantMissing(now time.Time) {
 		if m.tries++; m.tries > wantTries {
 			delete(c.missing, k)
 			if q := c.peers[m.teller]; q != nil && q.live {
-				c.suspect(now, k.network, m.teller, 0, now)
+				c.suspect(now, k.network, m.teller, 0, later(now, c.vain.until))
 			}
 			continue
 		}
@@ -210,6 +295,10 @@ func (c *core) startRepairs(now time.Time) {
 			s.due = now.Add(c.gap)
 			continue
 		}
+		if s.sum != 0 && now.Before(c.vain.until) {
+			s.due = c.vain.until
+			continue
+		}
 		r := &repair{end: now.Add(repairFor)}
 		m := &have{full: true}
 		for _, other := range slices.Sorted(maps.Keys(c.suspects)) {
@@ -222,6 +311,13 @@ func (c *core) startRepairs(now time.Time) {
 		c.repairs[s.peer] = r
 		c.counts.repairs++
 		c.send(m, true, s.peer)
+	}
+}
+
+// isOfUse notes that a repair with a member has found something, if there is one.
+func (c *core) isOfUse(with weft.ID) {
+	if r := c.repairs[with]; r != nil {
+		r.isOfUse = true
 	}
 }
 
@@ -292,6 +388,7 @@ func (c *core) answer(now time.Time, from weft.ID, n *network, ns netStamps, str
 }
 
 func (c *core) receiveWant(now time.Time, from weft.ID, m *want, stream bool) {
+	c.isOfUse(from)
 	for _, ns := range m.nets {
 		for _, it := range ns.items {
 			if it.owner == c.self {

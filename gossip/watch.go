@@ -22,12 +22,14 @@ import (
 //	doubted ── silentAfter in all, and silentOwn of own questions ──► silent
 //	any of them ── a frame of it, or another's word that it lives ──► heard
 //
-// Among many (crowd) the same is done by few: only the two who watch a member tell all,
-// three times, as one in ten is lost; those whom they have asked to help ask at half the
-// pace, and all who were told a few times. Else a member that is late by a little gets a thousand
-// questions a second and everybody a thousand words about it, and on a machine that has no
-// processor to spare for that all are late for ever (TestWatchStarved). Who asks so seldom
-// has seen little: a helper passes on its own part of the silence, one who was told nothing.
+// Among many (crowd) few do that: the two who watch a member, and those whom they ask to
+// help, at half the pace. They give it up by themselves and tell all of it, and the others go
+// by the word of two of them, after a question of their own that was not answered. Of a
+// doubt all are told for their readers' sake, and ask nothing. Else a member that is late by
+// a little gets questions of each and each gets words about it, and on a machine that has no
+// processor to spare for that all are late for ever (TestWatchStarved). For the same reason
+// a node has a store of such words (mayTell), asks the less the more members owe it an answer,
+// and waits the longer the longer all answers take.
 //
 // Whoever doubts also asks three others again and again: where only the way between
 // two is broken, they say so. A node that was kept from running does not
@@ -42,6 +44,13 @@ type watch struct {
 	// notBefore is when the next verdict may be: later, if this node was late.
 	notBefore time.Time
 	out       []envelope
+	// words may be said of others to members of a crowd, as reckoned at wordsAt.
+	words   float64
+	wordsAt time.Time
+	open    int // members that owe an answer
+	// slow is what most members' answers take of late: more than the links if nodes
+	// have to wait for a processor.
+	slow time.Duration
 	// changed: who is doubted or silent has changed; the user clears it.
 	changed bool
 	counts  watchCounts
@@ -57,8 +66,10 @@ type watched struct {
 	// has seen; zero: it owes no answer. first is our own first question.
 	since, first time.Time
 	asked        int           // own questions since first
-	told         int           // how often this node has told all of its silence
-	hasHelpers   bool          // this node has asked three others
+	told         int           // how often this node has told all of its doubt, and then of its verdict
+	accusers     []weft.ID     // who has told this node that it has given it up, in a crowd
+	doubtEnds    time.Time     // when a doubt ends that this node was only told of; zero: it was not
+	helped       int           // how often this node has asked others to help
 	by           cause         // of the silence's beginning here
 	next         time.Time     // of the next question; zero: none
 	patience     time.Duration // for an answer, as long as they take
@@ -81,6 +92,9 @@ const (
 	asOneOfAll
 )
 
+// accusers are needed in a crowd before a node gives a member up by their word.
+const accusers = 2
+
 // Times of the watch, our own choices. A member that gets no processor for a second
 // must be able to answer in time, and a dead one must be out of sight within 1.5 s:
 // silentAfter lies between. At 10 % loss a question goes unanswered one time in five. So
@@ -99,15 +113,21 @@ const (
 	patienceMin = 100 * time.Millisecond
 	patienceMax = 150 * time.Millisecond
 	knockAgain  = 50 * time.Millisecond
+	// slowMost bounds how much longer is waited where all answers take long, and openFew
+	// how many members that owe one are asked so often at a time.
+	slowMost = 500 * time.Millisecond
+	openFew  = 2
 	// crowd is the number of members above which few ask for all.
 	crowd = 16
-	// helpers are asked after asksAfter, all are told after tellsAfter; in a crowd also
-	// tellsEvery and twice that later, when who is told can still ask for silentOwn.
-	helpers    = 3
-	asksAfter  = 300 * time.Millisecond
-	tellsAfter = 400 * time.Millisecond
-	tellsEvery = 250 * time.Millisecond
-	tellsCrowd = 3
+	// helpers are asked after asksAfter, and all are told after tellsAfter. In a crowd that
+	// is helpRounds times, and as often again after lastAsks; all are told after doubtAfter,
+	// after allAskAfter, when they ask, too, and tellsCrowd times of a verdict.
+	helpers     = 3
+	helpRounds  = 2
+	asksAfter   = 300 * time.Millisecond
+	tellsAfter  = 400 * time.Millisecond
+	allAskAfter = time.Second
+	tellsCrowd  = 2
 	// doubtAfter a silence is told to readers, who may make their own inquiries.
 	doubtAfter = 500 * time.Millisecond
 	// lastAsks is when the last inquiries with others begin.
@@ -116,11 +136,14 @@ const (
 	// silentOwn is how long, and silentAsked how often, a node itself asks.
 	silentOwn   = 500 * time.Millisecond
 	silentAsked = 6
-	// toldAsked is silentAsked of one who was told, in a crowd. It asks every toldAgain,
-	// and after lastAsks, with three others, every vouchAgain.
-	toldAsked  = 2
-	toldAgain  = 400 * time.Millisecond
-	vouchAgain = 150 * time.Millisecond
+	// toldAgain paces the questions of one who was told, in a crowd, and toldDoubt is how
+	// long it goes by a doubt.
+	toldAgain = 400 * time.Millisecond
+	toldDoubt = time.Second
+	// wordsEach bounds how often a node tells all at a time, in a crowd: enough for two
+	// that die at once beside it. wordsPace words a second come to what is left.
+	wordsEach = 8
+	wordsPace = 10
 	// silentAgain paces questions to a silent member.
 	silentAgain = 500 * time.Millisecond
 	// freshFor is how old a sign of life may be to speak for a member: less than
@@ -189,7 +212,9 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 		return
 	}
 	if p.asked > 0 && !p.isSilent {
-		if took := now.Sub(p.first); took > p.patience {
+		took := now.Sub(p.first)
+		w.slowness(min(took, slowMost))
+		if took > p.patience {
 			p.patience = min(2*p.patience, patienceMax)
 		} else {
 			p.patience = max(p.patience*7/8, patienceMin)
@@ -202,11 +227,20 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 	w.clear(now, p)
 }
 
+// slowness follows what most answers take: one in five takes longer at 10 % loss.
+func (w *watch) slowness(took time.Duration) {
+	if took > w.slow {
+		w.slow += (took - w.slow) / 16
+	} else {
+		w.slow += (took - w.slow) / 4
+	}
+}
+
 // clear ends a silence.
 func (w *watch) clear(now time.Time, p *watched) {
 	w.changed = w.changed || p.isDoubted || p.isSilent
-	p.isDoubted, p.isSilent, p.askers = false, false, nil
-	p.since, p.first, p.asked, p.told, p.hasHelpers, p.by = time.Time{}, time.Time{}, 0, 0, false, ownQuestion
+	p.isDoubted, p.isSilent, p.askers, p.accusers, p.doubtEnds = false, false, nil, nil, time.Time{}
+	p.since, p.first, p.asked, p.told, p.helped, p.by = time.Time{}, time.Time{}, 0, 0, 0, ownQuestion
 	if !p.next.IsZero() {
 		p.next = now.Add(p.rest - w.some(p.rest/4))
 	}
@@ -218,7 +252,7 @@ func (w *watch) receive(now time.Time, from weft.ID, m message) {
 	case doubt:
 		w.receiveDoubt(now, from, m)
 	case vouch:
-		if p := w.of[m.about]; p != nil && p.id != from && (!p.since.IsZero() || p.isSilent) {
+		if p := w.of[m.about]; p != nil && p.id != from && (!p.since.IsZero() || p.isSilent || p.isDoubted) {
 			// Not forgetting whom it has to answer: that is for hear.
 			askers := p.askers
 			p.vouched, p.rest = now, min(2*p.rest, restMax)
@@ -254,6 +288,17 @@ func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
 			since = t
 		}
 	}
+	if w.isCrowd() && m.silence >= tellsAfter { // all were told
+		w.setDoubted(p)
+		if m.silence < allAskAfter && p.since.IsZero() {
+			p.doubtEnds = now.Add(toldDoubt)
+			return
+		}
+		if m.silence >= silentAfter && !slices.Contains(p.accusers, from) {
+			p.accusers = append(p.accusers, from)
+		}
+	}
+	p.doubtEnds = time.Time{}
 	if p.since.IsZero() || since.Before(p.since) {
 		p.since = since
 	}
@@ -261,31 +306,51 @@ func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
 		if p.by = asHelper; m.silence >= tellsAfter {
 			p.by = asOneOfAll
 		}
-		w.ask(now, p, w.again(now, p))
+		w.ask(now, p, w.again(p))
 	}
+	w.giveUp(now, p)
+}
+
+func (w *watch) setDoubted(p *watched) {
+	if !p.isDoubted {
+		p.isDoubted, w.changed = true, true
+		w.counts.doubts++
+	}
+}
+
+// mayTell reports whether there are words left to tell n members of another one, and to
+// spare, and takes n of them. Only in a crowd they are counted.
+func (w *watch) mayTell(now time.Time, n, spare int) bool {
+	if !w.isCrowd() {
+		return true
+	}
+	size := float64(len(w.ring))
+	if w.wordsAt.IsZero() {
+		w.words = size // a newcomer's
+	} else {
+		w.words = min(wordsEach*size, w.words+wordsPace*now.Sub(w.wordsAt).Seconds())
+	}
+	w.wordsAt = now
+	if w.words < float64(n+spare) {
+		return false
+	}
+	w.words -= float64(n)
+	return true
 }
 
 func (w *watch) isCrowd() bool { return len(w.ring) > crowd }
 
-// again is the pause before the next question to one that owes an answer.
-func (w *watch) again(now time.Time, p *watched) time.Duration {
+// again is the pause before the next question to one that owes an answer. Who waits for
+// many is slow itself, or the machine is.
+func (w *watch) again(p *watched) time.Duration {
+	pause := knockAgain * time.Duration(max(1, w.open/openFew))
 	switch {
 	case !w.isCrowd() || p.by == ownQuestion:
-		return knockAgain
+		return pause
 	case p.by == asHelper:
-		return 2 * knockAgain
-	case now.Sub(p.since) < lastAsks:
-		return min(lastAsks-now.Sub(p.since), toldAgain)
+		return 2 * pause
 	}
-	return vouchAgain
-}
-
-// enough is how often a node has to have asked before it gives a member up.
-func (w *watch) enough(p *watched) int {
-	if w.isCrowd() && p.by == asOneOfAll {
-		return toldAsked
-	}
-	return silentAsked
+	return toldAgain
 }
 
 // ask sends a question; the next is due after pause.
@@ -305,6 +370,12 @@ func (w *watch) ask(now time.Time, p *watched, pause time.Duration) {
 func (w *watch) advance(now time.Time) {
 	w.forgive(now)
 	watching := w.watching(now)
+	w.open = 0
+	for _, p := range w.of {
+		if !p.since.IsZero() && !p.isSilent {
+			w.open++
+		}
+	}
 	for _, id := range w.ring {
 		if p := w.of[id]; p != nil {
 			w.step(now, p, watching[id])
@@ -345,7 +416,7 @@ func (w *watch) watching(now time.Time) map[weft.ID]bool {
 	for _, step := range []int{1, n - 1} {
 		for i := (me + step) % n; i != me; i = (i + step) % n {
 			p := w.of[w.ring[i]]
-			if !p.isSilent && (p.since.IsZero() || now.Sub(p.since) < p.patience) {
+			if !p.isSilent && (p.since.IsZero() || now.Sub(p.since) < p.patience+w.slow) {
 				out[p.id] = true
 				break
 			}
@@ -355,11 +426,15 @@ func (w *watch) watching(now time.Time) map[weft.ID]bool {
 }
 
 func (w *watch) step(now time.Time, p *watched, isWatched bool) {
+	if !p.doubtEnds.IsZero() && !now.Before(p.doubtEnds) {
+		p.isDoubted, p.doubtEnds, p.askers, w.changed = false, time.Time{}, nil, true
+	}
 	due := !p.next.IsZero() && !now.Before(p.next)
 	switch {
 	case p.isSilent:
 		if due {
 			w.ask(now, p, silentAgain)
+			w.accuse(now, p)
 		}
 	case p.since.IsZero() && p.heard.IsZero(): // until it knows us
 		if due {
@@ -372,10 +447,10 @@ func (w *watch) step(now time.Time, p *watched, isWatched bool) {
 		p.next = time.Time{}
 	case p.since.IsZero() && p.next.IsZero(): // each at its own moment
 		if p.next = p.heard.Add(w.some(knockEvery)); p.next.Before(now) {
-			w.ask(now, p, p.patience)
+			w.ask(now, p, p.patience+w.slow)
 		}
 	case p.since.IsZero() && due:
-		w.ask(now, p, p.patience)
+		w.ask(now, p, p.patience+w.slow)
 	case !p.since.IsZero():
 		w.doubt(now, p, due)
 	}
@@ -385,63 +460,119 @@ func (w *watch) some(d time.Duration) time.Duration { return time.Duration(w.ran
 
 // doubt goes on with a member that owes an answer.
 func (w *watch) doubt(now time.Time, p *watched, due bool) {
-	silence := now.Sub(p.since)
-	if !now.Before(w.verdict(p)) && p.asked >= w.enough(p) {
-		p.isDoubted, p.isSilent, w.changed = false, true, true
-		w.counts.silences++
-		p.next = now.Add(silentAgain)
+	if w.giveUp(now, p) {
 		return
 	}
-	if silence >= doubtAfter && !p.isDoubted {
-		p.isDoubted, w.changed = true, true
-		w.counts.doubts++
+	silence := now.Sub(p.since)
+	if silence >= doubtAfter {
+		w.setDoubted(p)
 	}
 	if !due {
 		return
 	}
-	isOneOfAll := w.isCrowd() && p.by == asOneOfAll
-	defer func() { w.ask(now, p, w.again(now, p)) }()
-	if silence < asksAfter || isOneOfAll && silence < lastAsks {
+	defer func() { w.ask(now, p, w.again(p)) }()
+	if silence < asksAfter+w.slow {
 		return
 	}
-	others := slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
-		return id == w.self || id == p.id || w.of[id].isSilent
-	})
-	says := silence
-	switch {
-	case isOneOfAll:
-		says = 0
-	case w.isCrowd() && p.by == asHelper:
-		says = min(silence, now.Sub(p.first))
+	if w.isCrowd() {
+		w.doubtInCrowd(now, p, silence)
+		return
 	}
 	switch {
-	case w.tellsAll(p, silence):
+	case p.told == 0 && silence >= tellsAfter && silence < lastAsks:
 		p.told++
-		w.send(doubt{p.id, says}, others...)
-	case !p.hasHelpers && p.told == 0 || silence >= lastAsks:
-		p.hasHelpers = true
-		w.rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
-		w.send(doubt{p.id, says}, others[:min(len(others), helpers)]...)
+		w.send(doubt{p.id, silence}, w.others(p)...)
+	case p.helped == 0 && p.told == 0 || silence >= lastAsks:
+		p.helped++
+		w.send(doubt{p.id, silence}, w.draw(w.others(p))...)
 	}
 }
 
-// tellsAll reports whether it is time to tell all of a silence, once or once more.
-func (w *watch) tellsAll(p *watched, silence time.Duration) bool {
-	if w.isCrowd() {
-		return p.by == ownQuestion && p.told < tellsCrowd && silence >= tellsAfter+time.Duration(p.told)*tellsEvery
+// doubtInCrowd asks some of the others, and tells all, if that is for this node to do.
+// A word to some must not look like one to all, which tells of tellsAfter or more.
+func (w *watch) doubtInCrowd(now time.Time, p *watched, silence time.Duration) {
+	rounds, says := 0, min(silence, tellsAfter-1)
+	switch p.by {
+	case ownQuestion:
+		rounds = helpRounds
+	case asHelper:
+		says = min(now.Sub(p.first), says)
 	}
-	return p.told == 0 && silence >= tellsAfter && silence < lastAsks
+	if silence >= lastAsks {
+		rounds += helpRounds
+	}
+	if p.helped < rounds && w.mayTell(now, helpers, 0) {
+		p.helped++
+		w.send(doubt{p.id, says}, w.draw(w.others(p))...)
+	}
+	tells := 0
+	switch {
+	case p.by != ownQuestion || silence < doubtAfter:
+	case silence < allAskAfter:
+		tells = 1
+	default:
+		tells = 2
+	}
+	if p.told >= tells {
+		return
+	}
+	// A verdict goes before a doubt.
+	if others := w.others(p); w.mayTell(now, len(others), 2*len(others)) {
+		p.told = tells
+		w.send(doubt{p.id, min(silence, silentAfter-1)}, others...)
+	}
+}
+
+// giveUp takes a member for silent if it is time to, and tells all of a crowd.
+func (w *watch) giveUp(now time.Time, p *watched) bool {
+	if !w.hasAsked(p) || now.Before(w.verdict(p)) {
+		return false
+	}
+	p.isDoubted, p.isSilent, w.changed = false, true, true
+	w.counts.silences++
+	p.next, p.told = now.Add(silentAgain), 0
+	w.accuse(now, p)
+	return true
+}
+
+// accuse tells all of a crowd that this node has given a member up, and once more when it
+// asks it again.
+func (w *watch) accuse(now time.Time, p *watched) {
+	if !w.isCrowd() || p.by == asOneOfAll || p.told >= tellsCrowd {
+		return
+	}
+	if others := w.others(p); w.mayTell(now, len(others), 0) {
+		p.told++
+		w.send(doubt{p.id, silentAfter}, others...)
+	}
+}
+
+// hasAsked reports whether this node knows enough to give a member up, in time.
+func (w *watch) hasAsked(p *watched) bool { return p.asked >= silentAsked || w.isAccused(p) }
+
+func (w *watch) isAccused(p *watched) bool { return w.isCrowd() && len(p.accusers) >= accusers }
+
+// others are those who can be asked about a member.
+func (w *watch) others(p *watched) []weft.ID {
+	return slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
+		return id == w.self || id == p.id || w.of[id].isSilent
+	})
+}
+
+// draw takes as many as help: such as owe this node nothing, for they may be gone, too.
+func (w *watch) draw(ids []weft.ID) []weft.ID {
+	ids = slices.DeleteFunc(ids, func(id weft.ID) bool { return !w.of[id].since.IsZero() })
+	w.rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+	return ids[:min(len(ids), helpers)]
 }
 
 // verdict is the earliest moment at which a member is given up.
 func (w *watch) verdict(p *watched) time.Time {
-	at := p.since.Add(silentAfter)
-	for _, t := range []time.Time{p.first.Add(silentOwn), w.notBefore} {
-		if t.After(at) {
-			at = t
-		}
+	at := later(p.since.Add(silentAfter), w.notBefore)
+	if w.isAccused(p) {
+		return later(at, p.first.Add(patienceMin))
 	}
-	return at
+	return later(at, p.first.Add(silentOwn))
 }
 
 // schedule finds when advance has something to do.
@@ -454,7 +585,8 @@ func (w *watch) schedule() {
 	}
 	for _, p := range w.of {
 		sooner(p.next)
-		if !p.since.IsZero() && !p.isSilent && p.asked >= w.enough(p) {
+		sooner(p.doubtEnds)
+		if !p.since.IsZero() && !p.isSilent && w.hasAsked(p) {
 			sooner(w.verdict(p))
 		}
 	}

@@ -28,6 +28,8 @@ type watchNet struct {
 	queue watchQueue
 	sent  int
 	cost  time.Duration // of each frame that is read or sent, for which its node does nothing else
+	// shared is the cost of each frame for one processor that all nodes share.
+	shared time.Duration
 	// verdict is told each time a node takes another for silent.
 	verdict func(by, of int)
 }
@@ -64,6 +66,8 @@ func newWatchNet(seed uint64, n int, loss float64, delay time.Duration) *watchNe
 	w := &watchNet{now: time.Unix(1000, 0), rand: rand.New(rand.NewPCG(seed, 7)), loss: loss, delay: delay}
 	for i := range n {
 		w.nodes = append(w.nodes, &watchNode{n: i, silent: map[int]bool{}, w: newWatch(nodeID(i), rand.New(rand.NewPCG(seed, uint64(i))))})
+		w.nodes[i].w.words = float64(wordsEach * n) // they have been members for long
+		w.nodes[i].w.wordsAt = w.now
 	}
 	w.members()
 	for _, a := range w.nodes { // all have heard of all
@@ -156,7 +160,7 @@ func (x *watchNode) wakes() time.Time {
 
 func (w *watchNet) read(x *watchNode) {
 	all := x.inbox
-	if w.cost > 0 {
+	if w.cost+w.shared > 0 {
 		all = all[:min(1, len(all))] // one at a time
 	}
 	for _, e := range all {
@@ -175,6 +179,7 @@ func (w *watchNet) read(x *watchNode) {
 
 // spend has a node's processor take the cost of a frame.
 func (w *watchNet) spend(x *watchNode) {
+	w.now = w.now.Add(w.shared)
 	if w.cost > 0 {
 		x.stalled = latest(x.stalled, w.now).Add(w.cost)
 	}
@@ -316,22 +321,33 @@ func TestWatchStalls(t *testing.T) {
 // they have, or they are late for ever: fifty came to 657 frames a second each, and took
 // each other for silent.
 func TestWatchStarved(t *testing.T) {
-	for _, nodes := range []int{10, 50} {
-		w := newWatchNet(5, nodes, 0, 250*time.Microsecond)
-		w.cost = 1500 * time.Microsecond
+	for _, c := range []struct {
+		nodes, late  int
+		cost, shared time.Duration
+	}{
+		{10, 2, 1500 * time.Microsecond, 0},
+		{50, 10, 1500 * time.Microsecond, 0},
+		{50, 50, 1500 * time.Microsecond, 0},
+		{100, 20, 2 * time.Millisecond, 0},
+		{200, 40, 0, 20 * time.Microsecond},
+		{200, 200, 0, 20 * time.Microsecond},
+		{200, 200, 0, 50 * time.Microsecond},
+	} {
+		w := newWatchNet(5, c.nodes, 0, 250*time.Microsecond)
+		w.cost, w.shared = c.cost, c.shared
 		alarms := 0
 		w.verdict = func(by, of int) { alarms++ }
 		rate := func() float64 {
 			w.sent = 0
 			w.run(10 * time.Second)
-			return float64(w.sent) / 10 / float64(nodes)
+			return float64(w.sent) / 10 / float64(c.nodes)
 		}
 		calm := rate()
-		for range nodes / 5 {
-			w.nodes[w.rand.IntN(nodes)].stalled = w.now.Add(800 * time.Millisecond)
+		for range c.late {
+			w.nodes[w.rand.IntN(c.nodes)].stalled = w.now.Add(800 * time.Millisecond)
 		}
 		during, after := rate(), rate()
-		t.Logf("%d nodes: each sends %.1f frames a second, %.1f in the ten seconds after some were late, then %.1f; %d times somebody was taken for silent", nodes, calm, during, after, alarms)
+		t.Logf("%d nodes: each sends %.1f frames a second, %.1f in the ten seconds after %d were late, then %.1f; %d times somebody was taken for silent", c.nodes, calm, during, c.late, after, alarms)
 		if after > 1.2*calm || alarms > 0 {
 			t.Error("it does not come to rest, or somebody was taken for silent")
 		}
@@ -384,6 +400,36 @@ func TestWatchBrokenPair(t *testing.T) {
 	w.run(time.Minute)
 	if extra := w.sent - before - quiet; extra > quiet/4 {
 		t.Errorf("%d packets a minute, %d more than with all ways", quiet+extra, extra)
+	}
+}
+
+// TestWatchBrokenWays: a third of a crowd, among them those who watch it, cannot reach a
+// member. Nobody who hears it goes by their word for longer than a question takes, and
+// most of the time it is in sight of those who do not hear it, too.
+func TestWatchBrokenWays(t *testing.T) {
+	const nodes, of = 30, 15
+	w := newWatchNet(8, nodes, 0.02, 250*time.Microsecond)
+	w.run(10 * time.Second)
+	apart := func(n int) bool { return n >= of-5 && n < of+5 && n != of }
+	w.cut = func(from, to int) bool { return from == of && apart(to) || to == of && apart(from) }
+	var hearing, others time.Duration
+	const step, length = 10 * time.Millisecond, 5 * time.Minute
+	for range length / step {
+		w.run(step)
+		for _, x := range w.nodes {
+			switch {
+			case x.n == of || !x.w.isSilent(nodeID(of)):
+			case apart(x.n):
+				others += step
+			default:
+				hearing += step
+			}
+		}
+	}
+	hearing, others = hearing/(nodes-10), others/9
+	t.Logf("in %v it was out of sight of those who hear it for %v each, of the others for %v", length, hearing, others)
+	if hearing > length/1000 || others > length/20 {
+		t.Error("it was out of sight for too long")
 	}
 }
 
@@ -495,12 +541,14 @@ func TestWatchStranger(t *testing.T) {
 
 // TestWatchOneLiar: a member's word that others are silent is looked into, not believed.
 func TestWatchOneLiar(t *testing.T) {
-	w := newWatchNet(8, 5, 0, 250*time.Microsecond)
-	w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent", by, of) }
-	for range 1000 {
-		w.run(20 * time.Millisecond)
-		for to := range 4 {
-			w.post(4, to, doubt{nodeID((to + 1) % 4), time.Minute})
+	for _, nodes := range []int{5, 30} {
+		w := newWatchNet(8, nodes, 0, 250*time.Microsecond)
+		w.verdict = func(by, of int) { t.Errorf("of %d node %d takes %d for silent", nodes, by, of) }
+		for range 1000 {
+			w.run(20 * time.Millisecond)
+			for to := range 4 {
+				w.post(4, to, doubt{nodeID((to + 1) % 4), time.Minute})
+			}
 		}
 	}
 }
