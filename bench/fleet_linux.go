@@ -23,6 +23,11 @@ import (
 // namespace of its own.
 const gossipWord = "gossip-nodes"
 
+// joining is how many nodes join at a time; those before them are in their tables then.
+// Of 200 that begin at once on two processors most of NetworkDB's joins fail. As many
+// join in peers/networkdb.
+const joining = 5
+
 // serveGossip obeys the lines of board.go with weft's nodes; they end with stdin.
 func serveGossip(stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -64,7 +69,9 @@ func (f *weftFleet) start(n int, b *board) error {
 		return err
 	}
 	b.begin(n) // certificates are there before a node starts
+	turns := make(chan struct{}, joining)
 	for i, node := range f.nodes {
+		turns <- struct{}{}
 		node.Attach([]weft.ID{f.net})
 		if err := f.put(i, []int{i}, nil); err != nil {
 			return err
@@ -75,8 +82,27 @@ func (f *weftFleet) start(n int, b *board) error {
 				slog.Error("a node has ended", weft.KeyErr, err)
 			}
 		})
+		f.wg.Go(func() {
+			f.joined(node, max(0, i-joining))
+			<-turns
+		})
 	}
 	return nil
+}
+
+// joined waits until a node sees so many endpoints.
+func (f *weftFleet) joined(node *fleetNode, n int) {
+	for {
+		all, changed := node.Snapshot()
+		if len(all) > n {
+			return
+		}
+		select {
+		case <-changed:
+		case <-f.ctx.Done():
+			return
+		}
+	}
 }
 
 // make makes n nodes that know the first one's address.

@@ -40,12 +40,12 @@ const (
 
 // What is measured in virtual time, without -metric.
 const (
-	virtualP50    = "200 nodes: p50"
-	virtualP99    = "200 nodes: p99"
-	virtualWorst  = "200 nodes: worst"
-	virtualLossy  = "200 nodes with 10 % loss: worst"
-	virtualForm   = "200 nodes: joined"
-	virtualBurst  = "50 nodes with 2 % loss: 10k at once"
+	virtualP50    = "200 virtual nodes: p50"
+	virtualP99    = "200 virtual nodes: p99"
+	virtualWorst  = "200 virtual nodes: worst"
+	virtualLossy  = "200 virtual nodes with 10 % loss: worst"
+	virtualForm   = "200 virtual nodes: joined"
+	virtualBurst  = "50 virtual nodes with 2 % loss: 10k at once"
 	restOf        = "at rest with %s"
 	memoryOf100k  = "memory of 100k from 20 owners"
 	memoryOf1m    = "memory of 1M from 20 owners"
@@ -57,25 +57,36 @@ var restSizes = []struct {
 	each int
 }{{"1k", 100}, {"10k", 1000}, {"100k", 10_000}}
 
-var tableSizes = []int{10, 20, 50}
+// Nodes of one process on real sockets: of bench gossip, and of bench gossipnodes.
+var (
+	tableSizes = []int{20}
+	nodesSizes = []int{10, 50, 200}
+)
 
 func tableMetric(nodes int, name string) string { return fmt.Sprintf("%d nodes: %s", nodes, name) }
 
-// tableMetrics are all, and the names of those that are measured without -metric.
-func tableMetrics() (all []metric, usual []string) {
-	for _, n := range tableSizes {
+// tableMetrics are what is measured of nodes on real sockets. usual are the names of
+// those without -metric: not burst1k, that NetworkDB can take part in.
+func tableMetrics(sizes []int) (all []metric, usual []string) {
+	for _, n := range sizes {
 		for _, m := range []metric{
 			{tableJoined, "s", true}, {tableP50, "ms", true}, {tableP99, "ms", true}, {tableWorst, "ms", true},
 			{busyP50, "ms", true}, {busyP99, "ms", true}, {busyWorst, "ms", true}, {tableCPU, "CPU-ms", true},
 			{tableBytes, "B/s of a node", true}, {burst10k, "ms", false}, {burst1k, "ms", true},
 		} {
-			if n == 20 && m.Name != burst1k {
+			if m.Name != burst1k {
 				usual = append(usual, tableMetric(n, m.Name))
 			}
 			m.Name = tableMetric(n, m.Name)
 			all = append(all, m)
 		}
 	}
+	return all, usual
+}
+
+// virtualMetrics are what is measured of weft's table in virtual time.
+func virtualMetrics() []metric {
+	var all []metric
 	for _, name := range []string{virtualP50, virtualP99, virtualWorst, virtualLossy, virtualForm, virtualBurst} {
 		all = append(all, metric{name, "virtual ms", false})
 	}
@@ -85,26 +96,46 @@ func tableMetrics() (all []metric, usual []string) {
 	for _, name := range []string{memoryOf100k, memoryOf1m, memoryOf1mOne} {
 		all = append(all, metric{name, "B for an endpoint", false})
 	}
-	for _, m := range all[len(tableSizes)*11:] {
-		usual = append(usual, m.Name)
-	}
-	return all, usual
+	return all
+}
+
+// tableAbout says what is done with nodes on real sockets.
+func tableAbout() string {
+	return fmt.Sprintf("the endpoint table beside NetworkDB: nodes in one process each, encrypted, on loopback in a namespace, of which %d join at a time; %d changes, one every %v, until all other nodes see each, then %d while %d other endpoints a second come and go",
+		joining, quietChanges, changeEvery, busyChanges, int(time.Second/churnEvery))
 }
 
 func gossipBench() benchmark {
-	all, usual := tableMetrics()
-	var names []string
-	for _, m := range all {
-		names = append(names, m.Name)
+	all, usual := tableMetrics(tableSizes)
+	for _, m := range virtualMetrics() {
+		all, usual = append(all, m), append(usual, m.Name)
 	}
 	return benchmark{
-		Name: "gossip",
-		About: fmt.Sprintf("the endpoint table beside NetworkDB: nodes in one process each, encrypted, on loopback in a namespace; %d changes, one every %v, until all other nodes see each, then %d while %d other endpoints a second come and go; and weft's table in virtual time with links of %v",
-			quietChanges, changeEvery, busyChanges, int(time.Second/churnEvery), gossiptest.Latency),
+		Name:    "gossip",
+		About:   fmt.Sprintf("%s; and weft's table in virtual time with links of %v", tableAbout(), gossiptest.Latency),
 		Linked:  true,
-		Choices: choices{Cases: []string{tableWeft, tableVirtual}, Usual: []string{tableWeft, tableVirtual}, Metrics: names, UsualMetrics: usual},
-		Prepare: prepareGossip,
+		Choices: choices{Cases: []string{tableWeft, tableVirtual}, Usual: []string{tableWeft, tableVirtual}, Metrics: metricNames(all), UsualMetrics: usual},
+		Prepare: func(_ context.Context, r *rig) (plan, error) { return prepareGossip(r, tableSizes, all) },
 	}
+}
+
+func gossipNodesBench() benchmark {
+	all, usual := tableMetrics(nodesSizes)
+	return benchmark{
+		Name:    "gossipnodes",
+		About:   tableAbout() + "; few nodes, and more than the machine has processors for",
+		Linked:  true,
+		Choices: choices{Cases: []string{tableWeft}, Usual: []string{tableWeft}, Metrics: metricNames(all), UsualMetrics: usual},
+		Prepare: func(_ context.Context, r *rig) (plan, error) { return prepareGossip(r, nodesSizes, all) },
+	}
+}
+
+func metricNames(metrics []metric) []string {
+	var out []string
+	for _, m := range metrics {
+		out = append(out, m.Name)
+	}
+	return out
 }
 
 func gossipLimits() []limit {
@@ -126,9 +157,9 @@ func gossipLimits() []limit {
 	return out
 }
 
-func prepareGossip(_ context.Context, r *rig) (plan, error) {
-	all, _ := tableMetrics()
-	all = slices.DeleteFunc(all, func(m metric) bool { return !slices.Contains(r.metrics, m.Name) })
+// prepareGossip prepares the measuring of what is chosen of all metrics.
+func prepareGossip(r *rig, sizes []int, all []metric) (plan, error) {
+	all = slices.DeleteFunc(slices.Clone(all), func(m metric) bool { return !slices.Contains(r.metrics, m.Name) })
 	wanted := map[string]bool{}
 	for _, m := range all {
 		wanted[m.Name] = true
@@ -147,12 +178,14 @@ func prepareGossip(_ context.Context, r *rig) (plan, error) {
 	p := plan{
 		Metrics: all, Limits: limitsOn(gossipLimits(), tablePeer, r.cases, r.metrics), Restless: true,
 		Baseline: variant{tablePeer, func(ctx context.Context) (sample, error) {
-			return measureTable(ctx, wanted, false, peer)
+			return measureTable(ctx, sizes, wanted, false, peer)
 		}},
 	}
 	seed := uint64(0)
 	for _, c := range r.cases {
-		v := variant{c, func(ctx context.Context) (sample, error) { return measureTable(ctx, wanted, true, self, gossipWord) }}
+		v := variant{c, func(ctx context.Context) (sample, error) {
+			return measureTable(ctx, sizes, wanted, true, self, gossipWord)
+		}}
 		if c == tableVirtual {
 			v.Run = func(context.Context) (sample, error) {
 				seed++
@@ -166,9 +199,9 @@ func prepareGossip(_ context.Context, r *rig) (plan, error) {
 
 // measureTable measures what is wanted of nodes on real sockets. It takes minutes
 // until NetworkDB has spread 10,000 endpoints: that only weft does.
-func measureTable(ctx context.Context, wanted map[string]bool, isWeft bool, command ...string) (sample, error) {
+func measureTable(ctx context.Context, sizes []int, wanted map[string]bool, isWeft bool, command ...string) (sample, error) {
 	out := sample{}
-	for _, n := range tableSizes {
+	for _, n := range sizes {
 		parts := map[string]bool{}
 		for _, name := range []string{tableJoined, tableP50, tableP99, tableWorst, busyP50, busyP99, busyWorst, tableCPU, tableBytes, burst10k, burst1k} {
 			parts[name] = wanted[tableMetric(n, name)] && (isWeft || name != burst10k)

@@ -158,17 +158,22 @@ func (nopCloser) Close() error { return nil }
 
 // TestGossipBenchNames: every name can be chosen, and every limit is measured.
 func TestGossipBenchNames(t *testing.T) {
+	for _, b := range []benchmark{gossipBench(), gossipNodesBench()} {
+		for i, name := range b.Choices.Metrics {
+			if strings.Contains(name, ",") {
+				t.Errorf("metric %q cannot be named after -metric", name)
+			}
+			if slices.Contains(b.Choices.Metrics[:i], name) {
+				t.Errorf("metric %q is there twice", name)
+			}
+		}
+		for _, name := range b.Choices.UsualMetrics {
+			if !slices.Contains(b.Choices.Metrics, name) {
+				t.Errorf("usual metric %q is none", name)
+			}
+		}
+	}
 	b := gossipBench()
-	for _, name := range b.Choices.Metrics {
-		if strings.Contains(name, ",") {
-			t.Errorf("metric %q cannot be named after -metric", name)
-		}
-	}
-	for _, name := range b.Choices.UsualMetrics {
-		if !slices.Contains(b.Choices.Metrics, name) {
-			t.Errorf("usual metric %q is none", name)
-		}
-	}
 	for _, l := range gossipLimits() {
 		if !slices.Contains(b.Choices.UsualMetrics, l.Metric) || !slices.Contains(b.Choices.Cases, l.Case) {
 			t.Errorf("limit on %q of %q is never measured", l.Metric, l.Case)

@@ -28,7 +28,7 @@ const (
 	// not everywhere by then counts with the time it has had.
 	lateAfter = 15 * time.Second
 	// startFor bounds the joining, and burstFor the spread of a burst.
-	startFor = 60 * time.Second
+	startFor = 5 * time.Minute
 	burstFor = 100 * time.Second
 )
 

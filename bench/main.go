@@ -59,7 +59,7 @@ func main() {
 
 // benchmarks is the list, in the order of `bench list`.
 func benchmarks() []benchmark {
-	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), servicesBench(), dockerBench(), wireguardBench(), namesBench(), questionsBench(), gossipBench(), readyBench()}
+	return []benchmark{labupBench(), createBench(), failoverBench(), sizeBench(), demoBench(), encryptBench(), dataplaneBench(), instructionsBench(), servicesBench(), dockerBench(), wireguardBench(), namesBench(), questionsBench(), gossipBench(), gossipNodesBench(), readyBench()}
 }
 
 // options of one run.
