@@ -45,9 +45,7 @@ type core struct {
 	waiting  map[key][]*update // deltas whose base has not come, in one part
 	suspects map[weft.ID]*suspect
 	repairs  map[weft.ID]*repair
-	vain     vain
-	gap      time.Duration // how late a packet may be before it counts as lost
-	wanting  wanting
+	pacing
 
 	flushes pace
 	wantAt  time.Time // not after the first of missing is due; zero: none is
@@ -55,6 +53,13 @@ type core struct {
 	// changed is set when what is in sight changed; the user clears it.
 	changed bool
 	counts  coreCounts
+}
+
+// pacing is how what is lost is asked for: the more slowly, the less comes of it.
+type pacing struct {
+	gap     time.Duration // how late a packet may be before it counts as lost
+	wanting wanting
+	vain    vain
 }
 
 // pace is when the next flush is due (zero: none is) and when the last one was.
@@ -169,7 +174,7 @@ func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
 		self: self, rand: r, prove: p, last: stamp{epoch: epoch},
 		own: own{nets: map[weft.ID]*ownNet{}}, peers: map[weft.ID]*peer{}, nets: map[weft.ID]*network{},
 		flights: newFlights(), missing: map[key]*miss{}, waiting: map[key][]*update{},
-		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, gap: minGap, wanting: wanting{size: wantingBegin},
+		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, pacing: pacing{gap: minGap, wanting: wanting{size: wantingBegin}},
 	}
 	c.peers[self] = &peer{id: self, live: true, shown: true}
 	c.live = []weft.ID{self}

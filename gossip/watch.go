@@ -92,9 +92,6 @@ const (
 	asOneOfAll
 )
 
-// accusers are needed in a crowd before a node gives a member up by their word.
-const accusers = 2
-
 // Times of the watch, our own choices. A member that gets no processor for a second
 // must be able to answer in time, and a dead one must be out of sight within 1.5 s:
 // silentAfter lies between. At 10 % loss a question goes unanswered one time in five. So
@@ -117,17 +114,10 @@ const (
 	// how many members that owe one are asked so often at a time.
 	slowMost = 500 * time.Millisecond
 	openFew  = 2
-	// crowd is the number of members above which few ask for all.
-	crowd = 16
-	// helpers are asked after asksAfter, and all are told after tellsAfter. In a crowd that
-	// is helpRounds times, and as often again after lastAsks; all are told after doubtAfter,
-	// after allAskAfter, when they ask, too, and tellsCrowd times of a verdict.
-	helpers     = 3
-	helpRounds  = 2
-	asksAfter   = 300 * time.Millisecond
-	tellsAfter  = 400 * time.Millisecond
-	allAskAfter = time.Second
-	tellsCrowd  = 2
+	// helpers are asked after asksAfter, and all are told after tellsAfter.
+	helpers    = 3
+	asksAfter  = 300 * time.Millisecond
+	tellsAfter = 400 * time.Millisecond
 	// doubtAfter a silence is told to readers, who may make their own inquiries.
 	doubtAfter = 500 * time.Millisecond
 	// lastAsks is when the last inquiries with others begin.
@@ -136,14 +126,6 @@ const (
 	// silentOwn is how long, and silentAsked how often, a node itself asks.
 	silentOwn   = 500 * time.Millisecond
 	silentAsked = 6
-	// toldAgain paces the questions of one who was told, in a crowd, and toldDoubt is how
-	// long it goes by a doubt.
-	toldAgain = 400 * time.Millisecond
-	toldDoubt = time.Second
-	// wordsEach bounds how often a node tells all at a time, in a crowd: enough for two
-	// that die at once beside it. wordsPace words a second come to what is left.
-	wordsEach = 8
-	wordsPace = 10
 	// silentAgain paces questions to a silent member.
 	silentAgain = 500 * time.Millisecond
 	// freshFor is how old a sign of life may be to speak for a member: less than
@@ -181,6 +163,9 @@ func (w *watch) setMembers(now time.Time, ids []weft.ID) {
 	ring = slices.Compact(ring)
 	if slices.Equal(ring, w.ring) {
 		return
+	}
+	if w.wordsAt.IsZero() {
+		w.words, w.wordsAt = float64(max(len(ring), wordsFirst)), now
 	}
 	w.ring = ring
 	maps.DeleteFunc(w.of, func(id weft.ID, _ *watched) bool {
@@ -317,28 +302,6 @@ func (w *watch) setDoubted(p *watched) {
 		w.counts.doubts++
 	}
 }
-
-// mayTell reports whether there are words left to tell n members of another one, and to
-// spare, and takes n of them. Only in a crowd they are counted.
-func (w *watch) mayTell(now time.Time, n, spare int) bool {
-	if !w.isCrowd() {
-		return true
-	}
-	size := float64(len(w.ring))
-	if w.wordsAt.IsZero() {
-		w.words = size // a newcomer's
-	} else {
-		w.words = min(wordsEach*size, w.words+wordsPace*now.Sub(w.wordsAt).Seconds())
-	}
-	w.wordsAt = now
-	if w.words < float64(n+spare) {
-		return false
-	}
-	w.words -= float64(n)
-	return true
-}
-
-func (w *watch) isCrowd() bool { return len(w.ring) > crowd }
 
 // again is the pause before the next question to one that owes an answer. Who waits for
 // many is slow itself, or the machine is.
@@ -488,41 +451,6 @@ func (w *watch) doubt(now time.Time, p *watched, due bool) {
 	}
 }
 
-// doubtInCrowd asks some of the others, and tells all, if that is for this node to do.
-// A word to some must not look like one to all, which tells of tellsAfter or more.
-func (w *watch) doubtInCrowd(now time.Time, p *watched, silence time.Duration) {
-	rounds, says := 0, min(silence, tellsAfter-1)
-	switch p.by {
-	case ownQuestion:
-		rounds = helpRounds
-	case asHelper:
-		says = min(now.Sub(p.first), says)
-	}
-	if silence >= lastAsks {
-		rounds += helpRounds
-	}
-	if p.helped < rounds && w.mayTell(now, helpers, 0) {
-		p.helped++
-		w.send(doubt{p.id, says}, w.draw(w.others(p))...)
-	}
-	tells := 0
-	switch {
-	case p.by != ownQuestion || silence < doubtAfter:
-	case silence < allAskAfter:
-		tells = 1
-	default:
-		tells = 2
-	}
-	if p.told >= tells {
-		return
-	}
-	// A verdict goes before a doubt.
-	if others := w.others(p); w.mayTell(now, len(others), 2*len(others)) {
-		p.told = tells
-		w.send(doubt{p.id, min(silence, silentAfter-1)}, others...)
-	}
-}
-
 // giveUp takes a member for silent if it is time to, and tells all of a crowd.
 func (w *watch) giveUp(now time.Time, p *watched) bool {
 	if !w.hasAsked(p) || now.Before(w.verdict(p)) {
@@ -535,22 +463,14 @@ func (w *watch) giveUp(now time.Time, p *watched) bool {
 	return true
 }
 
-// accuse tells all of a crowd that this node has given a member up, and once more when it
-// asks it again.
-func (w *watch) accuse(now time.Time, p *watched) {
-	if !w.isCrowd() || p.by == asOneOfAll || p.told >= tellsCrowd {
-		return
-	}
-	if others := w.others(p); w.mayTell(now, len(others), 0) {
-		p.told++
-		w.send(doubt{p.id, silentAfter}, others...)
-	}
-}
-
 // hasAsked reports whether this node knows enough to give a member up, in time.
-func (w *watch) hasAsked(p *watched) bool { return p.asked >= silentAsked || w.isAccused(p) }
-
-func (w *watch) isAccused(p *watched) bool { return w.isCrowd() && len(p.accusers) >= accusers }
+func (w *watch) hasAsked(p *watched) bool {
+	enough := silentAsked
+	if w.isCrowd() && p.by == asHelper {
+		enough = helperAsked
+	}
+	return p.asked >= enough || w.isAccused(p)
+}
 
 // others are those who can be asked about a member.
 func (w *watch) others(p *watched) []weft.ID {

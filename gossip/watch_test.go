@@ -66,7 +66,7 @@ func newWatchNet(seed uint64, n int, loss float64, delay time.Duration) *watchNe
 	w := &watchNet{now: time.Unix(1000, 0), rand: rand.New(rand.NewPCG(seed, 7)), loss: loss, delay: delay}
 	for i := range n {
 		w.nodes = append(w.nodes, &watchNode{n: i, silent: map[int]bool{}, w: newWatch(nodeID(i), rand.New(rand.NewPCG(seed, uint64(i))))})
-		w.nodes[i].w.words = float64(wordsEach * n) // they have been members for long
+		w.nodes[i].w.words = float64(max(wordsEach*n, wordsMin)) // they have been members for long
 		w.nodes[i].w.wordsAt = w.now
 	}
 	w.members()
