@@ -41,8 +41,11 @@ type watch struct {
 	ring []weft.ID // alive by membership, self included, in order
 	of   map[weft.ID]*watched
 	due  time.Time // when advance is to be called; zero: not by itself
-	// notBefore is when the next verdict may be: later, if this node was late.
+	// ran is when this node last did anything. notBefore is when the next verdict may be:
+	// later, if this node was late; what it reads until then may be as old as age.
+	ran       time.Time
 	notBefore time.Time
+	age       time.Duration
 	out       []envelope
 	// words may be said of others to members of a crowd, as reckoned at wordsAt.
 	words   float64
@@ -192,6 +195,7 @@ func (w *watch) isDoubted(id weft.ID) bool {
 
 // hear takes a sign of life: an authentic frame of the member itself.
 func (w *watch) hear(now time.Time, id weft.ID) {
+	w.forgive(now)
 	p := w.of[id]
 	if p == nil {
 		return
@@ -265,8 +269,8 @@ func (w *watch) receiveDoubt(now time.Time, from weft.ID, m doubt) {
 	}
 	// What this node has seen of it goes before what it is told.
 	since := now.Add(-min(m.silence, silentAfter))
-	if now.Before(w.notBefore) {
-		since = now // it may have lain in the queue for as long as this node was late
+	if now.Before(w.notBefore) { // it may have lain in the queue
+		since = earlier(now, since.Add(w.age))
 	}
 	for _, t := range []time.Time{p.heard, p.vouched} {
 		if t.After(since) {
@@ -350,11 +354,12 @@ func (w *watch) advance(now time.Time) {
 // forgive leaves out of every silence the time for which this node itself was kept
 // from running.
 func (w *watch) forgive(now time.Time) {
-	late := now.Sub(w.due)
+	ran, late := w.ran, now.Sub(w.due)
+	w.ran = now
 	if w.due.IsZero() || late <= lateBy {
 		return
 	}
-	w.notBefore = now.Add(lateGrace)
+	w.due, w.notBefore, w.age = now, now.Add(lateGrace), now.Sub(ran)
 	for _, p := range w.of {
 		if !p.since.IsZero() {
 			p.since, p.first = earlier(now, p.since.Add(late)), earlier(now, p.first.Add(late))

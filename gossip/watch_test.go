@@ -354,6 +354,52 @@ func TestWatchStarved(t *testing.T) {
 	}
 }
 
+// TestWatchDeadAmongLate: where a fifth of all nodes get no processor at any time, for up to
+// 0.3 s each, nobody's silence counts while it is late itself. A dead one is missed later
+// then, but within bounds, and nobody who lives is.
+func TestWatchDeadAmongLate(t *testing.T) {
+	const nodes, deaths = 20, 100
+	w := newWatchNet(9, nodes, 0.1, 250*time.Microsecond)
+	dead := -1
+	w.verdict = func(by, of int) {
+		if of != dead {
+			t.Errorf("node %d takes %d for silent, which lives", by, of)
+		}
+	}
+	late := func() { // four of twenty are, on average
+		if x := w.nodes[w.rand.IntN(nodes)]; w.rand.IntN(4) == 0 && w.now.After(x.stalled.Add(100*time.Millisecond)) {
+			x.stalled = w.now.Add(time.Duration(50+w.rand.IntN(250)) * time.Millisecond)
+		}
+	}
+	live := func(d time.Duration) {
+		for end := w.now.Add(d); w.now.Before(end); w.run(10 * time.Millisecond) {
+			late()
+		}
+	}
+	var took []time.Duration
+	for range deaths {
+		live(4 * time.Second)
+		dead = w.rand.IntN(nodes)
+		w.nodes[dead].isDead = true
+		began := w.now
+		for !w.allSay(dead, true) {
+			live(10 * time.Millisecond)
+			if w.now.Sub(began) > 10*time.Second {
+				t.Fatalf("node %d has died and is not missed", dead)
+			}
+		}
+		took = append(took, w.now.Sub(began))
+		w.revive(dead)
+		live(2 * time.Second)
+		dead = -1
+	}
+	slices.Sort(took)
+	t.Logf("%d deaths: silent for all after %v (median), %v (nine in ten), %v (worst)", deaths, took[deaths/2], took[deaths*9/10], took[deaths-1])
+	if took[deaths*9/10] >= 2300*time.Millisecond || took[deaths-1] >= 3*time.Second {
+		t.Error("a dead node is missed too late")
+	}
+}
+
 // TestWatchOwnStall: a node that was away for long hears the others first.
 func TestWatchOwnStall(t *testing.T) {
 	w := newWatchNet(3, 5, 0.1, 250*time.Microsecond)
