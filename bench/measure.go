@@ -16,8 +16,8 @@ const (
 	defaultRounds = 5
 	// maxRounds bounds a run.
 	maxRounds = 100
-	// caseTimeout bounds one run of one case. It is twice what any case takes on two
-	// busy cores: the 200 nodes of bench gossipnodes.
+	// caseTimeout bounds one run of one case. The longest is the 200 nodes of bench
+	// gossipnodes, which take minutes on two cores.
 	caseTimeout = 10 * time.Minute
 	// settle is the rest before each case: the kernel removes namespaces and
 	// cgroups of the case before after their last user has gone, and a case

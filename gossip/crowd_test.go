@@ -1,0 +1,51 @@
+package gossip
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft"
+)
+
+// TestCrowdLateNodeBelievesAccusers: a node that was late by a little reads that two have
+// given a member up. The words may be as old as it did nothing, no older: it gives the
+// member up soon, after a question of its own; one accuser alone is not enough.
+func TestCrowdLateNodeBelievesAccusers(t *testing.T) {
+	for _, by := range []int{1, 2} {
+		now := time.Unix(1000, 0)
+		w := newWatch(nodeID(0), rand.New(rand.NewPCG(1, 1)))
+		var ids []weft.ID
+		for n := range 30 {
+			ids = append(ids, nodeID(n))
+		}
+		w.setMembers(now, ids)
+		for _, id := range ids {
+			w.hear(now, id)
+		}
+		gone := nodeID(15) // not one that this node watches
+		live := func(d time.Duration) {
+			for end := now.Add(d); now.Before(end); now = now.Add(5 * time.Millisecond) {
+				for _, id := range ids {
+					if id != gone {
+						w.hear(now, id)
+					}
+				}
+				w.advance(now)
+			}
+		}
+		live(2 * time.Second)
+		w.due, w.ran = now.Add(-150*time.Millisecond), now.Add(-200*time.Millisecond)
+		for n := range by {
+			w.hear(now, nodeID(20+n))
+			w.receive(now, nodeID(20+n), doubt{gone, silentAfter})
+		}
+		if w.isSilent(gone) {
+			t.Errorf("it is given up by the word of %d, without a question", by)
+		}
+		live(500 * time.Millisecond)
+		if got := w.isSilent(gone); got != (by == 2) {
+			t.Errorf("half a second after the word of %d it is silent: %v", by, got)
+		}
+	}
+}
