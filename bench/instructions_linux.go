@@ -79,7 +79,7 @@ func inGuest(ctx context.Context, o options, cfg vm.Config, script string) (s se
 	if err := fetchGuest(ctx, top); err != nil {
 		return series{}, "", err
 	}
-	cfg.Kernel, cfg.Dir, cfg.Counted = filepath.Join(top, "bin/cache/kernel-new"), dir, true
+	cfg.Kernel, cfg.Dir = filepath.Join(top, "bin/cache/kernel-new"), dir
 	cfg.Files = map[string]string{"/usr/bin/bench": self}
 	cfg.Init = "echo WEFT-RESULT kernel $(uname -r)\n" + script
 	m, err := vm.Build(ctx, cfg)

@@ -100,25 +100,23 @@ func note(values map[string]string, line string) error {
 func (m *Machine) qemuArgs(args []string) []string {
 	// panic=-1 with -no-reboot: a kernel panic ends QEMU at once.
 	cmdline := "console=ttyS0 quiet panic=-1 mitigations=off audit=0 nowatchdog " + strings.Join(args, " ")
-	if !m.cfg.Counted || m.cfg.Leaps {
+	if m.cfg.Leaps {
 		// Short grace periods: most that tests do is namespaces and links that
 		// come and go, each of which waits for one. And what QEMU has translated it
 		// keeps by address: at random ones each start of a program would be
 		// translated anew. Both change what costs what.
 		cmdline += " rcupdate.rcu_expedited=1 norandmaps"
 	}
-	// A string instruction is emulated step by step, and counts once for each: without
-	// ERMS the kernel copies by words, as many instructions as a real copy costs.
-	model := "max,la57=off,erms=off,fsrm=off"
-	processor := []string{"-accel", "tcg,thread=multi", "-cpu", model, "-smp", strconv.Itoa(m.cfg.CPUs)}
-	if m.cfg.Counted {
-		sleep := "on"
-		if m.cfg.Leaps {
-			sleep = "off"
-		}
-		processor = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", model, "-smp", "1"}
-		cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
+	// One processor, whose time advances a nanosecond with each instruction that it executes,
+	// and with the real time, or by leaps, while it idles. A string instruction is emulated step
+	// by step, and counts once for each: without ERMS the kernel copies by words, as many
+	// instructions as a real copy costs.
+	sleep := "on"
+	if m.cfg.Leaps {
+		sleep = "off"
 	}
+	processor := []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=" + sleep, "-cpu", "max,la57=off,erms=off,fsrm=off", "-smp", "1"}
+	cmdline += " nokaslr tsc=reliable rcupdate.rcu_cpu_stall_suppress=1"
 	return slices.Concat(processor, cables(m.cfg.Cables), []string{
 		"-M", "q35", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", m.kernel, "-initrd", m.initrd, "-append", cmdline,

@@ -19,7 +19,7 @@ func TestEBPFOnOldKernel(t *testing.T) {
 	for name, pkg := range map[string]string{"vxlan": "vxlan/bpf", "ingress": "ingress/bpf", "bridge": "vxlan/linux"} {
 		files["/usr/bin/"+name+".test"] = testsOf(t, pkg)
 	}
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, Counted: true, Leaps: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge veth nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack; do modprobe $m; done
 export WEFT_TEST_REQUIRE=userns,root,clsact
@@ -81,7 +81,7 @@ func TestNetkit(t *testing.T) {
 	besideAnother(t)
 	files := weftFiles(t)
 	files["/usr/bin/vxlan.test"], files["/usr/bin/ingress.test"] = testsOf(t, "vxlan/bpf"), testsOf(t, "ingress/bpf")
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Counted: true, Leaps: true, Files: files, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Leaps: true, Files: files, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge veth nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack; do modprobe $m; done
 export WEFT_TEST_REQUIRE=userns,root,netkit

@@ -19,7 +19,7 @@ func TestEncryptionInKernel(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build the tests of vxlan/wg: %v\n%s", err, out)
 	}
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: map[string]string{"/usr/bin/wg.test": bin}, Counted: true, Leaps: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: map[string]string{"/usr/bin/wg.test": bin}, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in wireguard vxlan bridge veth tun nf_tables nft_chain_nat nft_reject_bridge nf_conntrack_netlink; do modprobe $m; done
 mkdir -p /tmp

@@ -29,20 +29,14 @@ type Config struct {
 	// Init is the shell script that the guest runs as root once it is up;
 	// its output is the console's. The guest is powered off after it.
 	Init string
-	// MemoryMiB (default 2048) and CPUs (default 2) of the guest; DiskMiB
-	// (default 2048) of its disk, which is sparse.
-	MemoryMiB, CPUs, DiskMiB int
-	// Counted gives the guest the instruction clock: one processor (CPUs is
-	// not asked), whose time advances a nanosecond with each instruction that
-	// it executes, and with the real time while it idles. How long something
-	// takes in the guest then tells how many instructions it takes, whatever
-	// else the machine does.
-	Counted bool
-	// Leaps, of a guest that is Counted, has idle time leapt over: the clock is at the
-	// next timer at once. Nothing in the guest is late, however slow or busy the machine
-	// is, but for what comes from outside it: while the disk is read the clock runs
-	// away, by minutes. So a guest that leaps works in memory: before Init all its
-	// programs and modules are read, and /var/lib/weft is a tmpfs.
+	// MemoryMiB (default 2048) of the guest; DiskMiB (default 2048) of its disk, which is
+	// sparse.
+	MemoryMiB, DiskMiB int
+	// Leaps has idle time leapt over: the clock is at the next timer at once. Nothing in
+	// the guest is late, however slow or busy the machine is, but for what comes from
+	// outside it: while the disk is read the clock runs away, by minutes. So a guest that
+	// leaps works in memory: before Init all its programs and modules are read, and
+	// /var/lib/weft is a tmpfs.
 	Leaps bool
 	// Cables are pairs of virtio network cards of the guest, each pair joined by
 	// nothing but a hub; CardMAC tells them apart. A packet is at the other card as
@@ -74,10 +68,7 @@ type Machine struct {
 // Build makes the disk image and the initramfs in cfg.Dir. It needs mke2fs and
 // a static busybox; ErrUnsupported names what is missing.
 func Build(ctx context.Context, cfg Config) (*Machine, error) {
-	cfg.MemoryMiB, cfg.CPUs, cfg.DiskMiB = or(cfg.MemoryMiB, 2048), or(cfg.CPUs, 2), or(cfg.DiskMiB, 2048)
-	if cfg.Leaps && !cfg.Counted {
-		return nil, fmt.Errorf("build guest: only one that is counted leaps: %w", weft.ErrInvalid)
-	}
+	cfg.MemoryMiB, cfg.DiskMiB = or(cfg.MemoryMiB, 2048), or(cfg.DiskMiB, 2048)
 	m := &Machine{cfg: cfg, initrd: filepath.Join(cfg.Dir, "initramfs.gz"), disk: filepath.Join(cfg.Dir, "disk.img")}
 	if err := m.findKernel(); err != nil {
 		return nil, err

@@ -10,7 +10,7 @@ func TestImpair(t *testing.T) {
 	besideAnother(t)
 	files := weftFiles(t)
 	files["/usr/bin/lab.test"] = testsOf(t, "lab")
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, Counted: true, Leaps: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, Leaps: true, Init: `
 mkdir -p /tmp
 modprobe sch_netem
 WEFT_TEST_REQUIRE=userns,netem lab.test -test.v -test.run '^TestImpair$'

@@ -13,14 +13,14 @@ import (
 // machine of the other tiers may lack.
 func TestIPVS(t *testing.T) {
 	besideAnother(t)
-	testIPVS(t, Config{Kernel: kernelDir(t, "kernel"), Counted: true, Leaps: true}, "")
+	testIPVS(t, Config{Kernel: kernelDir(t, "kernel"), Leaps: true}, "")
 }
 
 // TestIPVSStraight runs them on the newer kernel, which can leave a frame to the stack of
 // its port.
 func TestIPVSStraight(t *testing.T) {
 	besideAnother(t)
-	testIPVS(t, Config{Kernel: kernelDir(t, "kernel-new"), Counted: true, Leaps: true}, "REQUIRED=,broute")
+	testIPVS(t, Config{Kernel: kernelDir(t, "kernel-new"), Leaps: true}, "REQUIRED=,broute")
 }
 
 // ipvsDaemons are two hosts on the bridge overlay, which have to choose the engine by

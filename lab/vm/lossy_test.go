@@ -38,7 +38,7 @@ func TestSoakLossyNetwork(t *testing.T) {
 func lossy(t *testing.T, hosts int, lasts, limit time.Duration) {
 	n, seconds := strconv.Itoa(hosts), int(lasts.Seconds())
 	m := buildFor(t, Config{
-		Kernel: kernelDir(t, "kernel"), Files: weftFiles(t), MemoryMiB: 2048 + 256*hosts, Counted: true, Leaps: true, Init: lossyInit,
+		Kernel: kernelDir(t, "kernel"), Files: weftFiles(t), MemoryMiB: 2048 + 256*hosts, Leaps: true, Init: lossyInit,
 	})
 	began, commit := time.Now(), commitOf(t)
 	r := bootWithin(t, m, limit, "hosts="+n, fmt.Sprintf("seconds=%d", seconds))

@@ -16,7 +16,7 @@ func TestNftOnOldKernel(t *testing.T) {
 	// wait in the queues of different ones, and may change places on a busy machine. Its
 	// clock counts instructions: beside other guests a client's port was used again, and
 	// a write was due, by a clock that had gone on while the guest stood still.
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, Counted: true, Leaps: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, Leaps: true, Init: `
 mkdir -p /tmp
 echo 16777216 >/proc/sys/net/core/rmem_max
 WEFT_TEST_REQUIRE=userns,root,sctp nft.test -test.v -test.timeout 10m -test.run '^(TestServices|TestEnds|TestEndsRepairs|TestFlowsOutliveTheirTable|TestSpeakers)$'

@@ -8,7 +8,7 @@ import "testing"
 // the machine of the other tiers may lack. Those of service addresses are TestIPVS's.
 func TestSCTP(t *testing.T) {
 	besideAnother(t)
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Counted: true, Leaps: true, Files: map[string]string{"/usr/bin/nft.test": testsOf(t, "ingress/nft")}, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Leaps: true, Files: map[string]string{"/usr/bin/nft.test": testsOf(t, "ingress/nft")}, Init: `
 say() { echo "WEFT-RESULT $*"; }
 mkdir -p /tmp
 # In a user namespace a socket has no more room for answers than this.

@@ -125,11 +125,6 @@ func kernelDir(t *testing.T, name string) string {
 	return dir
 }
 
-func build(t *testing.T, files map[string]string, init string) *Machine {
-	t.Helper()
-	return buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, Init: init})
-}
-
 func buildFor(t *testing.T, cfg Config) *Machine {
 	t.Helper()
 	_, err := findTool("qemu-system-x86_64")
@@ -186,7 +181,7 @@ func want(t *testing.T, r Result, values map[string]string) {
 func TestGuestIsReady(t *testing.T) {
 	runc, err := findTool("runc")
 	need(t, err)
-	m := build(t, map[string]string{"/usr/sbin/runc": runc}, `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: map[string]string{"/usr/sbin/runc": runc}, Init: `
 say() { echo "WEFT-RESULT $*"; }
 say kernel $(uname -r)
 say cgroup $(stat -f -c %T /sys/fs/cgroup)
@@ -203,7 +198,7 @@ say runc $(runc run c1 2>&1)
 mkdir -p /var/lib/boots
 touch /var/lib/boots/$(ls /var/lib/boots | wc -l)
 say boots $(ls /var/lib/boots | wc -l)
-`)
+`})
 	for _, boots := range []string{"1", "2"} {
 		r := boot(t, m)
 		want(t, r, map[string]string{
@@ -241,7 +236,7 @@ func weftFiles(t *testing.T) map[string]string {
 // that no limit of the demo's is a matter of what else the machine does.
 func TestDemo(t *testing.T) {
 	besideAnother(t)
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Files: weftFiles(t), MemoryMiB: 3072, Counted: true, Leaps: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel-new"), Files: weftFiles(t), MemoryMiB: 3072, Leaps: true, Init: `
 say() { echo "WEFT-RESULT $*"; }
 for m in vxlan bridge br_netfilter veth overlay nf_tables nft_chain_nat nft_masq nft_numgen nf_conntrack nf_conntrack_netlink nft_reject_bridge; do modprobe $m; done
 # The demo leaves nothing, its logs neither.
@@ -267,7 +262,7 @@ tail -n 60 /tmp/*.log
 // instructions: daemons that are emulated slowly are not late by it.
 func TestReboot(t *testing.T) {
 	besideAnother(t)
-	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: weftFiles(t), MemoryMiB: 2048, Counted: true, Init: `
+	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: weftFiles(t), MemoryMiB: 2048, Init: `
 say() { echo "WEFT-RESULT $*"; }
 export DOCKER_HOST=unix:///run/weft/lab/lab/h1/weft.sock
 # until COMMAND...: repeats it for 90 seconds at most
