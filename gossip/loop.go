@@ -33,6 +33,8 @@ type loop struct {
 	addrs   map[weft.ID]memberlist.Address // of all members, dead ones too
 	alive   []Member                       // by membership, self included, in order
 	dead    []weft.ID                      // failed members
+	// disputed are those that membership alone gives up.
+	disputed disputes
 
 	wg         sync.WaitGroup // drain and joins
 	joining    atomic.Bool    // one join at a time
@@ -102,6 +104,9 @@ func (l *loop) run(ctx context.Context) error {
 			seeds.Reset(l.seedPause())
 		case <-tick.C:
 			l.withCore((*core).tick)
+			if len(l.disputed) > len(l.dead) { // some are still in sight
+				l.lookAtMembers()
+			}
 			l.knock()
 			l.makeUp()
 		}
@@ -173,6 +178,7 @@ func (l *loop) lookAtMembers() {
 	l.alive = append(l.alive[:0], l.self())
 	clear(l.addrs)
 	l.dead = l.dead[:0]
+	now := time.Now()
 	for _, m := range l.serf.Members() {
 		id := weft.ID(m.Name)
 		ip, ok := netip.AddrFromSlice(m.Addr)
@@ -181,10 +187,13 @@ func (l *loop) lookAtMembers() {
 		}
 		addr := netip.AddrPortFrom(ip.Unmap(), m.Port)
 		l.addrs[id] = memberlist.Address{Addr: addr.String(), Name: m.Name}
-		switch m.Status {
-		case serf.StatusFailed:
+		if m.Status != serf.StatusFailed {
+			l.disputed.settle(id)
+		}
+		switch {
+		case m.Status == serf.StatusFailed && !l.disputed.stays(now, id, l.watch.knows(id), l.watch.isSilent(id)):
 			l.dead = append(l.dead, id)
-		case serf.StatusAlive:
+		case m.Status == serf.StatusFailed || m.Status == serf.StatusAlive:
 			vtep, err := netip.ParseAddr(m.Tags[tagVTEP])
 			if err != nil {
 				l.g.cfg.Log.Warn("member is left out: it tells no tunnel address", weft.KeyPeer, id, weft.KeyErr, err)
@@ -200,7 +209,12 @@ func (l *loop) lookAtMembers() {
 			others = append(others, m.ID)
 		}
 	}
-	l.watch.setMembers(time.Now(), others)
+	l.watch.setMembers(now, others)
+	for id := range l.disputed {
+		if _, ok := l.addrs[id]; !ok {
+			l.disputed.settle(id)
+		}
+	}
 	if err := l.open.know(slices.Collect(maps.Keys(l.addrs))); err != nil {
 		l.g.cfg.Log.Error("frames of members cannot be read", weft.KeyErr, err)
 	}

@@ -183,6 +183,8 @@ func (w *watch) setMembers(now time.Time, ids []weft.ID) {
 	w.advance(now)
 }
 
+func (w *watch) knows(id weft.ID) bool { return w.of[id] != nil }
+
 func (w *watch) isSilent(id weft.ID) bool {
 	p := w.of[id]
 	return p != nil && p.isSilent
