@@ -32,9 +32,8 @@ type loop struct {
 	watch   *watch
 	addrs   map[weft.ID]memberlist.Address // of all members, dead ones too
 	alive   []Member                       // by membership, self included, in order
-	dead    []weft.ID                      // failed members
-	// disputed are those that membership alone gives up.
-	disputed disputes
+	failed  failures
+	dead    []weft.ID // failed members that are out of sight
 
 	wg         sync.WaitGroup // drain and joins
 	joining    atomic.Bool    // one join at a time
@@ -104,7 +103,7 @@ func (l *loop) run(ctx context.Context) error {
 			seeds.Reset(l.seedPause())
 		case <-tick.C:
 			l.withCore((*core).tick)
-			if len(l.disputed) > len(l.dead) { // some are still in sight
+			if len(l.failed) > len(l.dead) {
 				l.lookAtMembers()
 			}
 			l.knock()
@@ -188,10 +187,10 @@ func (l *loop) lookAtMembers() {
 		addr := netip.AddrPortFrom(ip.Unmap(), m.Port)
 		l.addrs[id] = memberlist.Address{Addr: addr.String(), Name: m.Name}
 		if m.Status != serf.StatusFailed {
-			l.disputed.settle(id)
+			l.failed.settle(id)
 		}
 		switch {
-		case m.Status == serf.StatusFailed && !l.disputed.stays(now, id, l.watch.knows(id), l.watch.isSilent(id)):
+		case m.Status == serf.StatusFailed && !l.failed.stays(now, id, l.watch.knows(id), l.watch.isSilent(id)):
 			l.dead = append(l.dead, id)
 		case m.Status == serf.StatusFailed || m.Status == serf.StatusAlive:
 			vtep, err := netip.ParseAddr(m.Tags[tagVTEP])
@@ -210,9 +209,9 @@ func (l *loop) lookAtMembers() {
 		}
 	}
 	l.watch.setMembers(now, others)
-	for id := range l.disputed {
+	for id := range l.failed {
 		if _, ok := l.addrs[id]; !ok {
-			l.disputed.settle(id)
+			l.failed.settle(id)
 		}
 	}
 	if err := l.open.know(slices.Collect(maps.Keys(l.addrs))); err != nil {
@@ -388,10 +387,10 @@ func (l *loop) compareLive(from weft.ID, d cold) {
 	}
 }
 
-// meet joins a node that gave a sign of life but is not thought alive.
+// meet joins a node that gave a sign of life and that membership does not think alive.
 func (l *loop) meet(id weft.ID, from string) {
 	members, _ := l.g.Members()
-	if slices.ContainsFunc(members, func(m Member) bool { return m.ID == id }) {
+	if !l.failed.has(id) && slices.ContainsFunc(members, func(m Member) bool { return m.ID == id }) {
 		return
 	}
 	// Where it speaks from goes before where it was: its address may be new.
@@ -403,10 +402,11 @@ func (l *loop) meet(id weft.ID, from string) {
 	}
 }
 
-// knock asks one dead member for a sign of life.
+// knock asks one failed member for a sign of life.
 func (l *loop) knock() {
-	if len(l.dead) > 0 {
-		id := l.dead[rand.IntN(len(l.dead))]
+	if len(l.failed) > 0 {
+		ids := slices.Collect(maps.Keys(l.failed))
+		id := ids[rand.IntN(len(ids))]
 		l.sendFrame(l.addrs[id], l.frame(knock{}))
 	}
 }

@@ -226,7 +226,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		return errors.Join(fmt.Errorf("start membership of node %s: %w", g.cfg.Node, err), x.Shutdown())
 	}
 	l := &loop{
-		g: g, serf: s, mux: x, ring: ring, disputed: disputes{}, seal: seal, open: newOpener(secrets(ring)...),
+		g: g, serf: s, mux: x, ring: ring, failed: failures{}, seal: seal, open: newOpener(secrets(ring)...),
 		members: make(chan struct{}, 1),
 		watch:   newWatch(g.cfg.Node, rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))),
 		addrs:   map[weft.ID]memberlist.Address{}, seeds: seeding{wait: seedMin},

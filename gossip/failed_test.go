@@ -7,9 +7,9 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// TestDisputes: a member that membership gives up and the watch does not stays in sight for
+// TestFailures: a member that membership gives up and the watch does not stays in sight for
 // disputeFor, once; one that both miss goes at once, and none comes to sight by a dispute.
-func TestDisputes(t *testing.T) {
+func TestFailures(t *testing.T) {
 	const id = weft.ID("a")
 	start := time.Unix(1000, 0)
 	type look struct {
@@ -27,15 +27,15 @@ func TestDisputes(t *testing.T) {
 		"was out of sight":                 {{0, false, false, false}, {1, false, false, false}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := disputes{}
+			f := failures{}
 			for _, l := range looks {
 				// Who is out of sight is not in sight the next time.
-				if got := d.stays(start.Add(l.after), id, l.inSight, l.missed); got != l.stays {
+				if got := f.stays(start.Add(l.after), id, l.inSight, l.missed); got != l.stays {
 					t.Errorf("%+v: stays %v", l, got)
 				}
 			}
-			d.settle(id)
-			if !d.stays(start.Add(time.Hour), id, true, false) {
+			f.settle(id)
+			if !f.stays(start.Add(time.Hour), id, true, false) {
 				t.Error("after it was settled, no new dispute begins")
 			}
 		})
