@@ -20,6 +20,9 @@ const (
 	tableVirtual = "virtual"
 )
 
+// tablePatience bounds one run of one case. 10, 50 and 200 nodes take 3 minutes on two cores.
+const tablePatience = 10 * time.Minute
+
 // networkDB is where the bench finds its peer.
 const networkDB = "bin/networkdb"
 
@@ -176,7 +179,7 @@ func prepareGossip(r *rig, sizes []int, all []metric) (plan, error) {
 		return plan{}, fmt.Errorf("%w: build it with `go build -C bench/peers/networkdb -o ../../../%s .`", err, networkDB)
 	}
 	p := plan{
-		Metrics: all, Limits: limitsOn(gossipLimits(), tablePeer, r.cases, r.metrics), Restless: true,
+		Metrics: all, Limits: limitsOn(gossipLimits(), tablePeer, r.cases, r.metrics), Restless: true, Patience: tablePatience,
 		Baseline: variant{tablePeer, func(ctx context.Context) (sample, error) {
 			return measureTable(ctx, sizes, wanted, false, peer)
 		}},

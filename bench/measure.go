@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -16,9 +17,8 @@ const (
 	defaultRounds = 5
 	// maxRounds bounds a run.
 	maxRounds = 100
-	// caseTimeout bounds one run of one case. The longest is the 200 nodes of bench
-	// gossipnodes, which take minutes on two cores.
-	caseTimeout = 10 * time.Minute
+	// caseTimeout bounds one run of one case, where the plan has no Patience.
+	caseTimeout = 2 * time.Minute
 	// settle is the rest before each case: the kernel removes namespaces and
 	// cgroups of the case before after their last user has gone, and a case
 	// must not pay for its forerunner.
@@ -80,6 +80,8 @@ type plan struct {
 	Limits []limit
 	// Restless: the cases leave nothing behind, so none waits for the one before.
 	Restless bool
+	// Patience bounds one run of one case; 0 = caseTimeout.
+	Patience time.Duration
 	// Close removes what Prepare and the cases made; nil when there is
 	// nothing. It is called once, whatever happened.
 	Close func(context.Context) error
@@ -122,7 +124,7 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 				v, into = p.Cases[slot-1], &r.Cases[slot-1]
 			}
 			fmt.Fprintf(progress, "round %d of %d: %s ... ", n+1, rounds, v.Name)
-			got, err := v.run(ctx, p.Restless)
+			got, err := p.run(ctx, v)
 			if err != nil {
 				fmt.Fprintln(progress, "failed")
 				return series{}, fmt.Errorf("round %d of %d, case %q: %w", n+1, rounds, v.Name, err)
@@ -136,13 +138,13 @@ func (p plan) measure(ctx context.Context, bench string, rounds int, progress io
 }
 
 // run rests, and runs the case in bounded time.
-func (v variant) run(ctx context.Context, restless bool) (sample, error) {
-	if !restless {
+func (p plan) run(ctx context.Context, v variant) (sample, error) {
+	if !p.Restless {
 		if err := pause(ctx, settle); err != nil {
 			return nil, err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, caseTimeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(p.Patience, caseTimeout))
 	defer cancel()
 	return v.Run(ctx)
 }

@@ -145,14 +145,16 @@ func TestMeasureStopsAtFailure(t *testing.T) {
 func TestMeasureIsBounded(t *testing.T) {
 	hang := func(ctx context.Context) (sample, error) { <-ctx.Done(); return nil, ctx.Err() }
 	for _, tc := range []struct {
-		name  string
-		after time.Duration // of the caller's patience; 0 = none
-		want  error
-		took  time.Duration
+		name     string
+		patience time.Duration // of the plan
+		after    time.Duration // of the caller's patience; 0 = none
+		want     error
+		took     time.Duration
 	}{
-		{"case hangs", 0, context.DeadlineExceeded, settle + caseTimeout},
-		{"interrupted", settle + time.Second, context.Canceled, settle + time.Second},
-		{"interrupted at rest", settle / 2, context.Canceled, settle / 2},
+		{"case hangs", 0, 0, context.DeadlineExceeded, settle + caseTimeout},
+		{"case hangs in a plan with patience", time.Hour, 0, context.DeadlineExceeded, settle + time.Hour},
+		{"interrupted", 0, settle + time.Second, context.Canceled, settle + time.Second},
+		{"interrupted at rest", 0, settle / 2, context.Canceled, settle / 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -162,7 +164,7 @@ func TestMeasureIsBounded(t *testing.T) {
 					defer time.AfterFunc(tc.after, cancel).Stop()
 				}
 				t0 := time.Now()
-				_, err := plan{Baseline: variant{"raw", hang}}.measure(ctx, "x", 2, io.Discard)
+				_, err := plan{Baseline: variant{"raw", hang}, Patience: tc.patience}.measure(ctx, "x", 2, io.Discard)
 				if !errors.Is(err, tc.want) {
 					t.Errorf("error %v, want %v", err, tc.want)
 				}
