@@ -31,8 +31,16 @@ test:
 	@TAGS='$(TAGS)' lab/vm/tiers.sh
 
 ENGINES ?= ebpf bridge
-.PHONY: soak
-soak: build
+# The tests of gossip that have a long form: 10 minutes in real time, the rest in virtual.
+LONG    := ^(TestDeadNodeOnSockets|TestWatchStalls|TestWatchDead|TestJoinAtOnce)$$
+.PHONY: soak soak-gossip
+soak-gossip:
+	@mkdir -p bin gossip/results
+	set -- "$$(git describe --always --dirty), $$(uname -sr), $$(nproc) cores, $$(date -u +%F)"; \
+	go test -count=1 -timeout 6h -v -run '$(LONG)' ./gossip -args -long 2>&1 | tee bin/gossip-long.log || bad=1; \
+	{ echo "$$1"; grep -E '^ *(---|[a-z_]+_test\.go)|^(ok|FAIL)' bin/gossip-long.log; } >gossip/results/long.txt; [ -z "$${bad:-}" ]
+
+soak: build soak-gossip
 	for e in $(ENGINES); do \
 		$(SUDO) env WEFT_SOAK=1 WEFT_TEST_OVERLAY=$$e PATH="$$PATH" go test -count=1 -timeout 6h -v -tags '$(TAGS) lab' -run Soak ./lab/...; \
 	done

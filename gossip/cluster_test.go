@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,9 +28,11 @@ const nearby = 250 * time.Microsecond
 // fabric is an in-memory network with one-way latency. What goes to a dead or
 // cut-off node is dropped, as on a wire: nobody is told.
 type fabric struct {
-	mu      sync.Mutex // guards: all below
-	ports   map[string]*fabricPort
-	cut     func(from, to string) bool
+	mu    sync.Mutex // guards: all below
+	ports map[string]*fabricPort
+	cut   func(from, to string) bool
+	// frames are the only thing that gets through, between whom.
+	frames  func(from, to string) bool
 	loss    float64
 	latency time.Duration
 }
@@ -69,12 +72,19 @@ func (f *fabric) setCut(cut func(from, to string) bool) {
 	f.cut = cut
 }
 
-// way returns the port at to, nil if nothing gets there.
-func (f *fabric) way(from, to string) *fabricPort {
+// onlyFrames lets no packets of membership through, and no streams.
+func (f *fabric) onlyFrames(between func(from, to string) bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.frames = between
+}
+
+// way returns the port at to, nil if it does not get there.
+func (f *fabric) way(from, to string, isFrame bool) *fabricPort {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := f.ports[to]
-	if f.ports[from] == nil || p == nil || (f.cut != nil && f.cut(from, to)) {
+	if f.ports[from] == nil || p == nil || (f.cut != nil && f.cut(from, to)) || (!isFrame && f.frames != nil && f.frames(from, to)) {
 		return nil
 	}
 	return p
@@ -105,7 +115,7 @@ func (p *fabricPort) WriteToAddress(b []byte, a memberlist.Address) (time.Time, 
 	}
 	packet := &memberlist.Packet{Buf: append([]byte(nil), b...), From: net.UDPAddrFromAddrPort(netip.MustParseAddrPort(p.addr))}
 	time.AfterFunc(p.f.far(), func() {
-		if to := p.f.way(p.addr, a.Addr); to != nil {
+		if to := p.f.way(p.addr, a.Addr, packet.Buf[0] == frameMagic); to != nil {
 			packet.Timestamp = time.Now()
 			select {
 			case to.packets <- packet:
@@ -121,7 +131,7 @@ func (p *fabricPort) DialTimeout(addr string, timeout time.Duration) (net.Conn, 
 }
 
 func (p *fabricPort) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
-	to := p.f.way(p.addr, a.Addr)
+	to := p.f.way(p.addr, a.Addr, false)
 	if to == nil {
 		select {
 		case <-time.After(timeout):
@@ -240,6 +250,31 @@ func (c *cluster) await(limit time.Duration, what string, ok func() bool) time.D
 		time.Sleep(time.Millisecond)
 	}
 	return time.Since(start)
+}
+
+// logLines keeps what is logged.
+type logLines struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (l *logLines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, string(b))
+	return len(b), nil
+}
+
+// count is how many lines have text.
+func (l *logLines) count(text string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, line := range l.all {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
 }
 
 func (c *cluster) describe() (s string) {
@@ -383,7 +418,7 @@ func TestClusterLife(t *testing.T) {
 }
 
 func TestPartitionHeals(t *testing.T) {
-	for _, length := range []time.Duration{5 * time.Second, 60 * time.Second} {
+	for _, length := range []time.Duration{5 * time.Second, 30 * time.Second, 60 * time.Second} {
 		t.Run(length.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCluster(t, 5)
@@ -401,7 +436,7 @@ func TestPartitionHeals(t *testing.T) {
 				c.nodes[5].Publish(endpoints(9))
 				time.Sleep(time.Second)
 				c.f.setCut(nil)
-				d := c.await(15*time.Second, "the partition to heal", func() bool {
+				d := c.await(healLimit, "the partition to heal", func() bool {
 					return c.allSee(5) && c.allHave(1, 8) && c.allHave(5, 9) && c.allHave(2, 2) && c.allHave(4, 4)
 				})
 				t.Logf("healed after %v", d)
@@ -409,6 +444,9 @@ func TestPartitionHeals(t *testing.T) {
 		})
 	}
 }
+
+// healLimit is how soon all is whole after a partition, as is asked of it.
+const healLimit = 3 * time.Second
 
 func TestLossAndBigTables(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -440,9 +478,10 @@ func TestForeignKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 2)
 		defer c.close()
+		var log logLines
 		g, err := New(Config{
 			Node: nodeID(9), Advertise: testAddr(9), VTEP: testVTEP(9), Keys: ringOf(9),
-			Log: slog.New(slog.DiscardHandler), Transport: c.f.port(testAddr(9)), Identity: c.ca.of(nodeID(9)),
+			Log: slog.New(slog.NewTextHandler(&log, nil)), Transport: c.f.port(testAddr(9)), Identity: c.ca.of(nodeID(9)),
 			Seeds: func() []netip.AddrPort { return []netip.AddrPort{testAddr(1)} },
 		})
 		if err != nil {
@@ -454,6 +493,10 @@ func TestForeignKey(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		if m, _ := g.Members(); len(m) != 1 || !c.allSee(2) {
 			t.Errorf("a node with another key is a member: %s", c.describe())
+		}
+		// The reason is told, and not with every attempt.
+		if n := log.count("another gossip key"); n != 1 {
+			t.Errorf("it is told %d times in ten seconds that the key is another one, want once", n)
 		}
 		stop()
 		if err := <-done; err != nil {

@@ -59,6 +59,7 @@ type core struct {
 type pacing struct {
 	gap     time.Duration // how late a packet may be before it counts as lost
 	wanting wanting
+	asked   weft.ID // the owner that was asked last; "" = none was
 	vain    vain
 }
 

@@ -26,13 +26,20 @@ const (
 	wordsMin   = 500
 	wordsPace  = 10
 	wordsFirst = 100
+	// askWords are kept for those who are asked to help: without their answer a member that
+	// only this node does not reach would be given up.
+	askWords = 50
 )
 
 func (w *watch) isCrowd() bool { return len(w.ring) > crowd }
 
 // mayTell reports whether there are words left to tell n members of another one, and to
-// spare, and takes n of them.
+// spare, and takes n of them. To tell few costs nothing: where most of a crowd has gone,
+// there is much to tell, and few are told.
 func (w *watch) mayTell(now time.Time, n, spare int) bool {
+	if n > helpers && n <= crowd {
+		return true
+	}
 	w.words = min(w.words+wordsPace*now.Sub(w.wordsAt).Seconds(), float64(max(wordsEach*len(w.ring), wordsMin)))
 	w.wordsAt = now
 	if w.words < float64(n+spare) {
@@ -83,7 +90,7 @@ func (w *watch) accuse(now time.Time, p *watched) {
 	if !w.isCrowd() || p.by == asOneOfAll || p.told >= tellsCrowd {
 		return
 	}
-	if others := w.others(p); w.mayTell(now, len(others), 0) {
+	if others := w.others(p); w.mayTell(now, len(others), askWords) {
 		p.told++
 		w.send(doubt{p.id, silentAfter}, others...)
 	}

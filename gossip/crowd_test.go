@@ -35,7 +35,7 @@ func TestCrowdLateNodeBelievesAccusers(t *testing.T) {
 			}
 		}
 		live(2 * time.Second)
-		w.due, w.ran = now.Add(-150*time.Millisecond), now.Add(-200*time.Millisecond)
+		now = now.Add(400 * time.Millisecond)
 		for n := range by {
 			w.hear(now, nodeID(20+n))
 			w.receive(now, nodeID(20+n), doubt{gone, silentAfter})
@@ -47,5 +47,40 @@ func TestCrowdLateNodeBelievesAccusers(t *testing.T) {
 		if got := w.isSilent(gone); got != (by == 2) {
 			t.Errorf("half a second after the word of %d it is silent: %v", by, got)
 		}
+	}
+}
+
+// TestStallIsForgivenOnce: a node that did nothing for a while, and then reads many frames
+// before it does what is due, leaves that time out of each silence, once, and takes each
+// word for as old as it may be.
+func TestStallIsForgivenOnce(t *testing.T) {
+	const stall = 400 * time.Millisecond
+	now := time.Unix(1000, 0)
+	w := newWatch(nodeID(0), rand.New(rand.NewPCG(1, 1)))
+	var ids []weft.ID
+	for n := range 30 {
+		ids = append(ids, nodeID(n))
+	}
+	w.setMembers(now, ids)
+	for _, id := range ids {
+		w.hear(now, id)
+	}
+	p := w.of[nodeID(1)] // watched, and says nothing
+	for p.since.IsZero() {
+		now = now.Add(5 * time.Millisecond)
+		w.advance(now)
+	}
+	due, before := w.due, p.since
+	now = now.Add(stall)
+	for n := range 8 {
+		w.hear(now, nodeID(10+n))
+		w.receive(now, nodeID(10+n), doubt{nodeID(20 + n), silentAfter})
+		now = now.Add(time.Millisecond)
+	}
+	if got, want := p.since.Sub(before), stall-due.Sub(before.Add(now.Sub(before)-stall-8*time.Millisecond)); got != want {
+		t.Errorf("the silence is shorter by %v, want %v", got, want)
+	}
+	if w.age < stall {
+		t.Errorf("what is read may be as old as %v, want %v", w.age, stall)
 	}
 }

@@ -6,10 +6,11 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// disputeFor is how long a member stays in sight that membership has given up and the watch
-// has not, our own choice: the word has to get to the member, and its answer back, each by
-// news of members (gossipInterval). Membership takes four times as long for its verdict
-// as the watch, so a member that is dead is out of sight when it comes.
+// disputeFor is how long a member stays in sight at least that membership has given up and
+// the watch has not; at most it is a tick more. Our own choice: the word has to get to the
+// member, and its answer back, each by news of members (gossipInterval). Membership takes
+// three times as long for its verdict as the watch, so a member that has died, and was ever
+// heard of here, is out of sight when it comes.
 const disputeFor = time.Second
 
 // failures are the members that membership gives up, each with the moment until which it

@@ -1,7 +1,9 @@
 package gossip
 
 import (
+	"log/slog"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/weftnet/weft"
@@ -40,4 +42,28 @@ func TestFailures(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFailedButHeard: one that membership gives up, as no packet of its own comes from it,
+// while it answers the watch, stays in sight for a while; it is back once it can refute.
+func TestFailedButHeard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logLines
+		const members, quiet = 4, 3
+		c := newLoggedCluster(t, members, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+		defer c.close()
+		time.Sleep(3 * time.Second)
+		at := testAddr(quiet).String()
+		c.f.onlyFrames(func(from, to string) bool { return from == at || to == at })
+		given := c.await(time.Minute, "membership to give it up", func() bool { return log.count("EventMemberFailed: "+string(nodeID(quiet))) > 0 })
+		gone := c.await(time.Minute, "the first to take it out of sight", func() bool { return c.seenBy(quiet) < members-1 })
+		t.Logf("given up after %v, out of sight %v later", given, gone)
+		if gone < disputeFor-10*time.Millisecond || gone > disputeFor+tickInterval {
+			t.Errorf("it was in sight for %v after membership had given it up, want %v to %v", gone, disputeFor, disputeFor+tickInterval)
+		}
+		c.await(time.Minute, "all to give it up", func() bool { return c.seenBy(quiet) == 0 })
+		c.f.onlyFrames(nil)
+		back := c.await(5*time.Second, "all to see it again", func() bool { return c.allSee(members) })
+		t.Logf("back %v after its packets come", back)
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,12 +38,18 @@ type loop struct {
 
 	wg         sync.WaitGroup // drain and joins
 	joining    atomic.Bool    // one join at a time
-	differs    int            // digests in a row with other live members
-	answered   time.Time      // the last of them, with our own digest
-	met        time.Time      // when the first other member came to sight; zero = there is none
+	views      comparison
+	met        time.Time // when the first other member came to sight; zero = there is none
 	seeds      seeding
 	apart      weft.ID   // was out of reach and has not been exchanged with since; "" = nobody
 	nextMakeUp time.Time // the earliest moment of the next exchange, but for a newcomer's
+	drops      drops
+}
+
+// comparison is how this node's view of who is alive goes with that of others.
+type comparison struct {
+	differs  int       // digests in a row with other live members
+	answered time.Time // the last of them, with our own digest
 }
 
 // seeding is how the search for seeds that are no members goes on.
@@ -50,6 +57,9 @@ type seeding struct {
 	wait    time.Duration // after the last join
 	next    time.Time     // the earliest moment of the next
 	missing int           // when last looked at
+	// nextWord to operators of a seed with another key is not before this. It belongs to
+	// the join under way.
+	nextWord time.Time
 }
 
 // drain turns events into "look again" until serf has shut down.
@@ -108,6 +118,9 @@ func (l *loop) run(ctx context.Context) error {
 			}
 			l.knock()
 			l.makeUp()
+			if d := l.drops.look(time.Now(), l.g.Stats()); d != nil {
+				l.g.cfg.Log.Warn("frames of gossip were dropped", d...)
+			}
 		}
 		l.follow(listen)
 		l.sendAll(due)
@@ -311,6 +324,7 @@ func (l *loop) receive(f inFrame) {
 		l.meet(from, f.from)
 		return
 	case knocked:
+		l.watch.answer(time.Now(), from)
 		l.meet(from, f.from)
 		return
 	case doubt, vouch:
@@ -369,19 +383,19 @@ func (l *loop) compareLive(from weft.ID, d cold) {
 	mine := l.g.core.digest(from)
 	l.g.mu.Unlock()
 	if d.live == mine.live {
-		l.differs = 0
+		l.views.differs = 0
 		return
 	}
 	// The other may be the one that misses somebody, whose digests it drops.
 	now := time.Now()
-	if now.Sub(l.answered) >= tickInterval/2 {
-		l.answered = now
+	if now.Sub(l.views.answered) >= tickInterval/2 {
+		l.views.answered = now
 		l.send(envelope{to: []weft.ID{from}, m: mine})
 	}
 	isNew := now.Sub(l.met) < newcomerFor
-	if l.differs++; isNew || l.differs >= 2 && !now.Before(l.nextMakeUp) {
+	if l.views.differs++; isNew || l.views.differs >= 2 && !now.Before(l.nextMakeUp) {
 		if a, ok := l.addrs[from]; ok && l.join([]string{a.Addr}) {
-			l.differs = 0
+			l.views.differs = 0
 			l.hasExchanged(now)
 		}
 	}
@@ -464,11 +478,23 @@ func (l *loop) join(addrs []string) bool {
 	l.g.stats.joins.Add(1)
 	l.wg.Go(func() {
 		defer l.joining.Store(false)
-		if _, err := l.serf.Join(addrs, true); err != nil {
+		_, err := l.serf.Join(addrs, true)
+		switch {
+		case err == nil:
+		case isForeignKey(err) && !time.Now().Before(l.seeds.nextWord):
+			l.seeds.nextWord = time.Now().Add(dropsEvery)
+			l.g.cfg.Log.Warn("cannot join: the other node has another gossip key, as those of another cluster have", weft.KeyPeer, addrs, weft.KeyErr, err)
+		default:
 			l.g.cfg.Log.Debug("cannot join yet", weft.KeyPeer, addrs, weft.KeyErr, err)
 		}
 	})
 	return true
+}
+
+// isForeignKey reports whether a join failed as the answer was encrypted with a key that is
+// none of ours. memberlist (security.go) has no error of its own for it.
+func isForeignKey(err error) bool {
+	return strings.Contains(err.Error(), "no installed keys could decrypt")
 }
 
 // send encodes a message once and sends it to its receivers: sealed, or by their

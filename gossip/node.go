@@ -53,6 +53,7 @@ type Stats struct {
 	Replayed       uint64 // dropped: came before
 	Oversized      uint64 // dropped: longer than any datagram or stream frame
 	Malformed      uint64 // dropped: authentic, but not to be understood
+	Crowded        uint64 // dropped: frames and streams without room for them, and answers that could not be sent
 	Refused        uint64 // updates that their owner has not signed, or too many at once
 	Stale          uint64 // updates that were not newer than the known: most came down the other tree
 	Wants          uint64 // tables asked for, as they had not come
@@ -103,6 +104,7 @@ func (g *Gossip) Stats() Stats {
 	}
 	if x != nil {
 		st.Foreign += x.foreign.Load()
+		st.Crowded = x.dropped.Load()
 		st.Sessions, st.SessionsFailed, st.SessionsBad = x.sessions.dialled.Load(), x.sessions.failed.Load(), x.sessions.refused.Load()
 	}
 	return st

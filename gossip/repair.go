@@ -190,11 +190,14 @@ func (w *wanting) late(n int) (isMuch bool) {
 	return isMuch
 }
 
-// missed are the keys of what is missing. Owners after this node come first: else all
-// would ask the same one at a time.
+// missed are the keys of what is missing, in the order in which their turn comes: first the
+// owners after the one that was asked last, or after this node. Else all would ask the same
+// one at a time, and owners that do not answer would be asked before all others again and
+// again.
 func (c *core) missed() []key {
+	from := cmp.Or(c.asked, c.self)
 	place := func(k key) int {
-		if k.owner < c.self {
+		if k.owner <= from {
 			return 1
 		}
 		return 0
@@ -241,6 +244,7 @@ func (c *core) wantMissing(now time.Time) {
 				continue
 			}
 			open++
+			c.asked = k.owner
 		}
 		ask := m.teller
 		if m.tries > 0 && p.live {

@@ -68,6 +68,7 @@ type watched struct {
 	// since is when its silence began, by what this node or the one that told it
 	// has seen; zero: it owes no answer. first is our own first question.
 	since, first time.Time
+	awaits       time.Time     // of the first question that may still be answered; zero: none
 	asked        int           // own questions since first
 	told         int           // how often this node has told all of its doubt, and then of its verdict
 	accusers     []weft.ID     // who has told this node that it has given it up, in a crowd
@@ -113,10 +114,15 @@ const (
 	patienceMin = 100 * time.Millisecond
 	patienceMax = 150 * time.Millisecond
 	knockAgain  = 50 * time.Millisecond
+	// watchMost members are watched to each side at a time, if as many before them owe an
+	// answer.
+	watchMost = 8
 	// slowMost bounds how much longer is waited where all answers take long, and openFew
-	// how many members that owe one are asked so often at a time.
-	slowMost = 500 * time.Millisecond
-	openFew  = 2
+	// how many members that owe one are asked so often at a time; of more the pause gets
+	// longer, up to pauseMost, with which silentAsked questions are asked within silentAfter.
+	slowMost  = 500 * time.Millisecond
+	openFew   = 2
+	pauseMost = 150 * time.Millisecond
 	// helpers are asked after asksAfter, and all are told after tellsAfter.
 	helpers    = 3
 	asksAfter  = 300 * time.Millisecond
@@ -126,7 +132,8 @@ const (
 	// lastAsks is when the last inquiries with others begin.
 	lastAsks    = 800 * time.Millisecond
 	silentAfter = 1200 * time.Millisecond
-	// silentOwn is how long, and silentAsked how often, a node itself asks.
+	// silentOwn is how long, and silentAsked how often, a node itself asks before it gives a
+	// member up; see crowd.go for the exceptions among many.
 	silentOwn   = 500 * time.Millisecond
 	silentAsked = 6
 	// silentAgain paces questions to a silent member.
@@ -183,7 +190,11 @@ func (w *watch) setMembers(now time.Time, ids []weft.ID) {
 	w.advance(now)
 }
 
-func (w *watch) knows(id weft.ID) bool { return w.of[id] != nil }
+// knows reports whether a member alive by membership has ever been heard of here.
+func (w *watch) knows(id weft.ID) bool {
+	p := w.of[id]
+	return p != nil && !(p.heard.IsZero() && p.vouched.IsZero())
+}
 
 func (w *watch) isSilent(id weft.ID) bool {
 	p := w.of[id]
@@ -202,20 +213,28 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 	if p == nil {
 		return
 	}
-	if p.asked > 0 && !p.isSilent {
-		took := now.Sub(p.first)
-		w.slowness(min(took, slowMost))
-		if took > p.patience {
-			p.patience = min(2*p.patience, patienceMax)
-		} else {
-			p.patience = max(p.patience*7/8, patienceMin)
-		}
-	}
 	p.heard, p.rest = now, knockEvery
 	if len(p.askers) > 0 {
 		w.send(vouch{id}, p.askers...)
 	}
 	w.clear(now, p)
+}
+
+// answer takes the answer to a question, by a member that was heard by it, too. What else
+// comes from a member tells nothing of how long answers take: it was on its way already.
+func (w *watch) answer(now time.Time, id weft.ID) {
+	p := w.of[id]
+	if p == nil || p.awaits.IsZero() {
+		return
+	}
+	took := now.Sub(p.awaits)
+	p.awaits = time.Time{}
+	w.slowness(min(took, slowMost))
+	if took > p.patience {
+		p.patience = min(2*p.patience, patienceMax)
+	} else {
+		p.patience = max(p.patience*7/8, patienceMin)
+	}
 }
 
 // slowness follows what most answers take: one in five takes longer at 10 % loss.
@@ -312,7 +331,7 @@ func (w *watch) setDoubted(p *watched) {
 // again is the pause before the next question to one that owes an answer. Who waits for
 // many is slow itself, or the machine is.
 func (w *watch) again(p *watched) time.Duration {
-	pause := knockAgain * time.Duration(max(1, w.open/openFew))
+	pause := min(knockAgain*time.Duration(max(1, w.open/openFew)), pauseMost)
 	switch {
 	case !w.isCrowd() || p.by == ownQuestion:
 		return pause
@@ -325,7 +344,10 @@ func (w *watch) again(p *watched) time.Duration {
 // ask sends a question; the next is due after pause.
 func (w *watch) ask(now time.Time, p *watched, pause time.Duration) {
 	if p.asked == 0 {
-		p.first = now
+		p.first, p.doubtEnds = now, time.Time{}
+		if now.Sub(p.awaits) > slowMost {
+			p.awaits = now
+		}
 		if p.since.IsZero() {
 			p.since = now
 		}
@@ -377,18 +399,24 @@ func earlier(a, b time.Time) time.Time {
 }
 
 // watching are the first member after this node and the first before it, in order, that
-// owe no answer. Most pairs thus watch each other, and a question is a sign of life, too:
+// owe no answer, and as many more as owe one before them: of many that go at once, side by
+// side, the last would else be asked only after all others. Most pairs thus watch each other, and a question is a sign of life, too:
 // whoever asks first spares the other the question.
 func (w *watch) watching(now time.Time) map[weft.ID]bool {
 	out := map[weft.ID]bool{}
 	me, _ := slices.BinarySearch(w.ring, w.self)
 	n := len(w.ring)
 	for _, step := range []int{1, n - 1} {
-		for i := (me + step) % n; i != me; i = (i + step) % n {
+		owing, watched := 0, 0
+		for i := (me + step) % n; i != me && watched < min(max(1, owing), watchMost); i = (i + step) % n {
 			p := w.of[w.ring[i]]
-			if !p.isSilent && (p.since.IsZero() || now.Sub(p.since) < p.patience+w.slow) {
+			switch {
+			case p.isSilent:
+			case p.since.IsZero() || now.Sub(p.since) < p.patience+w.slow:
 				out[p.id] = true
-				break
+				watched++
+			default:
+				owing++
 			}
 		}
 	}
@@ -495,9 +523,9 @@ func (w *watch) draw(ids []weft.ID) []weft.ID {
 
 // verdict is the earliest moment at which a member is given up.
 func (w *watch) verdict(p *watched) time.Time {
-	at := later(p.since.Add(silentAfter), w.notBefore)
+	at := later(p.since.Add(silentAfter+w.slow), w.notBefore)
 	if w.isAccused(p) {
-		return later(at, p.first.Add(patienceMin))
+		return later(at, p.first.Add(p.patience+w.slow))
 	}
 	return later(at, p.first.Add(silentOwn))
 }
@@ -516,5 +544,8 @@ func (w *watch) schedule() {
 		if !p.since.IsZero() && !p.isSilent && w.hasAsked(p) {
 			sooner(w.verdict(p))
 		}
+	}
+	if !w.due.IsZero() && w.due.Before(w.ran) {
+		w.due = w.ran // what was due while this node was late: that time is forgiven once
 	}
 }

@@ -132,7 +132,10 @@ func (w *watchNet) run(d time.Duration) {
 			w.read(to)
 			continue
 		}
-		// A node that wakes looks at its timers first: that is the worse order.
+		// A node that wakes looks at its timers first, or at its queue.
+		if w.rand.IntN(2) == 0 {
+			w.read(who)
+		}
 		if !who.w.due.IsZero() && !w.now.Before(who.w.due) {
 			who.w.advance(w.now)
 		}
@@ -169,6 +172,8 @@ func (w *watchNet) read(x *watchNode) {
 		switch e.m.(type) {
 		case knock:
 			w.post(x.n, e.from, knocked{})
+		case knocked:
+			x.w.answer(w.now, nodeID(e.from))
 		case doubt, vouch:
 			x.w.receive(w.now, nodeID(e.from), e.m)
 		}
@@ -343,8 +348,8 @@ func TestWatchStarved(t *testing.T) {
 			return float64(w.sent) / 10 / float64(c.nodes)
 		}
 		calm := rate()
-		for range c.late {
-			w.nodes[w.rand.IntN(c.nodes)].stalled = w.now.Add(800 * time.Millisecond)
+		for _, n := range w.rand.Perm(c.nodes)[:c.late] {
+			w.nodes[n].stalled = w.now.Add(800 * time.Millisecond)
 		}
 		during, after := rate(), rate()
 		t.Logf("%d nodes: each sends %.1f frames a second, %.1f in the ten seconds after %d were late, then %.1f; %d times somebody was taken for silent", c.nodes, calm, during, c.late, after, alarms)
@@ -414,99 +419,6 @@ func TestWatchOwnStall(t *testing.T) {
 		w.run(8500 * time.Millisecond)
 		if !w.allSay(2, false) {
 			t.Error("it is back for half a second, and not all see it")
-		}
-	}
-}
-
-// TestWatchLongWays: ways with a round trip of up to 400 ms are ways.
-func TestWatchLongWays(t *testing.T) {
-	for _, delay := range []time.Duration{50, 100, 200} {
-		delay *= time.Millisecond
-		t.Run(delay.String(), func(t *testing.T) {
-			w := newWatchNet(4, 10, 0.05, delay)
-			w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent", by, of) }
-			w.run(10 * time.Minute)
-			t.Logf("each node sends %d packets a second", w.sent/600/10)
-		})
-	}
-}
-
-// TestWatchBrokenPair: two that cannot reach each other believe those who can, and
-// do not trouble them for ever.
-func TestWatchBrokenPair(t *testing.T) {
-	w := newWatchNet(5, 5, 0, 250*time.Microsecond)
-	w.run(10 * time.Second)
-	before := w.sent
-	w.run(time.Minute)
-	quiet := w.sent - before
-	w.cut = func(from, to int) bool { return from == 0 && to == 1 || from == 1 && to == 0 }
-	w.verdict = func(by, of int) { t.Errorf("node %d takes %d for silent, which three others hear", by, of) }
-	w.run(time.Minute)
-	before = w.sent
-	w.run(time.Minute)
-	if extra := w.sent - before - quiet; extra > quiet/4 {
-		t.Errorf("%d packets a minute, %d more than with all ways", quiet+extra, extra)
-	}
-}
-
-// TestWatchBrokenWays: a third of a crowd, among them those who watch it, cannot reach a
-// member. Nobody who hears it goes by their word for longer than a question takes, and
-// most of the time it is in sight of those who do not hear it, too.
-func TestWatchBrokenWays(t *testing.T) {
-	const nodes, of = 30, 15
-	w := newWatchNet(8, nodes, 0.02, 250*time.Microsecond)
-	w.run(10 * time.Second)
-	apart := func(n int) bool { return n >= of-5 && n < of+5 && n != of }
-	w.cut = func(from, to int) bool { return from == of && apart(to) || to == of && apart(from) }
-	var hearing, others time.Duration
-	const step, length = 10 * time.Millisecond, 5 * time.Minute
-	for range length / step {
-		w.run(step)
-		for _, x := range w.nodes {
-			switch {
-			case x.n == of || !x.w.isSilent(nodeID(of)):
-			case apart(x.n):
-				others += step
-			default:
-				hearing += step
-			}
-		}
-	}
-	hearing, others = hearing/(nodes-10), others/9
-	t.Logf("in %v it was out of sight of those who hear it for %v each, of the others for %v", length, hearing, others)
-	if hearing > length/1000 || others > length/20 {
-		t.Error("it was out of sight for too long")
-	}
-}
-
-// TestWatchPartition: both sides miss each other in time, and see each other again
-// soon after.
-func TestWatchPartition(t *testing.T) {
-	w := newWatchNet(6, 7, 0.1, 250*time.Microsecond)
-	w.run(5 * time.Second)
-	left := func(n int) bool { return n < 3 }
-	w.cut = func(from, to int) bool { return left(from) != left(to) }
-	w.verdict = func(by, of int) {
-		if left(by) == left(of) {
-			t.Errorf("node %d takes %d of its own side for silent", by, of)
-		}
-	}
-	w.run(1800 * time.Millisecond) // four neighbours go at once
-	for _, x := range w.nodes {
-		for _, y := range w.nodes {
-			if left(x.n) != left(y.n) && !x.w.isSilent(nodeID(y.n)) {
-				t.Errorf("node %d does not miss %d after 1.8 s", x.n, y.n)
-			}
-		}
-	}
-	w.run(20 * time.Second)
-	w.cut = nil
-	w.run(2 * time.Second)
-	for _, x := range w.nodes {
-		for _, y := range w.nodes {
-			if x.w.isSilent(nodeID(y.n)) {
-				t.Errorf("node %d misses %d 2 s after the heal", x.n, y.n)
-			}
 		}
 	}
 }
@@ -588,12 +500,13 @@ func TestWatchStranger(t *testing.T) {
 // TestWatchOneLiar: a member's word that others are silent is looked into, not believed.
 func TestWatchOneLiar(t *testing.T) {
 	for _, nodes := range []int{5, 30} {
-		w := newWatchNet(8, nodes, 0, 250*time.Microsecond)
+		w := newWatchNet(8, nodes, 0.1, 250*time.Microsecond)
 		w.verdict = func(by, of int) { t.Errorf("of %d node %d takes %d for silent", nodes, by, of) }
-		for range 1000 {
-			w.run(20 * time.Millisecond)
-			for to := range 4 {
-				w.post(4, to, doubt{nodeID((to + 1) % 4), time.Minute})
+		for n := range 1000 {
+			// Often, and then so rarely that its word is about a long silence.
+			w.run(20*time.Millisecond + time.Duration(n/500)*2*time.Second)
+			for to := range 4 { // of a crowd about one whom nobody told watches
+				w.post(4, to, doubt{nodeID((to + max(1, nodes/2)) % nodes), time.Minute})
 			}
 		}
 	}

@@ -12,10 +12,6 @@ func TestNftOnOldKernel(t *testing.T) {
 	files["/usr/bin/nft.test"] = testsOf(t, "ingress/nft")
 	// In a namespace of a user's the kernel answers into the default buffer, which large
 	// transactions overrun.
-	// One processor: with two a reset and the request that follows it from the same port
-	// wait in the queues of different ones, and may change places on a busy machine. Its
-	// clock counts instructions: beside other guests a client's port was used again, and
-	// a write was due, by a clock that had gone on while the guest stood still.
 	m := buildFor(t, Config{Kernel: kernelDir(t, "kernel"), Files: files, MemoryMiB: 1024, Leaps: true, Init: `
 mkdir -p /tmp
 echo 16777216 >/proc/sys/net/core/rmem_max
