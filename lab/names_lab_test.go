@@ -23,8 +23,10 @@ import (
 // /etc/hosts, and what a nameserver answers that is a task.
 const (
 	namesOutside = "192.0.2.77"
-	namesHost    = "192.0.2.78"
-	namesInside  = "192.0.2.79"
+	// slowAnswer is how long a nameserver takes that is slow.
+	slowAnswer  = 2 * time.Second
+	namesHost   = "192.0.2.78"
+	namesInside = "192.0.2.79"
 )
 
 // nameserver answers every question of an address with one. The one of all hosts
@@ -97,6 +99,8 @@ func (o *nameserver) ServeDNS(w miekg.ResponseWriter, q *miekg.Msg) {
 	}
 	switch o.mode {
 	case "dead":
+	case "slow":
+		time.AfterFunc(slowAnswer, func() { w.WriteMsg(m) })
 	case "garbage":
 		w.Write([]byte("this is no answer at all, and it is long enough for a header"))
 	case "lying":
@@ -143,7 +147,7 @@ func TestLabNames(t *testing.T) {
 	up := newNameserver(t, r.clientNS(), netip.AddrPortFrom(ClientAddr, 53).String(), namesOutside)
 	hosts := []string{"h1", "h2"}
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
-	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "2", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
+	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "3", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
 		"--dns", ClientAddr.String(), "--dns-search", "corp.example", "--dns-option", "timeout:1", "--host", "extra:"+namesHost, "--hostname", "box", "weft/whoami")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "agent", "--mode", "global", "--network", "front", "--endpoint-mode", "dnsrr", "weft/whoami")...)
 	for _, bad := range [][]string{{"--dns-option", "ndots:x"}, {"--dns-search", "a..b"}, {"--network", "name=front,alias=a.b"}} {
@@ -157,15 +161,18 @@ func TestLabNames(t *testing.T) {
 		if agents, err = r.replicas("agent", hosts...); err == nil {
 			dbs, err = r.replicas("db", hosts...)
 		}
-		if err == nil && (len(agents) != 2 || len(dbs) != 2) {
+		if err == nil && (len(agents) != 2 || len(dbs) != 3) {
 			err = fmt.Errorf("%d agents and %d dbs run", len(agents), len(dbs))
 		}
 		return err
 	})
 	began := time.Now()
 	db, agent := dbs[0], agents[0]
-	both := func(f func(replica) string) string {
-		words := []string{f(dbs[0]), f(dbs[1])}
+	all := func(f func(replica) string) string {
+		var words []string
+		for _, p := range dbs {
+			words = append(words, f(p))
+		}
 		slices.Sort(words)
 		return strings.Join(words, " | ")
 	}
@@ -187,17 +194,19 @@ func TestLabNames(t *testing.T) {
 		want  string
 	}
 	internal := []question{
-		{agent, "tasks.db.", miekg.TypeA, "NOERROR | " + both(addr)},
-		{agent, "Tasks.DB.front.", miekg.TypeA, "NOERROR | " + both(addr)},
-		{agent, "_8080._tcp.db.", miekg.TypeSRV, "NOERROR | " + both(target)},
-		{agent, "_8080._tcp.store.", miekg.TypeSRV, "NOERROR | " + both(target)},
+		{agent, "tasks.db.", miekg.TypeA, "NOERROR | " + all(addr)},
+		{agent, "Tasks.DB.front.", miekg.TypeA, "NOERROR | " + all(addr)},
+		{agent, "_8080._tcp.db.", miekg.TypeSRV, "NOERROR | " + all(target)},
+		{agent, "_8080._tcp.store.", miekg.TypeSRV, "NOERROR | " + all(target)},
 		{agent, "db.", miekg.TypeAAAA, "NOERROR"},
 		{agent, agent.host + ".agent.", miekg.TypeA, "NOERROR | " + addr(agent)},
-		{db, "box.", miekg.TypeA, "NOERROR | " + both(addr)}, // both have it on this host
+		{db, "box.", miekg.TypeA, "NOERROR | " + all(addr)}, // all have it on this host
 		{db, agent.host + ".agent.corp.example.", miekg.TypeA, "NOERROR | " + addr(agent)},
 		{db, "db.corp.example.", miekg.TypeAAAA, "NOERROR"},
 		{agent, "nonsense.", miekg.TypeA, "NXDOMAIN"},
 		{agent, "_80._tcp.nonsense.", miekg.TypeSRV, "NXDOMAIN"},
+		{agent, "nonsense.front.", miekg.TypeA, "NXDOMAIN"},
+		{db, "_80._tcp.nonsense.front.", miekg.TypeSRV, "NXDOMAIN"},
 	}
 	ask := func(q question) time.Duration {
 		t.Helper()
@@ -222,21 +231,24 @@ func TestLabNames(t *testing.T) {
 	ask(question{agent, "www.example.com.", miekg.TypeA, "NOERROR | " + namesOutside})
 	ask(question{db, "nonsense.corp.example.", miekg.TypeA, "NOERROR | " + namesOutside})
 
-	for _, mode := range []string{"dead", "garbage", "lying"} {
+	for _, mode := range []string{"dead", "garbage", "lying", "slow"} {
 		up.set(mode)
 		var external sync.WaitGroup
 		for i := range 8 {
 			external.Go(func() { agent.question(fmt.Sprintf("n%d.%s.example.com.", i, mode), miekg.TypeA) })
 		}
-		best := time.Hour
+		var took []time.Duration
 		for range 10 {
 			for _, q := range internal {
-				best = min(best, ask(q))
+				took = append(took, ask(q))
 			}
 		}
 		external.Wait()
-		if best > 5*time.Millisecond {
-			t.Errorf("with a nameserver that is %s an internal name took %v at best, want under 5 ms", mode, best)
+		slices.Sort(took)
+		median := took[len(took)/2]
+		t.Logf("with a nameserver that is %s %d internal names took %v (median), %v at worst", mode, len(took), median, took[len(took)-1])
+		if median > 5*time.Millisecond {
+			t.Errorf("with a nameserver that is %s an internal name took %v (median), want under 5 ms", mode, median)
 		}
 	}
 	up.set("")
