@@ -128,7 +128,7 @@ var owners = map[string][]string{
 	"google.golang.org/protobuf":              {"agent/runtime/containerd"},
 	"github.com/sirupsen/logrus":              {"agent/runtime/containerd"},
 	"github.com/urfave/cli":                   {"agent/runtime/containerd"},
-	"golang.org/x/net":                        {"orchestrator/wire"},
+	"golang.org/x/net":                        {"orchestrator/wire", "dns"}, // dns: the list of public suffixes
 }
 
 // Limits of size. They are smoke alarms: an exception needs its reason here.

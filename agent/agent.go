@@ -388,9 +388,10 @@ func (a *Agent) receive(s wire.Session) error {
 // view is what a task may ask its resolver: the names of its own networks.
 func (a *Agent) view(m *model, t weft.Task) dns.View {
 	spec := m.Specs[specKey{t.Service, t.SpecVersion}].Spec
+	host := a.cfg.Names.HostSearch()
 	v := dns.View{
 		Internal: true, Service: spec.Name,
-		Search: spec.Container.DNS.SearchDomains(a.cfg.Names.HostSearch()), Nameservers: spec.Container.DNS.Nameservers,
+		Search: spec.Container.DNS.SearchDomains(host), HostSearch: host, Nameservers: spec.Container.DNS.Nameservers,
 	}
 	for _, at := range t.Attachments {
 		n, known := m.Networks[at.Network]

@@ -15,10 +15,12 @@ import (
 	"github.com/weftnet/weft"
 )
 
-// Address plan: network "blue" 10.1.0.0/20 and fd00:1::/64, "red" 10.2.0.0/20.
+// Address plan: network "blue" 10.1.0.0/20 and fd00:1::/64, "red" 10.2.0.0/20; both are
+// names of top domains. "front" is none, and has nothing.
 const (
-	blue weft.ID = "blue0000000000000000000000"
-	red  weft.ID = "red00000000000000000000000"
+	blue  weft.ID = "blue0000000000000000000000"
+	red   weft.ID = "red00000000000000000000000"
+	front weft.ID = "front000000000000000000000"
 )
 
 func addrs(s ...string) (out []netip.Addr) {
@@ -57,16 +59,26 @@ func testRecords() Records {
 			Subnets:  []netip.Prefix{netip.MustParsePrefix("10.2.0.0/20")},
 			Services: []Service{{Name: "secret", VIP: addrs("10.2.0.2"), Tasks: []Task{{Slot: 1, Names: []string{"secret.1.ggg"}, Addrs: addrs("10.2.0.11"), Ready: true}}}, {Name: "web", VIP: addrs("10.2.0.9")}},
 		},
+		front: {Name: "Front"},
 	}}
 }
 
 func TestRespond(t *testing.T) {
-	snap := NewSnapshot(testRecords())
+	records := testRecords()
+	const public, more weft.ID = "public00000000000000000000", "more0000000000000000000000"
+	records.Networks[public] = Network{Name: "Dev", Services: []Service{{Name: "web", VIP: addrs("10.3.0.2")}}}
+	records.Networks[more] = Network{Name: "more", Services: []Service{{Name: "db", VIP: addrs("10.3.0.3")}}}
+	snap := NewSnapshot(records)
 	self := Task{Names: []string{"me.1.zzz", "me"}, Addrs: addrs("10.1.0.99")}
 	onBlue := View{Networks: []weft.ID{blue}, Self: self}
 	both := View{Networks: []weft.ID{red, blue}, Self: self}
 	inside := View{Networks: []weft.ID{blue}, Self: self, Internal: true}
 	searching := View{Networks: []weft.ID{blue}, Self: self, Search: []string{"Example.com", "lan."}}
+	onPublic := View{Networks: []weft.ID{public}, Search: []string{"example.com"}}
+	company := func(search ...string) View { return View{Networks: []weft.ID{front}, Search: search} }
+	onFront, onFrontToo := company(), company("Example.com", "lan.")
+	onFrontLast := View{Networks: []weft.ID{blue, front}}
+	hosted := View{Networks: []weft.ID{front}, Search: []string{"example.com"}, HostSearch: []string{"Berlin.Front"}}
 	unready := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 2, Names: []string{"web.2.bbb"}, Addrs: addrs("10.1.0.12")}}
 	unreadyHost := View{Networks: []weft.ID{blue}, Service: "agents", Self: Task{Host: "h3", Names: []string{"agents.n3.jjj"}, Addrs: addrs("10.1.0.53")}}
 	replaced := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 1, Names: []string{"web.1.old"}, Addrs: addrs("10.1.0.10")}}
@@ -143,6 +155,26 @@ func TestRespond(t *testing.T) {
 		{"tasks of another network", onBlue, "tasks.secret.", miekg.TypeA, "NXDOMAIN"},
 		{"slot of another network", onBlue, "1.secret.", miekg.TypeA, "NXDOMAIN"},
 		{"container of another network", onBlue, "secret.1.ggg.", miekg.TypeA, "NXDOMAIN"},
+		{"unknown on a network of the task", onFront, "typo.front.", miekg.TypeA, "NXDOMAIN"},
+		{"of any type, in any case", onFront, "Typo.FRONT.", miekg.TypeMX, "NXDOMAIN"},
+		{"SRV of an unknown one there", onFront, "_80._tcp.typo.front.", miekg.TypeSRV, "NXDOMAIN"},
+		{"more labels there", onFront, "a.b.front.", miekg.TypeAAAA, "NXDOMAIN"},
+		{"there, with a search domain", onFrontToo, "typo.front.EXAMPLE.com.", miekg.TypeA, "NXDOMAIN"},
+		{"SRV there, with a search domain", onFrontToo, "_80._tcp.typo.front.lan.", miekg.TypeSRV, "NXDOMAIN"},
+		{"there, with a domain that is not searched", onFront, "typo.front.example.com.", miekg.TypeA, "forward"},
+		{"the end of a label is no network", onFront, "typo.upfront.", miekg.TypeA, "forward"},
+		{"unknown on a network that the task is not on", onFront, "typo.more.", miekg.TypeA, "forward"},
+		{"known on a network that the task is not on", onFront, "db.more.", miekg.TypeA, "forward"},
+		{"unknown on the second network", onFrontLast, "typo.front.", miekg.TypeA, "NXDOMAIN"},
+		{"a network called as a top domain", onPublic, "go.dev.", miekg.TypeA, "forward"},
+		{"of which names are known", onPublic, "web.dev.", miekg.TypeA, "NOERROR 10.3.0.2"},
+		{"SRV of one", onPublic, "_80._tcp.go.dev.", miekg.TypeSRV, "forward"},
+		{"one with a search domain", onPublic, "go.dev.example.com.", miekg.TypeA, "forward"},
+		{"a network called as a search domain", company("front"), "mail.front.", miekg.TypeA, "forward"},
+		{"as the end of one", company("Berlin.Front."), "mail.front.", miekg.TypeA, "forward"},
+		{"but not as the end of its label", company("upfront"), "mail.front.", miekg.TypeA, "NXDOMAIN"},
+		{"as the end of one of the host's", hosted, "mail.front.", miekg.TypeA, "forward"},
+		{"a real domain behind another one", company("front.example.com", "example.com"), "mail.front.example.com.", miekg.TypeA, "forward"},
 		{"external", onBlue, "example.com.", miekg.TypeA, "forward"},
 		{"external type", onBlue, "example.com.", miekg.TypeMX, "forward"},
 		{"external from inside", inside, "example.com.", miekg.TypeA, "NXDOMAIN"},

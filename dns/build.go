@@ -96,6 +96,7 @@ func (z *zoneBuilder) whole() *zone {
 	z.zone = &zone{seed: z.seed, shards: make([]shard, size)}
 	if z.name != "" {
 		z.zone.suffix = "." + fold(z.name)
+		z.zone.isPublic = isPublic(fold(z.name))
 	}
 	byName := map[string][]*Service{}
 	for i := range z.given {

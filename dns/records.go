@@ -75,7 +75,9 @@ type Snapshot struct {
 type zone struct {
 	seed   maphash.Seed
 	suffix string // "." and the network's name in lower case; "" = it has none
-	shards []shard
+	// isPublic: names that end in suffix may be real ones, of the outside.
+	isPublic bool
+	shards   []shard
 }
 
 // shard has some of a zone's names and addresses. Its table says the same as byName.

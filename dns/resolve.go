@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/net/publicsuffix"
+
 	"github.com/weftnet/weft"
 )
 
@@ -28,6 +30,10 @@ type View struct {
 	// Search are the search domains that the task's client appends: a name of
 	// the cluster with one of them behind is answered here.
 	Search []string
+	// HostSearch are the search domains of the host, which Search may take the
+	// place of: what ends in one of them is a real name, also where a network of
+	// the task has the name of its last labels.
+	HostSearch []string
 	// Nameservers are asked for external names instead of the host's, the
 	// first three of them; none = the host's.
 	Nameservers []netip.Addr
@@ -51,6 +57,7 @@ type view struct {
 	addrs    []netip.Addr
 	ptr      string   // target of PTR of addrs; "" = none
 	search   []string // folded, each with a dot before it
+	real     []string // search and the host's, in the same form: names outside
 	internal bool     // nobody is asked
 	servers  nameservers
 }
@@ -72,9 +79,16 @@ func compile(v *View) *view {
 	if len(v.Self.Names) > 0 {
 		out.ptr = v.Self.Names[0] + "."
 	}
-	for _, d := range v.Search {
+	out.search = dotted(v.Search)
+	out.real = append(dotted(v.HostSearch), out.search...)
+	return out
+}
+
+// dotted are domains, folded, each with a dot before it.
+func dotted(domains []string) (out []string) {
+	for _, d := range domains {
 		if d = fold(d); d != "" {
-			out.search = append(out.search, "."+d)
+			out = append(out, "."+d)
 		}
 	}
 	return out
@@ -96,10 +110,11 @@ const (
 // cluster names by construction, so a misspelt or stopped service would be
 // told to the outside, and a resolver that answers everything would send the
 // task to a stranger. For the same reason derived names of networks that v
-// does not see stay here. A host that lives by search domains is not hurt:
-// the client appends them itself and asks again. What it then asks about a name
-// that is known here is answered here: clients append domains to names that
-// exist, too, if they have no address of the family.
+// does not see stay here, and what ends in the name of a network of v. A
+// host that lives by search domains is not hurt: the client appends them itself and
+// asks again. What it then asks about a name that is known here is answered here:
+// clients append domains to names that exist, too, if they have no address of the
+// family.
 func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr, ttl uint32, d verdict) {
 	set := s.find(v, name, want6)
 	if set == nil {
@@ -108,7 +123,7 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 	if set != nil {
 		return set.family(want6), set.ttl, verdictFound
 	}
-	if s.isDerived(name) || isOneLabel(name) {
+	if s.isDerived(name) || isOneLabel(name) || s.isBelow(v, name, "") {
 		return nil, 0, verdictAbsent
 	}
 	for _, d := range v.search {
@@ -119,7 +134,7 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 		if set := s.find(v, rest, want6); set != nil {
 			return set.family(want6), set.ttl, verdictFound
 		}
-		if s.isDerived(rest) {
+		if s.isDerived(rest) || s.isBelow(v, rest, d) {
 			return nil, 0, verdictAbsent
 		}
 	}
@@ -202,6 +217,41 @@ func (s *Snapshot) isDerived(name []byte) bool {
 		}
 	}
 	return false
+}
+
+// isBelow reports whether name, which has had domain behind it (with its dot; "" =
+// none), ends in the name of a network of v, and no real names do: it is then
+// nobody else's, and if it is unknown it does not exist.
+func (s *Snapshot) isBelow(v *view, name []byte, domain string) bool {
+	for _, id := range v.networks {
+		z := s.networks[id]
+		if z == nil || z.suffix == "" || z.isPublic {
+			continue
+		}
+		if _, ok := cutSuffix(name, z.suffix); ok && !v.isReal(z.suffix, domain) {
+			return true
+		}
+	}
+	return false
+}
+
+// isReal reports whether a search domain is, or ends in, a network's name with
+// domain behind: a company's own top domain is in no public list.
+func (v *view) isReal(suffix, domain string) bool {
+	for _, d := range v.real {
+		if d, ok := strings.CutSuffix(d, domain); ok && strings.HasSuffix(d, suffix) {
+			return true
+		}
+	}
+	return false
+}
+
+// isPublic reports whether a network's name (folded) ends in a top domain of
+// ICANN's: real names end in it, too. The list is asked for a name below, as some
+// top domains have rules for those alone (*.ck).
+func isPublic(network string) bool {
+	_, icann := publicsuffix.PublicSuffix("x." + network[strings.LastIndexByte(network, '.')+1:])
+	return icann
 }
 
 // domains are what may stand behind a name of the cluster when v asks: the search

@@ -49,7 +49,7 @@ func thorough(snap *Snapshot, v *view, packet []byte, turn uint64) (req *miekg.M
 // testView has everything that changes answers.
 func testView() *view {
 	return compile(&View{
-		Networks: []weft.ID{red, blue}, Service: "down", Search: []string{"Example.org", "lan"},
+		Networks: []weft.ID{red, blue, front}, Service: "down", Search: []string{"Example.org", "lan"},
 		Self: Task{Slot: 7, Names: []string{"down.7.zzz", "me"}, Addrs: addrs("10.1.0.99", "fd00:1::99")},
 	})
 }
@@ -87,7 +87,7 @@ func FuzzQuick(f *testing.F) {
 // could be answered quickly is left.
 func TestQuickIsThorough(t *testing.T) {
 	snap, v := NewSnapshot(testRecords()), testView()
-	words := []string{"web", "shared", "rr", "down", "tasks.web", "tasks.down", "2.rr", "7.down", "me", "c0ffee", "nope", "localhost", "x.localhost", "secret", "tasks.secret", "_80._tcp.web", "example.com"}
+	words := []string{"web", "shared", "rr", "down", "tasks.web", "tasks.down", "2.rr", "7.down", "me", "c0ffee", "nope", "localhost", "x.localhost", "secret", "tasks.secret", "typo.front", "_80._tcp.web", "example.com"}
 	took := map[bool]int{}
 	rapid.Check(t, func(t *rapid.T) {
 		name := rapid.SampledFrom(words).Draw(t, "name") + rapid.SampledFrom([]string{"", "", ".blue", ".red", ".example.org", ".blue.lan"}).Draw(t, "behind")
@@ -168,7 +168,7 @@ func TestQuickLeavesLongAnswers(t *testing.T) {
 
 func TestQuickAllocatesNothing(t *testing.T) {
 	snap, v := NewSnapshot(testRecords()), testView()
-	for _, name := range []string{"WEB.", "tasks.web.blue.", "nope.", "down.example.org.", "7.down.", "localhost."} {
+	for _, name := range []string{"WEB.", "tasks.web.blue.", "nope.", "down.example.org.", "7.down.", "localhost.", "typo.front.", "a.b.front.example.org."} {
 		m := new(miekg.Msg)
 		m.SetQuestion(name, miekg.TypeA)
 		m.SetEdns0(1232, false)
