@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -69,32 +70,79 @@ func TestOwnNameservers(t *testing.T) {
 	}
 }
 
+// garbage is a nameserver that answers with bytes that are no message: some of them
+// begin as one, with the question's id.
+func garbage(t *testing.T) *stub {
+	s := &stub{}
+	var err error
+	if s.udp, err = net.ListenPacket("udp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	if s.tcp, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b := make([]byte, maxUDPQuery)
+		for {
+			n, from, err := s.udp.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			s.asked.Add(1)
+			s.udp.WriteTo(nil, from)
+			s.udp.WriteTo([]byte("no message at all, whatever one makes of it"), from)
+			s.udp.WriteTo(append(b[:2:2], 0x81, 0x80, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0xc0, 0x0c), from)
+			s.udp.WriteTo(b[:n-1], from)
+		}
+	}()
+	t.Cleanup(func() { s.udp.Close(); s.tcp.Close(); <-done })
+	return s
+}
+
 // TestBadUpstreamsHurtNobodyElse: internal names under 5 ms, whatever external
 // ones meet.
 func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
-	for name, handle := range map[string]func(*miekg.Msg, string) *miekg.Msg{
-		"dead":    silent,
-		"lying":   func(q *miekg.Msg, n string) *miekg.Msg { m := good(q, n); m.Question[0].Name = "evil."; return m },
-		"cut off": func(q *miekg.Msg, n string) *miekg.Msg { m := good(q, n); m.Truncated = true; return m },
-		"loops": func(q *miekg.Msg, n string) *miekg.Msg {
+	const rounds = 60
+	stubOf := func(handle func(*miekg.Msg, string) *miekg.Msg) func(*testing.T) *stub {
+		return func(t *testing.T) *stub { return newStub(t, handle) }
+	}
+	for name, upstream := range map[string]func(*testing.T) *stub{
+		"dead":    stubOf(silent),
+		"garbage": garbage,
+		"slow": func(t *testing.T) *stub {
+			return newStub(t, func(q *miekg.Msg, n string) *miekg.Msg {
+				select {
+				case <-time.After(2 * time.Second):
+				case <-t.Context().Done():
+				}
+				return good(q, n)
+			})
+		},
+		"lying":   stubOf(func(q *miekg.Msg, n string) *miekg.Msg { m := good(q, n); m.Question[0].Name = "evil."; return m }),
+		"cut off": stubOf(func(q *miekg.Msg, n string) *miekg.Msg { m := good(q, n); m.Truncated = true; return m }),
+		"loops": stubOf(func(q *miekg.Msg, n string) *miekg.Msg {
 			m := good(q, n)
 			m.Answer = []miekg.RR{&miekg.CNAME{Hdr: header(q.Question[0].Name, miekg.TypeCNAME, 60), Target: q.Question[0].Name}}
 			return m
-		},
+		}),
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, Config{}, map[netip.AddrPort]*stub{ns1: newStub(t, handle)})
+			// An answer after two seconds is waited for.
+			cfg := Config{}
+			if name == "slow" {
+				cfg.TryTimeout = 3 * time.Second
+			}
+			up := upstream(t)
+			r := newRig(t, cfg, map[netip.AddrPort]*stub{ns1: up})
 			c, err := net.Dial("udp", r.udp)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			// The best of many: the machine's own pauses are nobody's fault here.
-			best := time.Hour
-			for round := range 200 {
-				if best < internalLimit && round >= 20 {
-					break
-				}
+			var took []time.Duration
+			for round := range rounds {
 				for i := range 20 {
 					m := new(miekg.Msg)
 					m.SetQuestion(fmt.Sprintf("n%d-%d.example.com.", round, i), miekg.TypeA)
@@ -106,41 +154,22 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 				}
 				start := time.Now()
 				r.want("udp", "web.", "NOERROR 10.1.0.2")
-				best = min(best, time.Since(start))
+				took = append(took, time.Since(start))
 			}
-			if best > internalLimit {
-				t.Errorf("an internal name took %v at best, want under %v", best, internalLimit)
+			if up.asked.Load() == 0 {
+				t.Error("the bad nameserver was never asked")
+			}
+			if m := median(took); m > internalLimit {
+				t.Errorf("an internal name took %v in the median of %d, want under %v", m, rounds, internalLimit)
 			}
 		})
 	}
 }
 
-// TestManyConnections: one task with 10,000 connections holds a bounded number,
-// and others do not notice.
-func TestManyConnections(t *testing.T) {
-	r := newRig(t, Config{}, nil)
-	flooded, stop := r.tcp, r.stop
-	defer stop()
-	r.serve(View{Networks: []weft.ID{blue}})
-	defer r.stop()
-	for i := range 10_000 {
-		c, err := net.Dial("tcp", flooded)
-		if err != nil {
-			t.Fatalf("connection %d: %v", i, err)
-		}
-		defer c.Close()
-		c.(*net.TCPConn).SetLinger(0)
-		if i >= 2*maxTCPConns {
-			c.Close() // the test's own descriptors are bounded, too
-		}
-		if i%1000 == 0 {
-			r.want("tcp", "web.", "NOERROR 10.1.0.2")
-			r.want("udp", "web.", "NOERROR 10.1.0.2")
-		}
-	}
-	if n := r.s.Stats().Refused; n < 9000 {
-		t.Errorf("%d connections refused, want nearly all", n)
-	}
+// median sorts all of them.
+func median(all []time.Duration) time.Duration {
+	slices.Sort(all)
+	return all[len(all)/2]
 }
 
 // TestLongQuestionOnTCP: 64 KiB are no question, and are not waited for.
