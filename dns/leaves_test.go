@@ -25,19 +25,13 @@ func slowLeaves(name string, networks, search, host []string, public map[string]
 	if len(all) == 1 {
 		return false
 	}
-	for _, behind := range append([][]string{nil}, mapped(search, labels)...) {
-		if !endsIn(all, behind) {
+	domains := append(mapped(search, labels), mapped(host, labels)...)
+	for _, n := range mapped(networks, labels) {
+		if len(all) <= len(n) || !endsIn(all, n) || public[n[len(n)-1]] {
 			continue
 		}
-		before := all[:len(all)-len(behind)]
-		for _, n := range mapped(networks, labels) {
-			if len(before) <= len(n) || !endsIn(before, n) || public[n[len(n)-1]] {
-				continue
-			}
-			whole := append(slices.Clone(n), behind...)
-			if !slices.ContainsFunc(append(mapped(search, labels), mapped(host, labels)...), func(d []string) bool { return endsIn(d, whole) }) {
-				return false
-			}
+		if !slices.ContainsFunc(domains, func(d []string) bool { return endsIn(d, n) }) {
+			return false
 		}
 	}
 	return true

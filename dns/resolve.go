@@ -123,7 +123,7 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 	if set != nil {
 		return set.family(want6), set.ttl, verdictFound
 	}
-	if s.isDerived(name) || isOneLabel(name) || s.isBelow(v, name, "") {
+	if s.isDerived(name) || isOneLabel(name) || s.isBelow(v, name) {
 		return nil, 0, verdictAbsent
 	}
 	for _, d := range v.search {
@@ -134,7 +134,7 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 		if set := s.find(v, rest, want6); set != nil {
 			return set.family(want6), set.ttl, verdictFound
 		}
-		if s.isDerived(rest) || s.isBelow(v, rest, d) {
+		if s.isDerived(rest) {
 			return nil, 0, verdictAbsent
 		}
 	}
@@ -219,31 +219,25 @@ func (s *Snapshot) isDerived(name []byte) bool {
 	return false
 }
 
-// isBelow reports whether name, which has had domain behind it (with its dot; "" =
-// none), ends in the name of a network of v, and no real names do: it is then
-// nobody else's, and if it is unknown it does not exist.
-func (s *Snapshot) isBelow(v *view, name []byte, domain string) bool {
+// isBelow reports whether name ends in the name of a network of v, and no real names do:
+// it is then nobody else's, and if it is unknown it does not exist.
+func (s *Snapshot) isBelow(v *view, name []byte) bool {
 	for _, id := range v.networks {
 		z := s.networks[id]
 		if z == nil || z.suffix == "" || z.isPublic {
 			continue
 		}
-		if _, ok := cutSuffix(name, z.suffix); ok && !v.isReal(z.suffix, domain) {
+		if _, ok := cutSuffix(name, z.suffix); ok && !v.isReal(z.suffix) {
 			return true
 		}
 	}
 	return false
 }
 
-// isReal reports whether a search domain is, or ends in, a network's name with
-// domain behind: a company's own top domain is in no public list.
-func (v *view) isReal(suffix, domain string) bool {
-	for _, d := range v.real {
-		if d, ok := strings.CutSuffix(d, domain); ok && strings.HasSuffix(d, suffix) {
-			return true
-		}
-	}
-	return false
+// isReal reports whether a search domain is, or ends in, a network's name: a company's
+// own top domain is in no public list.
+func (v *view) isReal(suffix string) bool {
+	return slices.ContainsFunc(v.real, func(d string) bool { return strings.HasSuffix(d, suffix) })
 }
 
 // isPublic reports whether a network's name (folded) ends in a top domain of
