@@ -102,7 +102,7 @@ func garbage(t *testing.T) *stub {
 }
 
 // TestBadUpstreamsHurtNobodyElse: internal names under 5 ms, whatever external
-// ones meet.
+// ones meet; more by ten times what one takes between floods, where the machine is busy.
 func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 	const rounds = 60
 	stubOf := func(handle func(*miekg.Msg, string) *miekg.Msg) func(*testing.T) *stub {
@@ -141,8 +141,14 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			var took []time.Duration
+			var took, calm []time.Duration
+			ask := func() time.Duration {
+				start := time.Now()
+				r.want("udp", "web.", "NOERROR 10.1.0.2")
+				return time.Since(start)
+			}
 			for round := range rounds {
+				calm = append(calm, ask())
 				for i := range 20 {
 					m := new(miekg.Msg)
 					m.SetQuestion(fmt.Sprintf("n%d-%d.example.com.", round, i), miekg.TypeA)
@@ -152,15 +158,15 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 					}
 					c.Write(b)
 				}
-				start := time.Now()
-				r.want("udp", "web.", "NOERROR 10.1.0.2")
-				took = append(took, time.Since(start))
+				took = append(took, ask())
 			}
 			if up.asked.Load() == 0 {
 				t.Error("the bad nameserver was never asked")
 			}
-			if m := median(took); m > internalLimit {
-				t.Errorf("an internal name took %v in the median of %d, want under %v", m, rounds, internalLimit)
+			m, limit := median(took), internalLimit+10*median(calm)
+			t.Logf("an internal name took %v in the median of %d, %v between", m, rounds, median(calm))
+			if m > limit {
+				t.Errorf("an internal name took %v in the median of %d, want under %v", m, rounds, limit)
 			}
 		})
 	}

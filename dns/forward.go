@@ -218,6 +218,9 @@ func exchange(ctx context.Context, network string, server way, q *miekg.Msg) (*m
 	}
 	for {
 		msg, err := conn.ReadMsg()
+		if err == nil {
+			err = wantData(msg)
+		}
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
@@ -234,6 +237,25 @@ func exchange(ctx context.Context, network string, server way, q *miekg.Msg) (*m
 			return nil, errors.New("the answer does not fit the question")
 		}
 	}
+}
+
+// wantData refuses records without data. miekg takes them for those of an update (RFC 2136
+// section 2.5), and writes a known type's fields all the same, as far as they go: the
+// client would get a message that it cannot read. A list of prefixes (APL, RFC 3123) may be
+// empty.
+func wantData(msg *miekg.Msg) error {
+	for _, section := range [][]miekg.RR{msg.Answer, msg.Ns, msg.Extra} {
+		for _, rr := range section {
+			switch rr.(type) {
+			case *miekg.OPT, *miekg.APL, *miekg.NULL, *miekg.RFC3597:
+				continue
+			}
+			if h := rr.Header(); h.Rdlength == 0 {
+				return fmt.Errorf("record %s of %s has no data", miekg.TypeToString[h.Rrtype], h.Name)
+			}
+		}
+	}
+	return nil
 }
 
 func fits(q, msg *miekg.Msg) bool {
