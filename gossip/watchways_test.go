@@ -1,3 +1,8 @@
+//go:build !race
+
+// One goroutine: there is nothing for the race detector to see, and it takes ten
+// times as long with it.
+
 package gossip
 
 import (
