@@ -8,21 +8,26 @@ import (
 	"github.com/weftnet/weft"
 )
 
+// crowdOf is the watch of node 0 of n, which has just heard all.
+func crowdOf(n int, now time.Time) (w *watch, ids []weft.ID) {
+	w = newWatch(nodeID(0), rand.New(rand.NewPCG(1, 1)))
+	for i := range n {
+		ids = append(ids, nodeID(i))
+	}
+	w.setMembers(now, ids)
+	for _, id := range ids {
+		w.hear(now, id)
+	}
+	return w, ids
+}
+
 // TestCrowdLateNodeBelievesAccusers: a node that was late by a little reads that two have
 // given a member up. The words may be as old as it did nothing, no older: it gives the
 // member up soon, after a question of its own; one accuser alone is not enough.
 func TestCrowdLateNodeBelievesAccusers(t *testing.T) {
 	for _, by := range []int{1, 2} {
 		now := time.Unix(1000, 0)
-		w := newWatch(nodeID(0), rand.New(rand.NewPCG(1, 1)))
-		var ids []weft.ID
-		for n := range 30 {
-			ids = append(ids, nodeID(n))
-		}
-		w.setMembers(now, ids)
-		for _, id := range ids {
-			w.hear(now, id)
-		}
+		w, ids := crowdOf(30, now)
 		gone := nodeID(15) // not one that this node watches
 		live := func(d time.Duration) {
 			for end := now.Add(d); now.Before(end); now = now.Add(5 * time.Millisecond) {
@@ -56,15 +61,7 @@ func TestCrowdLateNodeBelievesAccusers(t *testing.T) {
 func TestStallIsForgivenOnce(t *testing.T) {
 	const stall = 400 * time.Millisecond
 	now := time.Unix(1000, 0)
-	w := newWatch(nodeID(0), rand.New(rand.NewPCG(1, 1)))
-	var ids []weft.ID
-	for n := range 30 {
-		ids = append(ids, nodeID(n))
-	}
-	w.setMembers(now, ids)
-	for _, id := range ids {
-		w.hear(now, id)
-	}
+	w, _ := crowdOf(30, now)
 	p := w.of[nodeID(1)] // watched, and says nothing
 	for p.since.IsZero() {
 		now = now.Add(5 * time.Millisecond)
