@@ -129,7 +129,14 @@ func hostileSeeds(f *testing.F, name string) (out [][]byte) {
 	loop := slices.Clone(out[0])
 	loop[headerLen] = 0xc0 // the name is a pointer to itself
 	loop[headerLen+1] = headerLen
-	return append(out, loop, out[0][:len(out[0])-3], append(slices.Clone(out[0]), 1, 2, 3), nil, []byte{1, 2, 3})
+	q.Response = true
+	empty, err := q.Pack()
+	if err != nil {
+		f.Fatal(err)
+	}
+	empty[9] = 1 // a record of authority: an SOA of the name asked for, without data
+	empty = append(empty, 0xc0, headerLen, 0, byte(miekg.TypeSOA), 0, miekg.ClassINET, 0, 0, 0, 0, 0, 0)
+	return append(out, empty, loop, out[0][:len(out[0])-3], append(slices.Clone(out[0]), 1, 2, 3), nil, []byte{1, 2, 3})
 }
 
 // FuzzUpstream: whatever a nameserver says, the client has an answer that can be read,

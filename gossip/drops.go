@@ -2,7 +2,8 @@ package gossip
 
 import "time"
 
-// dropsEvery is how often operators are told of dropped frames at most, our own choice.
+// dropsEvery is how often operators are told of dropped frames at most, and of a seed with
+// another key, our own choice.
 const dropsEvery = time.Minute
 
 // drops are the frames dropped so far, as operators were last told of them.

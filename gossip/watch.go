@@ -400,8 +400,9 @@ func earlier(a, b time.Time) time.Time {
 
 // watching are the first member after this node and the first before it, in order, that
 // owe no answer, and as many more as owe one before them: of many that go at once, side by
-// side, the last would else be asked only after all others. Most pairs thus watch each other, and a question is a sign of life, too:
-// whoever asks first spares the other the question.
+// side, the last would else be asked only after all others. Most pairs thus watch each
+// other, and a question is a sign of life, too: whoever asks first spares the other the
+// question.
 func (w *watch) watching(now time.Time) map[weft.ID]bool {
 	out := map[weft.ID]bool{}
 	me, _ := slices.BinarySearch(w.ring, w.self)
