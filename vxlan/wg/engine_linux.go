@@ -89,7 +89,7 @@ func (e *Engine) Probe(ctx context.Context) error {
 		make  func() driver
 	}{
 		{EngineKernel, probeKernel, func() driver { return &kernelDriver{} }},
-		{EngineUser, probeUser, func() driver { return &userDriver{dir: e.cfg.RunDir, exe: exe, log: e.cfg.Log} }},
+		{EngineUser, probeUser, func() driver { return newUserDriver(e.cfg.RunDir, exe, e.cfg.Log) }},
 	} {
 		choice := weft.EngineChoice{Kind: "encryption", Engine: c.name}
 		switch {

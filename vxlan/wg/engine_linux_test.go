@@ -288,6 +288,35 @@ func daemonDies(t *testing.T, overlays []string) {
 	}
 }
 
+// TestChildHangs: a child that answers nobody is told of, and made anew when it
+// goes on.
+func TestChildHangs(t *testing.T) {
+	hosts := rig(t, []string{onBridge, onEBPF}, EngineUser)
+	a, b := hosts[0], hosts[1]
+	applyAll(t, hosts, 0, 1)
+	must(t, exchange(a.tasks[1], b.tasks[1]))
+	d := a.e.driver.(*userDriver)
+	before, err := d.running()
+	must(t, err)
+	want := a.state(hosts, 0, map[*host][]weft.NodeKey{b: b.keys(0)}, 1)
+	must(t, unix.Kill(before, unix.SIGSTOP))
+	d.patience = 100 * time.Millisecond
+	for i := range muteMost {
+		if err := a.apply(want); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("pass %d says %v", i, err)
+		}
+	}
+	d.patience = askLimit
+	if pid, err := d.running(); pid != before {
+		t.Errorf("the child was %d and is %d, %v: too soon", before, pid, err)
+	}
+	must(t, a.apply(want))
+	if pid, err := d.running(); pid == before || pid == 0 {
+		t.Errorf("the child was %d and is %d, %v", before, pid, err)
+	}
+	must(t, exchange(a.tasks[1], b.tasks[1]))
+}
+
 // TestChildGoesFirst: every thread of the child has its priority, and so has the
 // session that it leads.
 func TestChildGoesFirst(t *testing.T) {

@@ -133,6 +133,10 @@ func choose(st vxlan.State, ring keyring, have [weft.KeySlots]device) map[netip.
 // change is what is written to one device, in the order of its fields and
 // lists. A nil field stays.
 type change struct {
+	// fresh removes all peers, before anything else: wireguard-go can wait for
+	// itself for ever when a device that has peers gets another private key,
+	// while the answer to a handshake comes in.
+	fresh   bool
 	private *privateKey
 	port    *uint16
 	peers   []peerChange
@@ -147,7 +151,9 @@ type peerChange struct {
 	keepalive bool           // set it
 }
 
-func (c change) empty() bool { return c.private == nil && c.port == nil && len(c.peers) == 0 }
+func (c change) empty() bool {
+	return !c.fresh && c.private == nil && c.port == nil && len(c.peers) == 0
+}
 
 // sink is a peer that exists for the length of one change. An address that no
 // peer shall have any more is moved to it and goes with it: to write a peer's
@@ -162,10 +168,7 @@ var sink = weft.PublicKey(bytes.Repeat([]byte{0xa5}, 32))
 func diff(have, want device, now time.Time) change {
 	var c change
 	if have.private != want.private {
-		c.private = &want.private
-		for _, key := range sortedKeys(have.peers) {
-			c.peers = append(c.peers, peerChange{public: key, remove: true})
-		}
+		c.private, c.fresh = &want.private, len(have.peers) > 0
 		have.peers = nil
 	}
 	if have.port != want.port {

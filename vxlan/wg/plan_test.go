@@ -54,6 +54,9 @@ func model(d device, c change, look func(device)) device {
 		d.port = *c.port
 	}
 	d.peers = maps.Clone(d.peers)
+	if c.fresh {
+		clear(d.peers)
+	}
 	for _, pc := range c.peers {
 		if pc.remove {
 			delete(d.peers, pc.public)
@@ -140,11 +143,11 @@ func TestRoaming(t *testing.T) {
 
 func TestUAPI(t *testing.T) {
 	private, port := key(3), uint16(51821)
-	c := change{private: &private, port: &port, peers: []peerChange{
+	c := change{fresh: true, private: &private, port: &port, peers: []peerChange{
 		{public: weft.PublicKey{1}, endpoint: netip.MustParseAddrPort("[fd00::1]:51820"), allow: []netip.Addr{addr(1), netip.MustParseAddr("fd77::1")}, keepalive: true},
 		{public: sink, remove: true},
 	}}
-	want := "set=1\nprivate_key=18" + strings.Repeat("00", 30) + "40\nlisten_port=51821\n" +
+	want := "set=1\nreplace_peers=true\nprivate_key=18" + strings.Repeat("00", 30) + "40\nlisten_port=51821\n" +
 		"public_key=01" + strings.Repeat("00", 31) + "\nendpoint=[fd00::1]:51820\nallowed_ip=10.0.0.1/32\nallowed_ip=fd77::1/128\npersistent_keepalive_interval=25\n" +
 		"public_key=" + strings.Repeat("a5", 32) + "\nremove=true\n\n"
 	if got := c.encode(); got != want {

@@ -22,6 +22,9 @@ func (c change) encode() string {
 	var b strings.Builder
 	line := func(key, value string) { b.WriteString(key + "=" + value + "\n") }
 	line("set", "1")
+	if c.fresh {
+		line("replace_peers", "true")
+	}
 	if c.private != nil {
 		line("private_key", hex.EncodeToString(c.private[:]))
 	}

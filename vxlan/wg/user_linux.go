@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -31,6 +32,10 @@ const (
 	childPoll = 5 * time.Millisecond
 	// askLimit bounds one question to the child.
 	askLimit = 5 * time.Second
+	// muteMost is how many questions in a row a device may leave unanswered
+	// before the child is made anew: its sessions are lost then, but one that
+	// answers nobody takes no new key and no new node, and makes no handshake.
+	muteMost = 2
 )
 
 // userDriver has the devices in a child process that outlives the daemon, as
@@ -43,6 +48,14 @@ type userDriver struct {
 	// child is the process that this daemon started; nil for one that an
 	// earlier daemon did.
 	child *exec.Cmd
+	// mute counts the questions to each device, since its last answer, that
+	// had none for patience.
+	mute     [weft.KeySlots]int
+	patience time.Duration
+}
+
+func newUserDriver(dir, exe string, log *slog.Logger) *userDriver {
+	return &userDriver{dir: dir, exe: exe, log: log, patience: askLimit}
 }
 
 func (u *userDriver) socket(slot int) string {
@@ -60,10 +73,14 @@ func (u *userDriver) ensure(ctx context.Context, path string, port uint16) error
 		return err
 	}
 	if pid != 0 {
-		if inside(pid, ns) {
+		mute := slices.Max(u.mute[:]) >= muteMost
+		if inside(pid, ns) && !mute {
 			return nil
 		}
-		// Its namespace is one that was removed: so are its devices.
+		if mute {
+			u.log.Warn("WireGuard process does not answer: it is made anew", "pid", pid)
+		}
+		// Else its namespace is one that was removed: so are its devices.
 		if err := u.stop(ctx, pid); err != nil {
 			return err
 		}
@@ -147,7 +164,7 @@ func (u *userDriver) start(ctx context.Context, ns *netns.Handle) error {
 		return fmt.Errorf("start WireGuard process: %w", err)
 	}
 	u.reap()
-	u.child = cmd
+	u.child, u.mute = cmd, [weft.KeySlots]int{}
 	for deadline := time.Now().Add(childLimit); ; {
 		if pid, err := u.running(); err != nil || pid == cmd.Process.Pid {
 			return err
@@ -247,10 +264,22 @@ func (u *userDriver) write(ctx context.Context, slot int, c change) error {
 	return err
 }
 
-// ask sends one request on a connection of its own.
+// ask sends one request and counts those without an answer.
 func (u *userDriver) ask(ctx context.Context, slot int, request string) (device, error) {
-	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	patient, cancel := context.WithTimeout(ctx, u.patience)
 	defer cancel()
+	d, err := u.exchange(patient, slot, request)
+	switch {
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		u.mute[slot] = 0
+	case ctx.Err() == nil:
+		u.mute[slot]++
+	}
+	return d, err
+}
+
+// exchange sends one request on a connection of its own.
+func (u *userDriver) exchange(ctx context.Context, slot int, request string) (device, error) {
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", u.socket(slot))
 	if err != nil {
 		return device{}, fmt.Errorf("dial WireGuard process: %w", err)
