@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/weftnet/weft"
 )
@@ -171,8 +172,11 @@ func (o *opener) derive(s *sender) error {
 	return nil
 }
 
-// know makes ids the members whose frames are read.
+// know makes ids, each of them once, the members whose frames are read.
 func (o *opener) know(ids []weft.ID) error {
+	if o.knows(ids) {
+		return nil
+	}
 	next := make(map[senderHash][]*sender, len(ids))
 	for _, id := range ids {
 		h := hashSender(id)
@@ -192,6 +196,17 @@ func (o *opener) know(ids []weft.ID) error {
 	}
 	o.senders = next
 	return nil
+}
+
+// knows reports whether nothing changes by know.
+func (o *opener) knows(ids []weft.ID) bool {
+	n := 0
+	for _, s := range o.senders {
+		n += len(s)
+	}
+	return n == len(ids) && !slices.ContainsFunc(ids, func(id weft.ID) bool {
+		return !slices.ContainsFunc(o.senders[hashSender(id)], func(s *sender) bool { return s.id == id })
+	})
 }
 
 // open returns the message in a frame and its sender. The error wraps one of

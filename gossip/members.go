@@ -59,22 +59,26 @@ func (c *core) peer(now time.Time, id weft.ID) *peer {
 
 // setLive takes the members alive now, self or not.
 func (c *core) setLive(now time.Time, ids []weft.ID) {
-	alive := map[weft.ID]bool{c.self: true}
+	live := slices.Clone(ids)
+	if !slices.Contains(live, c.self) {
+		live = append(live, c.self)
+	}
+	slices.Sort(live)
+	live = slices.Compact(live)
 	var came []weft.ID
-	for _, id := range ids {
-		alive[id] = true
+	for _, id := range live {
 		if p := c.peer(now, id); !p.live {
 			c.turn(now, p, true)
 			came = append(came, id)
 		}
 	}
-	for id, p := range c.peers {
-		if p.live && !alive[id] {
-			c.turn(now, p, false)
+	for _, id := range c.live {
+		if _, stays := slices.BinarySearch(live, id); !stays {
+			c.turn(now, c.peers[id], false)
 			delete(c.repairs, id)
 		}
 	}
-	c.live = slices.Sorted(maps.Keys(alive))
+	c.live = live
 	c.forgetMembers()
 	c.greet(now, came)
 	c.advance(now)

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"sync"
@@ -10,8 +11,8 @@ import (
 
 // view is what readers of one kind see. The list is made by its first reader.
 type view struct {
-	changed chan struct{} // closed by the successor, under Gossip.mu
-	parts   []part
+	changed chan struct{}        // closed by the successor, under Gossip.mu
+	parts   []part               // by owner and network
 	names   map[weft.ID]services // by network, as they were
 
 	// mu guards: before, flat, done.
@@ -34,6 +35,11 @@ func (p part) count() int {
 		return len(p.own.entries)
 	}
 	return int(p.table.count)
+}
+
+// less is the order of a view's parts.
+func (p part) less(q part) bool {
+	return cmp.Or(cmp.Compare(p.owner.ID, q.owner.ID), cmp.Compare(p.network, q.network)) < 0
 }
 
 // entries are those of a part; names are its network's services.
@@ -62,12 +68,10 @@ func (v *view) list() []weft.OwnedEndpoint {
 	if v.done {
 		return v.flat
 	}
-	had := map[part][]weft.OwnedEndpoint{}
+	var had []part // what of them is not passed yet, and their entries
+	var from []weft.OwnedEndpoint
 	if v.before != nil {
-		from := v.before.list()
-		for _, p := range v.before.parts {
-			had[p], from = from[:p.count()], from[p.count():]
-		}
+		had, from = v.before.parts, v.before.list()
 	}
 	size := 0
 	for _, p := range v.parts {
@@ -75,8 +79,11 @@ func (v *view) list() []weft.OwnedEndpoint {
 	}
 	v.flat = make([]weft.OwnedEndpoint, 0, size)
 	for _, p := range v.parts {
-		if same, ok := had[p]; ok {
-			v.flat = append(v.flat, same...)
+		for len(had) > 0 && had[0].less(p) {
+			had, from = had[1:], from[had[0].count():]
+		}
+		if len(had) > 0 && had[0] == p {
+			v.flat = append(v.flat, from[:p.count()]...)
 			continue
 		}
 		for _, e := range p.entries(v.names[p.network]) {
