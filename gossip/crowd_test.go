@@ -81,3 +81,66 @@ func TestStallIsForgivenOnce(t *testing.T) {
 		t.Errorf("what is read may be as old as %v, want %v", w.age, stall)
 	}
 }
+
+func isKnock(m message) bool {
+	_, ok := m.(knock)
+	return ok
+}
+
+// TestAnswersTellHowLongTheyTake: however often a member is asked before it can have
+// answered, and whatever is lost.
+func TestAnswersTellHowLongTheyTake(t *testing.T) {
+	const way = 700 * time.Millisecond // there and back
+	for _, lost := range []int{0, 3} { // one of so many
+		now := time.Unix(1000, 0)
+		w, _ := crowdOf(3, now)
+		type answer struct {
+			at     time.Time
+			id     weft.ID
+			number uint16
+		}
+		var coming []answer
+		for i, end := 0, now.Add(time.Minute); now.Before(end); now = now.Add(5 * time.Millisecond) {
+			for len(coming) > 0 && !coming[0].at.After(now) {
+				w.hear(now, coming[0].id)
+				w.answer(now, coming[0].id, coming[0].number)
+				coming = coming[1:]
+			}
+			w.advance(now)
+			for _, e := range w.take() {
+				if m, ok := e.m.(knock); ok {
+					if i++; lost == 0 || i%lost != 0 {
+						coming = append(coming, answer{now.Add(way), e.to[0], m.number})
+					}
+				}
+			}
+		}
+		if w.slow < way*9/10 || w.slow > way*11/10 {
+			t.Errorf("answers take %v, with every %dth question lost %v", way, lost, w.slow)
+		}
+	}
+}
+
+// TestOldMembersGetNoNumbers: they would not understand the question.
+func TestOldMembersGetNoNumbers(t *testing.T) {
+	now := time.Unix(1000, 0)
+	w, _ := crowdOf(3, now)
+	w.setOld(func(id weft.ID) bool { return id == nodeID(1) })
+	asked := map[weft.ID]int{}
+	for end := now.Add(time.Second); now.Before(end); now = now.Add(5 * time.Millisecond) {
+		w.advance(now)
+		for _, e := range w.take() {
+			if m, ok := e.m.(knock); ok {
+				asked[e.to[0]]++
+				if (m.number == 0) != (e.to[0] == nodeID(1)) {
+					t.Fatalf("question %d to %s", m.number, e.to[0])
+				}
+				w.hear(now, e.to[0])
+				w.answer(now, e.to[0], m.number)
+			}
+		}
+	}
+	if len(asked) != 2 {
+		t.Errorf("asked were %v", asked)
+	}
+}

@@ -68,7 +68,8 @@ func TestGoldenFrames(t *testing.T) { testGolden(t, "testdata/frames-v2.txt", go
 
 // TestGoldenWatch: kinds that version 2 got later; older builds count them as malformed.
 func TestGoldenWatch(t *testing.T) {
-	testGolden(t, "testdata/frames-v2-watch.txt", []goldenMessage{{"doubt", doubt{nodeID(2), 400 * time.Millisecond}}, {"vouch", vouch{nodeID(2)}}})
+	testGolden(t, "testdata/frames-v2-watch.txt", []goldenMessage{{"doubt", doubt{nodeID(2), 400 * time.Millisecond}}, {"vouch", vouch{nodeID(2)}},
+		{"knock with number", knock{7}}, {"knocked with number", knocked{0x1234}}})
 }
 
 // TestVersionOneIsRefused: builds of before the first release spoke version 1;

@@ -86,8 +86,11 @@ func (l *loop) run(ctx context.Context) error {
 	defer due.Stop()
 	listen := time.NewTimer(0)
 	defer listen.Stop()
+	again := time.NewTimer(lookPause)
+	defer again.Stop()
 	l.lookAtMembers()
-	l.trySeeds(time.Now())
+	looked := time.Now()
+	l.trySeeds(looked)
 	for {
 		select {
 		case <-ctx.Done():
@@ -107,7 +110,15 @@ func (l *loop) run(ctx context.Context) error {
 				l.receive(<-l.mux.frames)
 			}
 		case <-l.members:
+			if wait := lookPause - time.Since(looked); wait > 0 {
+				again.Reset(wait)
+				break
+			}
 			l.lookAtMembers()
+			looked = time.Now()
+		case <-again.C:
+			l.lookAtMembers()
+			looked = time.Now()
 		case <-seeds.C:
 			l.trySeeds(time.Now())
 			seeds.Reset(l.seedPause())
@@ -127,8 +138,13 @@ func (l *loop) run(ctx context.Context) error {
 	}
 }
 
-// maxTogether bounds how many frames are taken before what follows from them is sent.
-const maxTogether = 32
+const (
+	// maxTogether bounds how many frames are taken before what follows from them is sent.
+	maxTogether = 32
+	// lookPause is the least time between two looks at the members: of many that come at
+	// once each event would cost a look at all.
+	lookPause = 20 * time.Millisecond
+)
 
 // listen gives the watch its time, after all that has come: a member's answer may
 // lie there.
@@ -157,18 +173,18 @@ func (l *loop) follow(listen *time.Timer) {
 	}
 }
 
-// withCore runs fn on the core.
+// withCore runs fn on the core. What it changes is shown by sendAll.
 func (l *loop) withCore(fn func(*core, time.Time)) {
-	l.g.withCore(func(c *core) []weft.Endpoint {
-		fn(c, time.Now())
-		return nil
-	})
+	l.g.mu.Lock()
+	defer l.g.mu.Unlock()
+	fn(l.g.core, time.Now())
 }
 
-// sendAll sends what the core has to say and sets the timer for when it has
-// something to do next.
+// sendAll shows what the core has taken, sends what it has to say and sets the timer for
+// when it has something to do next.
 func (l *loop) sendAll(due *time.Timer) {
 	l.g.mu.Lock()
+	l.g.refreshLocked()
 	out, next := l.g.core.take(), l.g.core.deadline()
 	l.g.mu.Unlock()
 	for _, e := range out {
@@ -190,6 +206,7 @@ func (l *loop) lookAtMembers() {
 	l.alive = append(l.alive[:0], l.self())
 	clear(l.addrs)
 	l.dead = l.dead[:0]
+	old := map[weft.ID]bool{}
 	now := time.Now()
 	for _, m := range l.serf.Members() {
 		id := weft.ID(m.Name)
@@ -201,6 +218,9 @@ func (l *loop) lookAtMembers() {
 		l.addrs[id] = memberlist.Address{Addr: addr.String(), Name: m.Name}
 		if m.Status != serf.StatusFailed {
 			l.failed.settle(id)
+		}
+		if m.Tags[tagNumbers] == "" {
+			old[id] = true
 		}
 		switch {
 		case m.Status == serf.StatusFailed && !l.failed.stays(now, id, l.watch.knows(id), l.watch.isSilent(id)):
@@ -222,6 +242,7 @@ func (l *loop) lookAtMembers() {
 		}
 	}
 	l.watch.setMembers(now, others)
+	l.watch.setOld(func(id weft.ID) bool { return old[id] })
 	for id := range l.failed {
 		if _, ok := l.addrs[id]; !ok {
 			l.failed.settle(id)
@@ -319,12 +340,12 @@ func (l *loop) receive(f inFrame) {
 	switch m := m.(type) {
 	case knock:
 		if f.from != "" {
-			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.frame(knocked{}))
+			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.frame(knocked{m.number}))
 		}
 		l.meet(from, f.from)
 		return
 	case knocked:
-		l.watch.answer(time.Now(), from)
+		l.watch.answer(time.Now(), from, m.number)
 		l.meet(from, f.from)
 		return
 	case doubt, vouch:

@@ -63,9 +63,10 @@ type (
 	}
 	// done ends the answer to a full have.
 	done struct{}
-	// knock asks a member thought dead for a sign of life, knocked is it.
-	knock   struct{}
-	knocked struct{}
+	// knock asks a member for a sign of life, knocked is it, with the number of the
+	// question; 0: it had none.
+	knock   struct{ number uint16 }
+	knocked struct{ number uint16 }
 	// doubt says that nothing was heard of a member for that long, and asks who
 	// hears it; vouch answers that it was heard just now.
 	doubt struct {
@@ -133,15 +134,23 @@ func encode(b []byte, m message) []byte {
 	case done:
 		return append(b, kindDone)
 	case knock:
-		return append(b, kindKnock)
+		return appendNumber(append(b, kindKnock), m.number)
 	case knocked:
-		return append(b, kindKnocked)
+		return appendNumber(append(b, kindKnocked), m.number)
 	case doubt:
 		return binary.AppendUvarint(appendID(append(b, kindDoubt), m.about), uint64(m.silence/time.Millisecond))
 	case vouch:
 		return appendID(append(b, kindVouch), m.about)
 	}
 	panic(fmt.Sprintf("encode gossip message: unknown type %T", m))
+}
+
+// appendNumber adds the number of a question, if it has one.
+func appendNumber(b []byte, n uint16) []byte {
+	if n == 0 {
+		return b
+	}
+	return binary.BigEndian.AppendUint16(b, n)
 }
 
 func appendStamp(b []byte, s stamp) []byte {
@@ -192,9 +201,9 @@ func decode(b []byte) (message, error) {
 	case kindDone:
 		m = done{}
 	case kindKnock:
-		m = knock{}
+		m = knock{d.number()}
 	case kindKnocked:
-		m = knocked{}
+		m = knocked{d.number()}
 	case kindDoubt:
 		m = d.doubt()
 	case kindVouch:
@@ -289,6 +298,18 @@ func (d *decoder) doubt() doubt {
 		d.fail(fmt.Errorf("silence of %d ms", ms))
 	}
 	return doubt{about, time.Duration(ms) * time.Millisecond}
+}
+
+// number reads that of a question, which has one form, too.
+func (d *decoder) number() uint16 {
+	if len(d.b) == 0 {
+		return 0
+	}
+	n := binary.BigEndian.Uint16(d.exactly(2))
+	if n == 0 {
+		d.fail(errors.New("question of number 0"))
+	}
+	return n
 }
 
 func (d *decoder) nets() []netStamps {

@@ -272,13 +272,14 @@ func (g *Gossip) listen() (Transport, error) {
 const (
 	tagVersion = "weft" // of this package's frames
 	tagVTEP    = "vtep"
+	tagNumbers = "numbers" // questions may have some
 )
 
 func (g *Gossip) serfConfig(t Transport, events chan<- serf.Event) *serf.Config {
 	cfg := g.cfg
 	c := serf.DefaultConfig()
 	c.NodeName = string(cfg.Node)
-	c.Tags = map[string]string{tagVersion: fmt.Sprint(frameVersion), tagVTEP: cfg.VTEP.String()}
+	c.Tags = map[string]string{tagVersion: fmt.Sprint(frameVersion), tagVTEP: cfg.VTEP.String(), tagNumbers: "1"}
 	c.EventCh = events
 	c.Logger, c.LogOutput = serfLogger(cfg.Log), nil
 	c.BroadcastTimeout, c.LeavePropagateDelay = leaveTimeout, leaveSpread

@@ -40,7 +40,8 @@ type watch struct {
 	rand *rand.Rand
 	ring []weft.ID // alive by membership, self included, in order
 	of   map[weft.ID]*watched
-	due  time.Time // when advance is to be called; zero: not by itself
+	all  []*watched // what of holds, in order
+	due  time.Time  // when advance is to be called; zero: not by itself
 	// ran is when this node last did anything. notBefore is when the next verdict may be:
 	// later, if this node was late; what it reads until then may be as old as age.
 	ran       time.Time
@@ -57,6 +58,16 @@ type watch struct {
 	// changed: who is doubted or silent has changed; the user clears it.
 	changed bool
 	counts  watchCounts
+	// questions are the last ones, each at its number, of which number is the last.
+	questions [256]question
+	number    uint16
+}
+
+// question is one that was asked, and may be answered yet.
+type question struct {
+	to     weft.ID
+	number uint16
+	at     time.Time
 }
 
 // watched is what a node knows of another's life.
@@ -68,7 +79,7 @@ type watched struct {
 	// since is when its silence began, by what this node or the one that told it
 	// has seen; zero: it owes no answer. first is our own first question.
 	since, first time.Time
-	awaits       time.Time     // of the first question that may still be answered; zero: none
+	measured     time.Time     // when an answer last told how long they take
 	asked        int           // own questions since first
 	told         int           // how often this node has told all of its doubt, and then of its verdict
 	accusers     []weft.ID     // who has told this node that it has given it up, in a crowd
@@ -81,6 +92,7 @@ type watched struct {
 	askers       []weft.ID     // who wants to know when it is heard
 	isDoubted    bool
 	isSilent     bool
+	isOld        bool // takes no questions with numbers
 }
 
 // watchCounts are counted since the start.
@@ -120,8 +132,9 @@ const (
 	// slowMost bounds how much longer is waited where all answers take long, and openFew
 	// how many members that owe one are asked so often at a time; of more the pause gets
 	// longer, up to pauseMost, with which silentAsked questions are asked within silentAfter.
-	slowMost  = 500 * time.Millisecond
+	slowMost  = 2 * time.Second
 	openFew   = 2
+	slowAsks  = 4
 	pauseMost = 150 * time.Millisecond
 	// helpers are asked after asksAfter, and all are told after tellsAfter.
 	helpers    = 3
@@ -182,12 +195,24 @@ func (w *watch) setMembers(now time.Time, ids []weft.ID) {
 		_, stays := slices.BinarySearch(ring, id)
 		return !stays
 	})
+	w.all = w.all[:0]
 	for _, id := range ring {
-		if id != w.self && w.of[id] == nil {
+		if id == w.self {
+			continue
+		}
+		if w.of[id] == nil {
 			w.of[id] = &watched{id: id, patience: patienceMin, rest: knockEvery}
 		}
+		w.all = append(w.all, w.of[id])
 	}
 	w.advance(now)
+}
+
+// setOld says which members take no questions with numbers.
+func (w *watch) setOld(isOld func(weft.ID) bool) {
+	for _, p := range w.all {
+		p.isOld = isOld(p.id)
+	}
 }
 
 // knows reports whether a member alive by membership has ever been heard of here.
@@ -220,16 +245,17 @@ func (w *watch) hear(now time.Time, id weft.ID) {
 	w.clear(now, p)
 }
 
-// answer takes the answer to a question, by a member that was heard by it, too. What else
-// comes from a member tells nothing of how long answers take: it was on its way already.
-func (w *watch) answer(now time.Time, id weft.ID) {
-	p := w.of[id]
-	if p == nil || p.awaits.IsZero() {
+// answer takes the answer to question number n, by a member that was heard by it, too. Of
+// those that were on their way at the same time one tells how long answers take: the others
+// waited for the same. What else comes from a member does not tell it.
+func (w *watch) answer(now time.Time, id weft.ID, n uint16) {
+	p, q := w.of[id], &w.questions[n%uint16(len(w.questions))]
+	if p == nil || n == 0 || q.number != n || q.to != id || q.at.Before(p.measured) {
 		return
 	}
-	took := now.Sub(p.awaits)
-	p.awaits = time.Time{}
-	w.slowness(min(took, slowMost))
+	took := min(now.Sub(q.at), slowMost)
+	p.measured = now
+	w.slowness(took)
 	if took > p.patience {
 		p.patience = min(2*p.patience, patienceMax)
 	} else {
@@ -237,10 +263,10 @@ func (w *watch) answer(now time.Time, id weft.ID) {
 	}
 }
 
-// slowness follows what most answers take: one in five takes longer at 10 % loss.
+// slowness follows what most answers take.
 func (w *watch) slowness(took time.Duration) {
 	if took > w.slow {
-		w.slow += (took - w.slow) / 16
+		w.slow += (took - w.slow) / 8
 	} else {
 		w.slow += (took - w.slow) / 4
 	}
@@ -331,7 +357,7 @@ func (w *watch) setDoubted(p *watched) {
 // again is the pause before the next question to one that owes an answer. Who waits for
 // many is slow itself, or the machine is.
 func (w *watch) again(p *watched) time.Duration {
-	pause := min(knockAgain*time.Duration(max(1, w.open/openFew)), pauseMost)
+	pause := max(min(knockAgain*time.Duration(max(1, w.open/openFew)), pauseMost), w.slow/slowAsks)
 	switch {
 	case !w.isCrowd() || p.by == ownQuestion:
 		return pause
@@ -345,16 +371,24 @@ func (w *watch) again(p *watched) time.Duration {
 func (w *watch) ask(now time.Time, p *watched, pause time.Duration) {
 	if p.asked == 0 {
 		p.first, p.doubtEnds = now, time.Time{}
-		if now.Sub(p.awaits) > slowMost {
-			p.awaits = now
-		}
 		if p.since.IsZero() {
 			p.since = now
 		}
 	}
 	p.asked++
 	p.next = now.Add(pause)
-	w.send(knock{}, p.id)
+	w.knock(now, p)
+}
+
+// knock sends a question, with a number of its own if the member takes one.
+func (w *watch) knock(now time.Time, p *watched) {
+	if p.isOld {
+		w.send(knock{}, p.id)
+		return
+	}
+	w.number = max(w.number+1, 1)
+	w.questions[w.number%uint16(len(w.questions))] = question{p.id, w.number, now}
+	w.send(knock{w.number}, p.id)
 }
 
 // advance does what is due.
@@ -362,15 +396,13 @@ func (w *watch) advance(now time.Time) {
 	w.forgive(now)
 	watching := w.watching(now)
 	w.open = 0
-	for _, p := range w.of {
+	for _, p := range w.all {
 		if !p.since.IsZero() && !p.isSilent {
 			w.open++
 		}
 	}
-	for _, id := range w.ring {
-		if p := w.of[id]; p != nil {
-			w.step(now, p, watching[id])
-		}
+	for _, p := range w.all {
+		w.step(now, p, watching[p.id])
 	}
 	w.schedule()
 }
@@ -384,7 +416,7 @@ func (w *watch) forgive(now time.Time) {
 		return
 	}
 	w.due, w.notBefore, w.age = now, now.Add(lateGrace), now.Sub(ran)
-	for _, p := range w.of {
+	for _, p := range w.all {
 		if !p.since.IsZero() {
 			p.since, p.first = earlier(now, p.since.Add(late)), earlier(now, p.first.Add(late))
 		}
@@ -437,7 +469,7 @@ func (w *watch) step(now time.Time, p *watched, isWatched bool) {
 		}
 	case p.since.IsZero() && p.heard.IsZero(): // until it knows us
 		if due {
-			w.send(knock{}, p.id)
+			w.knock(now, p)
 		}
 		if due || p.next.IsZero() {
 			p.next = now.Add(w.some(knockStranger))
@@ -462,7 +494,7 @@ func (w *watch) doubt(now time.Time, p *watched, due bool) {
 	if w.giveUp(now, p) {
 		return
 	}
-	silence := now.Sub(p.since)
+	silence := now.Sub(p.since) - w.slow // beyond what answers take
 	if silence >= doubtAfter {
 		w.setDoubted(p)
 	}
@@ -470,7 +502,7 @@ func (w *watch) doubt(now time.Time, p *watched, due bool) {
 		return
 	}
 	defer func() { w.ask(now, p, w.again(p)) }()
-	if silence < asksAfter+w.slow {
+	if silence < asksAfter {
 		return
 	}
 	if w.isCrowd() {
@@ -510,9 +542,13 @@ func (w *watch) hasAsked(p *watched) bool {
 
 // others are those who can be asked about a member.
 func (w *watch) others(p *watched) []weft.ID {
-	return slices.DeleteFunc(slices.Clone(w.ring), func(id weft.ID) bool {
-		return id == w.self || id == p.id || w.of[id].isSilent
-	})
+	out := make([]weft.ID, 0, len(w.all))
+	for _, q := range w.all {
+		if q != p && !q.isSilent {
+			out = append(out, q.id)
+		}
+	}
+	return out
 }
 
 // draw takes as many as help: such as owe this node nothing, for they may be gone, too.
@@ -526,9 +562,9 @@ func (w *watch) draw(ids []weft.ID) []weft.ID {
 func (w *watch) verdict(p *watched) time.Time {
 	at := later(p.since.Add(silentAfter+w.slow), w.notBefore)
 	if w.isAccused(p) {
-		return later(at, p.first.Add(p.patience+w.slow))
+		return later(at, p.first.Add(p.patience+2*w.slow)) // time for two questions
 	}
-	return later(at, p.first.Add(silentOwn))
+	return later(at, p.first.Add(silentOwn+w.slow))
 }
 
 // schedule finds when advance has something to do.
@@ -539,7 +575,7 @@ func (w *watch) schedule() {
 			w.due = t
 		}
 	}
-	for _, p := range w.of {
+	for _, p := range w.all {
 		sooner(p.next)
 		sooner(p.doubtEnds)
 		if !p.since.IsZero() && !p.isSilent && w.hasAsked(p) {

@@ -169,11 +169,11 @@ func (w *watchNet) read(x *watchNode) {
 	for _, e := range all {
 		w.spend(x)
 		x.w.hear(w.now, nodeID(e.from))
-		switch e.m.(type) {
+		switch m := e.m.(type) {
 		case knock:
-			w.post(x.n, e.from, knocked{})
+			w.post(x.n, e.from, knocked{m.number})
 		case knocked:
-			x.w.answer(w.now, nodeID(e.from))
+			x.w.answer(w.now, nodeID(e.from), m.number)
 		case doubt, vouch:
 			x.w.receive(w.now, nodeID(e.from), e.m)
 		}
@@ -485,7 +485,7 @@ func TestWatchStranger(t *testing.T) {
 	if spend(10 * time.Second); w.isSilent(nodeID(2)) || w.isDoubted(nodeID(2)) {
 		t.Error("doubted, and nobody has heard it before")
 	}
-	if !slices.ContainsFunc(w.take(), func(e envelope) bool { return e.m == knock{} && e.to[0] == nodeID(2) }) {
+	if !slices.ContainsFunc(w.take(), func(e envelope) bool { return isKnock(e.m) && e.to[0] == nodeID(2) }) {
 		t.Error("it was not asked")
 	}
 	w.receive(now, nodeID(3), doubt{nodeID(2), tellsAfter})
