@@ -23,7 +23,7 @@ const (
 	// joining is how many join at a time, as in bench gossip's own nodes. A join
 	// fails when its word of it has not been sent in 5 s, as with hundreds on two
 	// cores; the engine then tries again, too.
-	joining   = 5
+	joining   = 2
 	joinTries = 20
 )
 
