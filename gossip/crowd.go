@@ -26,10 +26,10 @@ const (
 	wordsMin   = 500
 	wordsPace  = 10
 	wordsFirst = 100
-	// dearPer is what answers take that makes a word cost one more, up to dearMost: where a
-	// machine is overloaded, words about who is late make more so.
-	dearPer  = 100 * time.Millisecond
-	dearMost = 3
+	// dearPer is what answers take that makes a word cost twice as much, and no more: where a
+	// machine is overloaded, words about who is late make more so, but a doubt and two
+	// verdicts after it must stay within what a node may tell at a time.
+	dearPer = 100 * time.Millisecond
 	// askWords are kept for those who are asked to help: without their answer a member that
 	// only this node does not reach would be given up.
 	askWords = 50
@@ -46,7 +46,7 @@ func (w *watch) mayTell(now time.Time, n, spare int) bool {
 	}
 	w.words = min(w.words+wordsPace*now.Sub(w.wordsAt).Seconds(), float64(max(wordsEach*len(w.ring), wordsMin)))
 	w.wordsAt = now
-	each := 1 + min(w.slow.Seconds()/dearPer.Seconds(), dearMost)
+	each := 1 + min(w.slow.Seconds()/dearPer.Seconds(), 1)
 	if w.words < each*float64(n+spare) {
 		return false
 	}

@@ -144,3 +144,36 @@ func TestOldMembersGetNoNumbers(t *testing.T) {
 		t.Errorf("asked were %v", asked)
 	}
 }
+
+// TestOldAnswersAreForgotten: what answers took counts no longer when none comes that
+// tells it, and a question whose number was used again does not.
+func TestOldAnswersAreForgotten(t *testing.T) {
+	now := time.Unix(1000, 0)
+	w, ids := crowdOf(3, now)
+	w.slow, w.slowAt = time.Second, now
+	for end := now.Add(15 * time.Second); now.Before(end); now = now.Add(50 * time.Millisecond) {
+		for _, id := range ids {
+			w.hear(now, id) // so nobody is asked
+		}
+		w.advance(now)
+	}
+	if w.slow > 100*time.Millisecond {
+		t.Errorf("15 s after an answer that took a second %v are waited for", w.slow)
+	}
+	p := w.of[nodeID(1)]
+	w.number, w.slow = 65525, 0
+	w.knock(now, p)
+	first := w.number
+	for range len(w.questions) + 1 { // none has number 0
+		w.knock(now, p)
+	}
+	if w.number == 0 || w.number >= first {
+		t.Fatalf("%d questions after number %d comes %d", len(w.questions)+1, first, w.number)
+	}
+	if w.answer(now.Add(time.Second), nodeID(1), first); w.slow != 0 {
+		t.Error("an answer counts whose question is forgotten")
+	}
+	if w.answer(now.Add(time.Second), nodeID(1), w.number); w.slow == 0 {
+		t.Error("the last one does not count")
+	}
+}

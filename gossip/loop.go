@@ -340,7 +340,7 @@ func (l *loop) receive(f inFrame) {
 	switch m := m.(type) {
 	case knock:
 		if f.from != "" {
-			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.frame(knocked{m.number}))
+			l.sendFrame(memberlist.Address{Addr: f.from, Name: string(from)}, l.frame(knocked(m)))
 		}
 		l.meet(from, f.from)
 		return

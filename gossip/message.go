@@ -300,7 +300,8 @@ func (d *decoder) doubt() doubt {
 	return doubt{about, time.Duration(ms) * time.Millisecond}
 }
 
-// number reads that of a question, which has one form, too.
+// number reads that of a question. None is told by leaving it out, so 0 is refused: there is
+// one form of each.
 func (d *decoder) number() uint16 {
 	if len(d.b) == 0 {
 		return 0

@@ -62,7 +62,7 @@ type Stats struct {
 	SessionsFailed uint64 // messages that no session could take
 	SessionsBad    uint64 // sessions refused: no certificate of this cluster, or too many
 	Joins          uint64 // attempts to join, by seeds, knocks and digests
-	Doubts         uint64 // members not heard of for half a second
+	Doubts         uint64 // members not heard of for half a second beyond what answers take
 	Silences       uint64 // members taken out of sight as they did not answer
 }
 

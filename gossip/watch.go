@@ -54,12 +54,13 @@ type watch struct {
 	open    int // members that owe an answer
 	// slow is what most members' answers take of late: more than the links if nodes
 	// have to wait for a processor.
-	slow time.Duration
+	slow   time.Duration
+	slowAt time.Time // when an answer last told it
 	// changed: who is doubted or silent has changed; the user clears it.
 	changed bool
 	counts  watchCounts
 	// questions are the last ones, each at its number, of which number is the last.
-	questions [256]question
+	questions [1024]question
 	number    uint16
 }
 
@@ -132,9 +133,13 @@ const (
 	// slowMost bounds how much longer is waited where all answers take long, and openFew
 	// how many members that owe one are asked so often at a time; of more the pause gets
 	// longer, up to pauseMost, with which silentAsked questions are asked within silentAfter.
-	slowMost  = 2 * time.Second
-	openFew   = 2
-	slowAsks  = 4
+	slowMost = 2 * time.Second
+	openFew  = 2
+	// slowAsks questions are asked at most while one is answered, so that silentAsked of them
+	// go into the time for a verdict, which is longer by that.
+	slowAsks = 8
+	// slowFor is how long what answers took counts when none comes that tells it.
+	slowFor   = 3 * time.Second
 	pauseMost = 150 * time.Millisecond
 	// helpers are asked after asksAfter, and all are told after tellsAfter.
 	helpers    = 3
@@ -254,7 +259,7 @@ func (w *watch) answer(now time.Time, id weft.ID, n uint16) {
 		return
 	}
 	took := min(now.Sub(q.at), slowMost)
-	p.measured = now
+	p.measured, w.slowAt = now, now
 	w.slowness(took)
 	if took > p.patience {
 		p.patience = min(2*p.patience, patienceMax)
@@ -394,6 +399,9 @@ func (w *watch) knock(now time.Time, p *watched) {
 // advance does what is due.
 func (w *watch) advance(now time.Time) {
 	w.forgive(now)
+	if now.Sub(w.slowAt) >= slowFor {
+		w.slow, w.slowAt = w.slow/2, now
+	}
 	watching := w.watching(now)
 	w.open = 0
 	for _, p := range w.all {
@@ -562,7 +570,7 @@ func (w *watch) draw(ids []weft.ID) []weft.ID {
 func (w *watch) verdict(p *watched) time.Time {
 	at := later(p.since.Add(silentAfter+w.slow), w.notBefore)
 	if w.isAccused(p) {
-		return later(at, p.first.Add(p.patience+2*w.slow)) // time for two questions
+		return later(at, p.first.Add(p.patience+2*w.slow))
 	}
 	return later(at, p.first.Add(silentOwn+w.slow))
 }

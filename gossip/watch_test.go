@@ -171,7 +171,7 @@ func (w *watchNet) read(x *watchNode) {
 		x.w.hear(w.now, nodeID(e.from))
 		switch m := e.m.(type) {
 		case knock:
-			w.post(x.n, e.from, knocked{m.number})
+			w.post(x.n, e.from, knocked(m))
 		case knocked:
 			x.w.answer(w.now, nodeID(e.from), m.number)
 		case doubt, vouch:

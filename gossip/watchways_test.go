@@ -7,6 +7,7 @@ package gossip
 
 import (
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 )
@@ -14,21 +15,25 @@ import (
 // TestWatchLongWays: ways with a round trip of up to 800 ms are ways, as are nodes that
 // need that long to answer, and no more is sent on them than on short ones, by much.
 func TestWatchLongWays(t *testing.T) {
-	const most = 20 // packets a second
 	for _, nodes := range []int{10, 30} {
 		for _, delay := range []time.Duration{50, 100, 200, 260, 400} {
 			delay *= time.Millisecond
+			most := 16 // packets a second
+			if delay > 200*time.Millisecond {
+				most = 10
+			}
 			t.Run(fmt.Sprintf("%d nodes, %v", nodes, delay), func(t *testing.T) {
 				w := newWatchNet(4, nodes, 0.05, delay)
-				w.run(10 * time.Second) // they learn how long answers take
-				before := w.sent
-				wrong := 0
+				wrong, learns := 0, delay > 200*time.Millisecond
 				w.verdict = func(by, of int) {
 					// Few questions go into the time for a verdict, and one in ten has no answer.
-					if wrong++; delay < 400*time.Millisecond || wrong > 10 {
+					if wrong++; !learns && delay < 400*time.Millisecond || wrong > 10 {
 						t.Errorf("node %d takes %d for silent", by, of)
 					}
 				}
+				w.run(10 * time.Second)
+				before := w.sent
+				wrong, learns = 0, false
 				w.run(10 * time.Minute)
 				sent := (w.sent - before) / 600 / nodes
 				if t.Logf("each node sends %d packets a second; %d times somebody was taken for silent", sent, wrong); sent > most {
@@ -142,5 +147,35 @@ func watchPartition(t *testing.T, nodes, few int, limit time.Duration) {
 	t.Logf("each side misses the other after %v, and none %v after the heal", took, w.now.Sub(began))
 	if took > limit || w.now.Sub(began) > 2*time.Second {
 		t.Error("that is too late")
+	}
+}
+
+// TestWatchDeadOnLongWays: a dead member is missed by all of a crowd on ways as long as
+// those between continents, with the time an answer takes on top, and so are two at once,
+// who would watch each other.
+func TestWatchDeadOnLongWays(t *testing.T) {
+	const way = 150 * time.Millisecond
+	for _, dead := range [][]int{{3}, {3, 4}} {
+		var took []time.Duration
+		for seed := range uint64(10) {
+			w := newWatchNet(seed, 100, 0.05, way)
+			w.run(15 * time.Second)
+			for _, n := range dead {
+				w.nodes[n].isDead = true
+			}
+			began := w.now
+			for slices.ContainsFunc(dead, func(n int) bool { return !w.allSay(n, true) }) {
+				w.run(5 * time.Millisecond)
+				if w.now.Sub(began) > 20*time.Second {
+					t.Fatal("not all are missed")
+				}
+			}
+			took = append(took, w.now.Sub(began))
+		}
+		slices.Sort(took)
+		t.Logf("%d of 100 nodes, %v there and back: missed by all after %v (median), %v (worst)", len(dead), 2*way, took[len(took)/2], took[len(took)-1])
+		if worst := took[len(took)-1]; worst > 4*time.Second {
+			t.Errorf("that took %v, want 4 s at most", worst)
+		}
 	}
 }
