@@ -25,8 +25,8 @@ const gossipWord = "gossip-nodes"
 
 // joining is how many nodes join at a time; those before them are in their tables then.
 // Of 200 that begin at once on two processors most of NetworkDB's joins fail, and with five at
-// a time nothing but the joins gets a slow machine's processors for minutes, of either. As
-// many join in peers/networkdb.
+// a time both tables' joins take a slow machine's processors for minutes. As many join in
+// peers/networkdb.
 const joining = 2
 
 // serveGossip obeys the lines of board.go with weft's nodes; they end with stdin.

@@ -86,7 +86,7 @@ func (k *kernelDriver) read(_ context.Context, slot int) (device, error) {
 }
 
 func (k *kernelDriver) write(_ context.Context, slot int, c change) error {
-	cfg := wgtypes.Config{ReplacePeers: c.fresh, PrivateKey: (*wgtypes.Key)(c.private)}
+	cfg := wgtypes.Config{ReplacePeers: c.isFresh, PrivateKey: (*wgtypes.Key)(c.private)}
 	if c.port != nil {
 		port := int(*c.port)
 		cfg.ListenPort = &port

@@ -133,10 +133,10 @@ func choose(st vxlan.State, ring keyring, have [weft.KeySlots]device) map[netip.
 // change is what is written to one device, in the order of its fields and
 // lists. A nil field stays.
 type change struct {
-	// fresh removes all peers, before anything else: wireguard-go can wait for
+	// isFresh removes all peers, before anything else: wireguard-go can wait for
 	// itself for ever when a device that has peers gets another private key,
 	// while the answer to a handshake comes in.
-	fresh   bool
+	isFresh bool
 	private *privateKey
 	port    *uint16
 	peers   []peerChange
@@ -152,7 +152,7 @@ type peerChange struct {
 }
 
 func (c change) empty() bool {
-	return !c.fresh && c.private == nil && c.port == nil && len(c.peers) == 0
+	return !c.isFresh && c.private == nil && c.port == nil && len(c.peers) == 0
 }
 
 // sink is a peer that exists for the length of one change. An address that no
@@ -168,7 +168,7 @@ var sink = weft.PublicKey(bytes.Repeat([]byte{0xa5}, 32))
 func diff(have, want device, now time.Time) change {
 	var c change
 	if have.private != want.private {
-		c.private, c.fresh = &want.private, len(have.peers) > 0
+		c.private, c.isFresh = &want.private, len(have.peers) > 0
 		have.peers = nil
 	}
 	if have.port != want.port {

@@ -54,7 +54,7 @@ func model(d device, c change, look func(device)) device {
 		d.port = *c.port
 	}
 	d.peers = maps.Clone(d.peers)
-	if c.fresh {
+	if c.isFresh {
 		clear(d.peers)
 	}
 	for _, pc := range c.peers {
@@ -143,7 +143,7 @@ func TestRoaming(t *testing.T) {
 
 func TestUAPI(t *testing.T) {
 	private, port := key(3), uint16(51821)
-	c := change{fresh: true, private: &private, port: &port, peers: []peerChange{
+	c := change{isFresh: true, private: &private, port: &port, peers: []peerChange{
 		{public: weft.PublicKey{1}, endpoint: netip.MustParseAddrPort("[fd00::1]:51820"), allow: []netip.Addr{addr(1), netip.MustParseAddr("fd77::1")}, keepalive: true},
 		{public: sink, remove: true},
 	}}

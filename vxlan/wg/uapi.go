@@ -22,7 +22,7 @@ func (c change) encode() string {
 	var b strings.Builder
 	line := func(key, value string) { b.WriteString(key + "=" + value + "\n") }
 	line("set", "1")
-	if c.fresh {
+	if c.isFresh {
 		line("replace_peers", "true")
 	}
 	if c.private != nil {

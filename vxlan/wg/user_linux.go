@@ -73,11 +73,11 @@ func (u *userDriver) ensure(ctx context.Context, path string, port uint16) error
 		return err
 	}
 	if pid != 0 {
-		mute := slices.Max(u.mute[:]) >= muteMost
-		if inside(pid, ns) && !mute {
+		isMute := slices.Max(u.mute[:]) >= muteMost
+		if inside(pid, ns) && !isMute {
 			return nil
 		}
-		if mute {
+		if isMute {
 			u.log.Warn("WireGuard process does not answer: it is made anew", "pid", pid)
 		}
 		// Else its namespace is one that was removed: so are its devices.
@@ -266,13 +266,13 @@ func (u *userDriver) write(ctx context.Context, slot int, c change) error {
 
 // ask sends one request and counts those without an answer.
 func (u *userDriver) ask(ctx context.Context, slot int, request string) (device, error) {
-	patient, cancel := context.WithTimeout(ctx, u.patience)
+	bounded, cancel := context.WithTimeout(ctx, u.patience)
 	defer cancel()
-	d, err := u.exchange(patient, slot, request)
+	d, err := u.exchange(bounded, slot, request)
 	switch {
-	case !errors.Is(err, os.ErrDeadlineExceeded):
+	case err == nil:
 		u.mute[slot] = 0
-	case ctx.Err() == nil:
+	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil:
 		u.mute[slot]++
 	}
 	return d, err
