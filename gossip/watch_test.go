@@ -224,16 +224,18 @@ func (w *watchNet) allSay(of int, silent bool) bool {
 	})
 }
 
-// kill ends a node and returns after what time all others take it for silent.
-func (w *watchNet) kill(t *testing.T, n int) time.Duration {
+// kill ends nodes and returns after what time all others take them for silent.
+func (w *watchNet) kill(t *testing.T, dead ...int) time.Duration {
 	t.Helper()
-	w.nodes[n].isDead = true
+	for _, n := range dead {
+		w.nodes[n].isDead = true
+	}
 	for began := w.now; ; w.run(5 * time.Millisecond) {
-		if w.allSay(n, true) {
+		if !slices.ContainsFunc(dead, func(n int) bool { return !w.allSay(n, true) }) {
 			return w.now.Sub(began)
 		}
 		if w.now.Sub(began) > 10*time.Second {
-			t.Fatalf("node %d has died and is not missed", n)
+			t.Fatalf("nodes %v have died and are not all missed", dead)
 		}
 	}
 }
@@ -432,17 +434,7 @@ func TestWatchNeighboursDieTogether(t *testing.T) {
 		for seed := range uint64(100) {
 			w := newWatchNet(seed, 12+int(seed%2)*18, 0.1, 250*time.Microsecond)
 			w.run(2*time.Second + time.Duration(w.rand.IntN(1000))*time.Millisecond)
-			for _, n := range dead {
-				w.nodes[n].isDead = true
-			}
-			began := w.now
-			for slices.ContainsFunc(dead, func(n int) bool { return !w.allSay(n, true) }) {
-				w.run(5 * time.Millisecond)
-				if w.now.Sub(began) > 10*time.Second {
-					t.Fatal("not all are missed")
-				}
-			}
-			took = append(took, w.now.Sub(began))
+			took = append(took, w.kill(t, dead...))
 		}
 		slices.Sort(took)
 		t.Logf("%d neighbours are silent for all after %v (median), %v (worst)", len(dead), took[len(took)/2], took[len(took)-1])

@@ -160,17 +160,7 @@ func TestWatchDeadOnLongWays(t *testing.T) {
 		for seed := range uint64(10) {
 			w := newWatchNet(seed, 100, 0.05, way)
 			w.run(15 * time.Second)
-			for _, n := range dead {
-				w.nodes[n].isDead = true
-			}
-			began := w.now
-			for slices.ContainsFunc(dead, func(n int) bool { return !w.allSay(n, true) }) {
-				w.run(5 * time.Millisecond)
-				if w.now.Sub(began) > 20*time.Second {
-					t.Fatal("not all are missed")
-				}
-			}
-			took = append(took, w.now.Sub(began))
+			took = append(took, w.kill(t, dead...))
 		}
 		slices.Sort(took)
 		t.Logf("%d of 100 nodes, %v there and back: missed by all after %v (median), %v (worst)", len(dead), 2*way, took[len(took)/2], took[len(took)-1])
