@@ -177,3 +177,28 @@ func TestOldAnswersAreForgotten(t *testing.T) {
 		t.Error("the last one does not count")
 	}
 }
+
+// TestDearWordsFitTheStore: however long answers take, a node that has told nothing for
+// long may tell all of a doubt, and of two deaths after it.
+func TestDearWordsFitTheStore(t *testing.T) {
+	for _, n := range []int{crowd + 2, 30, 60, 62, 63, 100, 200, 1000} {
+		now := time.Unix(1000, 0)
+		w, _ := crowdOf(n, now)
+		now = now.Add(time.Hour)
+		w.slow = slowMost
+		if others := n - 2; !w.mayTell(now, others, 2*others) || !w.mayTell(now, others, askWords) || !w.mayTell(now, others, askWords) {
+			t.Errorf("of %d members one cannot tell all: %.0f words are left", n, w.words)
+		}
+	}
+}
+
+// TestNumbersHaveOneForm: 0 is told by leaving it out.
+func TestNumbersHaveOneForm(t *testing.T) {
+	for _, kind := range []byte{kindKnock, kindKnocked} {
+		for _, bad := range [][]byte{{kind, 0, 0}, {kind, 7}, {kind, 0, 7, 0}} {
+			if m, err := decode(bad); err == nil {
+				t.Errorf("%x is taken for %v", bad, m)
+			}
+		}
+	}
+}

@@ -133,14 +133,14 @@ const (
 	// slowMost bounds how much longer is waited where all answers take long, and openFew
 	// how many members that owe one are asked so often at a time; of more the pause gets
 	// longer, up to pauseMost, with which silentAsked questions are asked within silentAfter.
-	slowMost = 2 * time.Second
-	openFew  = 2
+	slowMost  = 2 * time.Second
+	openFew   = 2
+	pauseMost = 150 * time.Millisecond
 	// slowAsks questions are asked at most while one is answered, so that silentAsked of them
 	// go into the time for a verdict, which is longer by that.
 	slowAsks = 8
 	// slowFor is how long what answers took counts when none comes that tells it.
-	slowFor   = 3 * time.Second
-	pauseMost = 150 * time.Millisecond
+	slowFor = 3 * time.Second
 	// helpers are asked after asksAfter, and all are told after tellsAfter.
 	helpers    = 3
 	asksAfter  = 300 * time.Millisecond
