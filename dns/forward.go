@@ -23,15 +23,12 @@ type forwarder struct {
 	cache cache
 	slots chan struct{} // one token per question under way
 	stats *counters
+	noted quiet // that external names fail
 
 	// mu guards flights.
 	mu      sync.Mutex
 	flights map[question]*flight
-	// noted limits the log to one line per noteEvery.
-	noted time.Time
 }
-
-const noteEvery = 30 * time.Second
 
 // flight is one question that several askers wait for. done is closed by the
 // asker that runs it, after msg and err are set.
@@ -85,17 +82,7 @@ func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg
 
 // note logs that external names fail, without a line per question.
 func (f *forwarder) note(ctx context.Context, err error) {
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return
-	}
-	f.mu.Lock()
-	now := time.Now()
-	quiet := now.Sub(f.noted) < noteEvery
-	if !quiet {
-		f.noted = now
-	}
-	f.mu.Unlock()
-	if !quiet {
+	if !errors.Is(ctx.Err(), context.Canceled) && f.noted.due(time.Now()) {
 		f.cfg.Log.Warn("external names cannot be resolved", weft.KeyErr, err)
 	}
 }

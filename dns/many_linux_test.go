@@ -2,7 +2,9 @@ package dns
 
 import (
 	"io"
+	"log/slog"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,8 +17,12 @@ import (
 // and others do not notice.
 func TestManyConnections(t *testing.T) {
 	const all, othersLimit = 10_000, 50 * time.Millisecond
+	began := time.Now()
 	// Nobody's connection ends for want of a question while the others come.
-	r := newRig(t, Config{TCPIdle: time.Hour}, nil)
+	var log strings.Builder
+	r := newRig(t, Config{TCPIdle: time.Hour, Log: slog.New(slog.NewTextHandler(&log, nil))}, nil)
+	r.stop()
+	r.serve(View{Networks: []weft.ID{blue}, Self: Task{Names: []string{"flood.1.aaa"}}})
 	flooded, stop := r.tcp, r.stop
 	defer stop()
 	r.serve(View{Networks: []weft.ID{blue}})
@@ -61,6 +67,13 @@ func TestManyConnections(t *testing.T) {
 	}
 	if got, want := r.s.Stats().Refused, uint64(n-maxTCPConns); got != want {
 		t.Errorf("%d connections of %d refused, want %d", got, n, want)
+	}
+	// Nobody writes the log any more.
+	stop()
+	r.stop()
+	lines := strings.Count(log.String(), "\n")
+	if !strings.Contains(log.String(), "container=flood.1.aaa limit=\"TCP connections\" most=16") || lines > 1+int(time.Since(began)/noteEvery) {
+		t.Errorf("operators are told %d times, want once in %v: %s", lines, noteEvery, log.String())
 	}
 }
 

@@ -53,6 +53,7 @@ type session struct {
 	slots chan struct{} // forwards under way
 	conns chan struct{} // TCP connections
 	turn  atomic.Uint64 // rotates answers of several addresses
+	noted quiet         // that the task is over a limit
 }
 
 // answer handles one packet; ok is false if there is nothing to send. An
@@ -78,7 +79,7 @@ func (t *session) answer(packet []byte) (req, resp *miekg.Msg, external, ok bool
 
 // busy is the answer to an external question over the task's limit.
 func (t *session) busy(req *miekg.Msg) *miekg.Msg {
-	t.s.stats.refused.Add(1)
+	t.refuse("external questions under way", maxTaskForwards)
 	resp := reply(req)
 	resp.Rcode = miekg.RcodeServerFailure
 	return resp
@@ -233,7 +234,7 @@ func (t *session) serveTCP(ctx context.Context, ln net.Listener) error {
 				t.serveConn(ctx, conn)
 			})
 		default:
-			t.s.stats.refused.Add(1)
+			t.refuse("TCP connections", maxTCPConns)
 			conn.Close()
 		}
 	}

@@ -89,7 +89,10 @@ func newRig(t *testing.T, cfg Config, stubs map[netip.AddrPort]*stub) *rig {
 	t.Helper()
 	r := &rig{t: t, conf: filepath.Join(t.TempDir(), "resolv.conf")}
 	r.write("search example.org\nnameserver 127.0.0.11\nnameserver 198.51.100.1\nnameserver 198.51.100.2\noptions ndots:1\n")
-	cfg.Log, cfg.ResolvConf = slog.New(slog.DiscardHandler), r.conf
+	cfg.ResolvConf = r.conf
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
 	if cfg.TryTimeout == 0 {
 		cfg.TryTimeout = 100 * time.Millisecond
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -315,6 +316,41 @@ func TestChildHangs(t *testing.T) {
 		t.Errorf("the child was %d and is %d, %v", before, pid, err)
 	}
 	must(t, exchange(a.tasks[1], b.tasks[1]))
+}
+
+// TestRefusalEndsSilence: a device that refuses a change has answered.
+func TestRefusalEndsSilence(t *testing.T) {
+	u := newUserDriver(t.TempDir(), "", slog.New(slog.DiscardHandler))
+	ln, err := net.Listen("unix", u.socket(1))
+	must(t, err)
+	defer ln.Close()
+	u.patience = 50 * time.Millisecond
+	ask := func(says string) error {
+		served := make(chan error, 1)
+		go func() {
+			c, err := ln.Accept()
+			if err == nil {
+				defer c.Close()
+				if says != "" {
+					_, err = io.WriteString(c, says)
+				}
+				io.Copy(io.Discard, c) // until the asker goes
+			}
+			served <- err
+		}()
+		_, err := u.read(t.Context(), 1)
+		must(t, <-served)
+		return err
+	}
+	for i := 1; i <= muteMost; i++ {
+		if err := ask(""); !errors.Is(err, os.ErrDeadlineExceeded) || u.mute[1] != i {
+			t.Errorf("question %d without an answer: %v, counted %d", i, err, u.mute[1])
+		}
+	}
+	u.patience = askLimit
+	if err := ask("errno=22\n\n"); !errors.Is(err, errRefused) || u.mute[1] != 0 {
+		t.Errorf("refused: %v, counted %d", err, u.mute[1])
+	}
 }
 
 // TestChildGoesFirst: every thread of the child has its priority, and so has the

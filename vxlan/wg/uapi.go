@@ -3,6 +3,7 @@ package wg
 import (
 	"bufio"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -52,6 +53,9 @@ func (c change) encode() string {
 	return b.String()
 }
 
+// errRefused is an answer, too: the device lives.
+var errRefused = errors.New("WireGuard process refused")
+
 // decode reads the answer to "get" or "set".
 func decode(r io.Reader) (device, error) {
 	d := device{peers: map[weft.PublicKey]peer{}}
@@ -77,7 +81,7 @@ func decode(r io.Reader) (device, error) {
 		switch key {
 		case "errno":
 			if value != "0" {
-				return d, fmt.Errorf("WireGuard process refused: errno %s", value)
+				return d, fmt.Errorf("%w: errno %s", errRefused, value)
 			}
 		case "private_key":
 			err = unhex(d.private[:], value)

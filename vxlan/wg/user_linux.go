@@ -270,7 +270,7 @@ func (u *userDriver) ask(ctx context.Context, slot int, request string) (device,
 	defer cancel()
 	d, err := u.exchange(bounded, slot, request)
 	switch {
-	case err == nil:
+	case err == nil || errors.Is(err, errRefused):
 		u.mute[slot] = 0
 	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil:
 		u.mute[slot]++
