@@ -254,6 +254,7 @@ func TestLabNames(t *testing.T) {
 	up.set("")
 	r.nearNameserver(agent)
 	r.successor(agents, dbs)
+	r.starting(agents)
 
 	// What has gone stays here, too.
 	r.must(r.on("h1", "service", "rm", "db")...)
