@@ -410,12 +410,31 @@ func TestLabAdoption(t *testing.T) {
 	// the thirty requests alone, each two processes, take most of the usual five seconds.
 	r.must(r.on("h1", "swarm", "update", "--dispatcher-heartbeat", "1m")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--replicas", "3", "--publish", "8082:80", "weft/whoami")...)
-	for _, h := range []string{"h1", "h2", "h3"} {
+	for _, h := range three {
+		r.eventually("one container on "+h, func() error {
+			if n := len(r.containers(h, "web")); n != 1 {
+				return fmt.Errorf("%d", n)
+			}
+			return nil
+		})
+	}
+	for _, h := range three {
 		r.eventually("port of "+h, func() error { _, err := r.get(t.Context(), h, 8082); return err })
 	}
-	r.eventually("one container on h2", func() error {
-		if n := len(r.containers("h2", "web")); n != 1 {
-			return fmt.Errorf("%d", n)
+	// Without a health check a task counts as ready when its process has begun, which is
+	// before it listens: until then the task itself refuses connections.
+	seen := map[string]bool{}
+	r.eventually("all three tasks answer", func() error {
+		var by struct{ Host string }
+		body, err := r.get(t.Context(), "h1", 8082)
+		if err == nil {
+			err = json.Unmarshal([]byte(body), &by)
+		}
+		if err != nil {
+			return err
+		}
+		if seen[by.Host] = true; len(seen) < 3 {
+			return fmt.Errorf("%d have", len(seen))
 		}
 		return nil
 	})
