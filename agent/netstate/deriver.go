@@ -229,7 +229,7 @@ func (d *Deriver) differences(in *Input) *touched {
 // counts is an endpoint of another node as it stands on its network, unless another
 // has a better claim to its addresses.
 func (d *Deriver) counts(e *weft.OwnedEndpoint) (placed, bool) {
-	return placed{e.Network, remoteEnd(e)}, d.d.isEligible(e)
+	return placed{e.Network, d.d.remoteEnd(e)}, d.d.isEligible(e)
 }
 
 // isApart reports whether no address that a change is about has, or had, another
@@ -392,7 +392,7 @@ func (d *deriver) links(out *Output) links {
 	}
 	for i := range d.in.Endpoints {
 		if e := &d.in.Endpoints[i]; d.isEligible(e) {
-			t.endpoint(placed{e.Network, remoteEnd(e)}, &t.added, &t.come)
+			t.endpoint(placed{e.Network, d.remoteEnd(e)}, &t.added, &t.come)
 		}
 	}
 	for i := range d.in.Local {

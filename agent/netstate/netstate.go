@@ -120,8 +120,8 @@ type deriver struct {
 	local     map[weft.ID][]LocalTask // by network
 	// byService are the endpoints by network and service.
 	byService map[weft.ID]map[weft.ID][]endpoint
-	hosts     map[weft.ID]string // names of the nodes
-	members   map[weft.ID]bool
+	hosts     map[weft.ID]string     // names of the nodes
+	members   map[weft.ID]netip.Addr // their tunnel addresses as the leader knows them; invalid = it does not
 	subnets   map[weft.ID][]weft.Subnet
 	mesh      []ingress.Published // those of mode ingress, once derived
 }
@@ -129,10 +129,10 @@ type deriver struct {
 func newDeriver(in Input) *deriver {
 	d := &deriver{
 		in: in, local: localByNetwork(in), byService: map[weft.ID]map[weft.ID][]endpoint{},
-		hosts: map[weft.ID]string{}, members: map[weft.ID]bool{}, subnets: map[weft.ID][]weft.Subnet{},
+		hosts: map[weft.ID]string{}, members: map[weft.ID]netip.Addr{}, subnets: map[weft.ID][]weft.Subnet{},
 	}
 	for _, n := range in.Nodes {
-		d.hosts[n.ID], d.members[n.ID] = n.Hostname, true
+		d.hosts[n.ID], d.members[n.ID] = n.Hostname, n.VTEP
 	}
 	for _, n := range in.Networks {
 		d.subnets[n.ID] = n.Spec.Subnets
@@ -193,7 +193,7 @@ func (d *deriver) byNetwork() map[weft.ID][]endpoint {
 		e := &d.in.Endpoints[i]
 		isTaken := slices.ContainsFunc(e.Addrs(), func(a netip.Addr) bool { return taken[e.Network][a.Unmap()] })
 		if !isTaken && d.isEligible(e) {
-			m[e.Network] = append(m[e.Network], remoteEnd(e))
+			m[e.Network] = append(m[e.Network], d.remoteEnd(e))
 		}
 	}
 	for i := range d.in.Local {
@@ -210,11 +210,27 @@ func (d *deriver) byNetwork() map[weft.ID][]endpoint {
 // isEligible reports whether an endpoint can be what it says, whoever else claims
 // its addresses. A node that was removed from the cluster still has the gossip key.
 func (d *deriver) isEligible(e *weft.OwnedEndpoint) bool {
-	return e.Owner != d.in.Self.ID && d.members[e.Owner] && isElsewhere(e.VTEP, d.in.Self.VTEP) && inside(e.Addrs(), d.subnets[e.Network])
+	return e.Owner != d.in.Self.ID && d.isMember(e.Owner) && isElsewhere(e.VTEP, d.in.Self.VTEP) && isElsewhere(d.vtep(e), d.in.Self.VTEP) && inside(e.Addrs(), d.subnets[e.Network])
 }
 
-func remoteEnd(e *weft.OwnedEndpoint) endpoint {
-	return endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: e.VTEP}
+func (d *deriver) isMember(id weft.ID) bool {
+	_, ok := d.members[id]
+	return ok
+}
+
+// vtep is where an endpoint's owner takes packets: as it has told the leader, by its
+// certificate. What gossip says of it counts while the leader knows nothing, for
+// nobody signs that: any member could take another's packets by it. The leader's is
+// also what others let in (underlay).
+func (d *deriver) vtep(e *weft.OwnedEndpoint) netip.Addr {
+	if known := d.members[e.Owner]; known.IsValid() {
+		return known
+	}
+	return e.VTEP
+}
+
+func (d *deriver) remoteEnd(e *weft.OwnedEndpoint) endpoint {
+	return endpoint{Endpoint: e.Endpoint, owner: e.Owner, vtep: d.vtep(e)}
 }
 
 func (d *deriver) localEnd(t *LocalTask, a weft.Attachment) endpoint {

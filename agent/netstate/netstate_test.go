@@ -90,6 +90,44 @@ func TestDeriveLeavesOutOurOwnPast(t *testing.T) {
 	}
 }
 
+// TestDeriveBelievesTheLeaderOfTunnels: packets for a node's tasks go where it has told
+// the leader, not where a member says who speaks in its name.
+func TestDeriveBelievesTheLeaderOfTunnels(t *testing.T) {
+	vtep3 := netip.MustParseAddr("10.99.0.3")
+	for _, c := range []struct {
+		name          string
+		known, gossip netip.Addr
+		want          netip.Addr
+	}{
+		{"both say the same", vtep2, vtep2, vtep2},
+		{"gossip says something else", vtep2, vtep3, vtep2},
+		{"the leader does not know", netip.Addr{}, vtep3, vtep3},
+	} {
+		in := base()
+		for i := range in.Nodes {
+			if in.Nodes[i].ID == other.ID {
+				in.Nodes[i].VTEP = c.known
+			}
+		}
+		in.Local = []LocalTask{localWeb(1, "10.0.16.3/20", "10.255.0.5/16", weft.EndpointReady)}
+		far := remoteWeb(3, "10.0.16.5", weft.EndpointReady)
+		far.VTEP = c.gossip
+		in.Endpoints = []weft.OwnedEndpoint{far}
+		whole := Derive(in)
+		if peers := whole.Overlay.Networks[front.VNI].Peers; len(peers) != 1 || peers[0].VTEP != c.want {
+			t.Errorf("%s: peers %v, want one by %v", c.name, peers, c.want)
+		}
+		// The same by a change of one endpoint.
+		before := in
+		before.Endpoints = nil
+		var d Deriver
+		d.Derive(before)
+		if out := d.Derive(in); !reflect.DeepEqual(out.Overlay.Networks[front.VNI].Peers, whole.Overlay.Networks[front.VNI].Peers) {
+			t.Errorf("%s: a change leads to peers %v", c.name, out.Overlay.Networks[front.VNI].Peers)
+		}
+	}
+}
+
 func TestDeriveCarriesOnlyItsNetworks(t *testing.T) {
 	out := Derive(base())
 	if len(out.Overlay.Networks) != 1 {
