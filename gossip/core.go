@@ -42,7 +42,7 @@ type core struct {
 
 	flights  flights
 	missing  map[key]*miss
-	waiting  map[key][]*update // deltas whose base has not come, in one part
+	waiting  waiting // deltas whose base has not come, and what has no certificate yet
 	suspects map[weft.ID]*suspect
 	repairs  map[weft.ID]*repair
 	pacing
@@ -174,7 +174,7 @@ func newCore(self weft.ID, epoch uint64, p Prover, r *rand.Rand) *core {
 	c := &core{
 		self: self, rand: r, prove: p, last: stamp{epoch: epoch},
 		own: own{nets: map[weft.ID]*ownNet{}}, peers: map[weft.ID]*peer{}, nets: map[weft.ID]*network{},
-		flights: newFlights(), missing: map[key]*miss{}, waiting: map[key][]*update{},
+		flights: newFlights(), missing: map[key]*miss{}, waiting: newWaiting(),
 		suspects: map[weft.ID]*suspect{}, repairs: map[weft.ID]*repair{}, pacing: pacing{gap: minGap, wanting: wanting{size: wantingBegin}},
 	}
 	c.peers[self] = &peer{id: self, live: true, shown: true}
@@ -308,7 +308,7 @@ func (c *core) drop(id weft.ID) {
 		delete(c.own.nets, id)
 	}
 	maps.DeleteFunc(c.missing, func(k key, _ *miss) bool { return k.network == id })
-	maps.DeleteFunc(c.waiting, func(k key, _ []*update) bool { return k.network == id })
+	c.waiting.drop(id)
 	c.changed = true
 }
 

@@ -165,6 +165,7 @@ func (c *core) tick(now time.Time) {
 		c.expect(now, p)
 	}
 	c.flights.sweep(now)
+	c.waiting.sweep(now)
 	c.tidyNames()
 	if c.own.said && !bytes.Equal(c.prove.Certificate(), c.peers[c.self].att.cert) {
 		c.flushSoon(now) // it was renewed

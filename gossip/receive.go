@@ -110,7 +110,7 @@ func (c *core) use(now time.Time, from weft.ID, n *network, m *update) bool {
 		c.counts.refused++
 		return false
 	case p.check == nil: // its certificate is on the way
-		c.hold(k, m)
+		c.waiting.hold(now, k, m)
 		c.miss(now, key{"", m.owner}, stamp{}, from, c.gap)
 		return false
 	case c.leftBefore(p, m.network, m.stamp):
@@ -205,25 +205,14 @@ func (c *core) useAttachment(now time.Time, n *network, p *peer, s stamp, b body
 	return true
 }
 
-// maxWaiting updates of one table wait for what they are based on, or for their
-// owner's certificate.
-const maxWaiting = 8
-
 func (c *core) wait(now time.Time, k key, m *update, base stamp) {
 	known := c.stampOf(k.network, k.owner)
 	if known.newer(base) {
 		c.counts.stale++ // and older than m: the owner will say how to get there
 	} else {
-		c.hold(k, m)
+		c.waiting.hold(now, k, m)
 	}
 	c.miss(now, k, m.stamp, k.owner, c.gap)
-}
-
-// hold keeps an update that cannot be used yet.
-func (c *core) hold(k key, m *update) {
-	if w := c.waiting[k]; len(w) < maxWaiting {
-		c.waiting[k] = append(w, m)
-	}
 }
 
 // useWaiting goes on with updates that waited for what was just stored.
@@ -231,15 +220,14 @@ func (c *core) useWaiting(now time.Time, n *network, owner weft.ID) {
 	k := key{n.id, owner}
 	for again := true; again; {
 		again = false
-		w := c.waiting[k]
-		delete(c.waiting, k)
+		w := c.waiting.take(k)
 		for i, m := range w {
 			if !m.stamp.newer(c.stampOf(n.id, owner)) {
 				continue
 			}
 			if c.use(now, owner, n, m) {
 				for _, rest := range w[i+1:] {
-					c.hold(k, rest)
+					c.waiting.hold(now, k, rest)
 				}
 				again = true
 				break
