@@ -6,6 +6,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/weftnet/weft/ingress"
 	overlay "github.com/weftnet/weft/vxlan/bpf"
 )
 
@@ -59,21 +60,33 @@ func (p *pinned) write(have, want tables) error {
 
 // prune ends the flows that lead to what takes no packets any more.
 func (p *pinned) prune(k keep) error {
-	for _, name := range []string{balanceMapFlows, balanceMapPassing} {
-		flows, err := overlay.Dump[flowKey, overlay.MACValue](p.maps[name])
-		if err != nil {
-			return err
-		}
-		for f, v := range flows {
-			if k.allows(f, v.MAC) {
-				continue
-			}
-			if err := p.maps[name].Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("delete a flow: %w", err)
+	return ingress.EndFlows(ingress.PacketsPass, func() (ended int, err error) {
+		for _, name := range []string{balanceMapFlows, balanceMapPassing} {
+			n, err := endFlows(p.maps[name], func(f flowKey, v overlay.MACValue) bool { return k.allows(f, v.MAC) })
+			if ended += n; err != nil {
+				return ended, err
 			}
 		}
+		return ended, nil
+	}, 1)
+}
+
+// endFlows deletes the flows of a map that may not stay, and says how many those were.
+func endFlows[K, V comparable](m *ebpf.Map, mayStay func(K, V) bool) (ended int, err error) {
+	flows, err := overlay.Dump[K, V](m)
+	if err != nil {
+		return 0, err
 	}
-	return nil
+	for k, v := range flows {
+		if mayStay(k, v) {
+			continue
+		}
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return ended, fmt.Errorf("delete a flow: %w", err)
+		}
+		ended++
+	}
+	return ended, nil
 }
 
 // add writes what is missing or differs, in one call.

@@ -379,19 +379,14 @@ func hostRoutes(links []netlink.Link, routes []netlink.Route) []hostRoute {
 
 // prune ends the flows that lead to what takes no packets any more.
 func (p *meshPins) prune(l leads) error {
-	for _, name := range meshFlows {
-		flows, err := overlay.Dump[endsValue, turnValue](p.maps[name])
-		if err != nil {
-			return err
-		}
-		for key, to := range flows {
-			if l.allows(flowOf(key, to, name == meshMapAnswers || name == meshMapAnswersUdp)) {
-				continue
-			}
-			if err := p.maps[name].Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return fmt.Errorf("delete a flow: %w", err)
+	return ingress.EndFlows(ingress.PacketsPass, func() (ended int, err error) {
+		for _, name := range meshFlows {
+			isAnswer := name == meshMapAnswers || name == meshMapAnswersUdp
+			n, err := endFlows(p.maps[name], func(key endsValue, to turnValue) bool { return l.allows(flowOf(key, to, isAnswer)) })
+			if ended += n; err != nil {
+				return ended, err
 			}
 		}
-	}
-	return nil
+		return ended, nil
+	}, 1)
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
 )
 
 // chunk is how many elements go into one message: a netlink attribute holds
@@ -94,44 +95,20 @@ func convergeSets(want ruleset, left *ruleset) ([]weft.Repair, uint32, error) {
 // deleted by itself. Our own choice.
 const flowTries = 3
 
-// flowLooks is how often flows are looked for at most, quietLooks how many looks in a row
-// must find none. One may miss some: the kernel goes on with a list where so many
-// flows as it has told are behind it, and meanwhile others have ended. Our own
-// choice.
-const (
-	flowLooks  = 20
-	quietLooks = 2
-)
+// quietLooks looks in a row must find no flow that is to end. One may miss some: the
+// kernel goes on with a list where so many flows as it has told are behind it, and
+// meanwhile others have ended. Our own choice.
+const quietLooks = 2
 
 // endFlows deletes the flows that lead to a backend which is gone, the maps having been
-// changed before. A packet that has chosen by the old maps, or has found its flow before
-// it was deleted, adds it anew: so all packets on their way are waited for, and flows
-// are looked for again.
+// changed before.
 func (r ruleset) endFlows(gone func(mac string) bool) (transactions uint32, err error) {
-	quiet := 0
-	for range flowLooks {
-		packetsPass()
+	err = ingress.EndFlows(ingress.PacketsPass, func() (int, error) {
 		made, err := r.endFlowsOnce(gone)
-		if transactions += made; err != nil {
-			return transactions, err
-		}
-		if quiet++; made > 0 {
-			quiet = 0
-		}
-		if quiet == quietLooks {
-			return transactions, nil
-		}
-	}
-	return transactions, fmt.Errorf("flows to backends that are gone came back %d times: %w", flowLooks, weft.ErrUnavailable)
-}
-
-// packetsPass waits until every packet that a rule is being asked about has passed:
-// membarrier(2) waits for a grace period of RCU, which rules run under. A kernel that
-// refuses it (nohz_full) leaves the looks that follow, which take longer than a
-// packet does.
-func packetsPass() {
-	const global = 1 // MEMBARRIER_CMD_GLOBAL (linux/membarrier.h)
-	_, _, _ = unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
+		transactions += made
+		return int(made), err
+	}, quietLooks)
+	return transactions, err
 }
 
 // endFlowsOnce looks for them once. Packets move and end flows meanwhile, and one that
