@@ -35,6 +35,12 @@ const settle = 60 * time.Second
 // another engine.
 const overlayEnv = "WEFT_TEST_OVERLAY"
 
+// serviceEnv forces the engine of service addresses likewise.
+const serviceEnv = "WEFT_TEST_SERVICE"
+
+// binaryEnv, when set, is the weft to test, where there is nothing to build it with.
+const binaryEnv = "WEFT_TEST_BINARY"
+
 // rig is a lab of the real binary, driven from outside like a person would.
 type rig struct {
 	t      *testing.T
@@ -108,12 +114,15 @@ func makeRig(t *testing.T, name string, upArgs ...string) *rig {
 	return r
 }
 
-// engineArgs forces the engine that overlayEnv names.
-func engineArgs() []string {
+// engineArgs forces the engines that overlayEnv and serviceEnv name.
+func engineArgs() (args []string) {
 	if e := os.Getenv(overlayEnv); e != "" {
-		return []string{"--overlay-engine", e}
+		args = append(args, "--overlay-engine", e)
 	}
-	return nil
+	if e := os.Getenv(serviceEnv); e != "" {
+		args = append(args, "--service-engine", e)
+	}
+	return args
 }
 
 // oneRun waits until no other run of these tests is on this machine, of another
@@ -134,6 +143,9 @@ func binary(t *testing.T) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		netnstest.Missing(t, "root", errors.New("not root"))
+	}
+	if path := os.Getenv(binaryEnv); path != "" {
+		return path
 	}
 	path, err := filepath.Abs("../bin/weft")
 	if err == nil {
