@@ -41,27 +41,32 @@ const (
 )
 
 // dockerLimits: weft takes at most 0.65 of Docker's time for a request, and makes 1.7
-// times as many connections; to a service address it takes at most 0.6.
+// times as many connections; to a service address, and by a node without a task, it takes
+// at most 0.6.
 var dockerLimits = []limit{
 	{Case: pathEBPF, Metric: string(rr), Over: pathDocker, Least: 1 / 0.65},
 	{Case: pathEBPF, Metric: string(crr), Over: pathDocker, Least: 1.7},
 	{Case: vipEBPF, Metric: string(rr), Over: dockerVIP, Least: 1 / 0.6},
+	{Case: vipIPVS, Metric: string(rr), Over: dockerVIP, Least: 1 / 0.6},
 	{Case: vipNFT, Metric: string(rr), Over: dockerVIP, Least: 1 / 0.6},
+	{Case: meshEBPF, Metric: string(rr), Over: dockerMesh, Least: 1 / 0.6},
+	{Case: meshIPVS, Metric: string(rr), Over: dockerMesh, Least: 1 / 0.6},
+	{Case: meshBridge, Metric: string(rr), Over: dockerMesh, Least: 1 / 0.6},
 }
 
 // dockerPairs compare what does the same.
-var dockerPairs = []pair{{vipEBPF, dockerVIP}, {vipNFT, dockerVIP}, {dockerVIP, pathDocker}, {dockerMesh, pathDocker}}
+var dockerPairs = []pair{{vipEBPF, dockerVIP}, {vipIPVS, dockerVIP}, {vipNFT, dockerVIP}, {meshEBPF, dockerMesh}, {meshIPVS, dockerMesh}, {meshBridge, dockerMesh}, {dockerVIP, pathDocker}, {dockerMesh, pathDocker}}
 
 // dockersOwn are the cases that need Docker Engine's service.
 var dockersOwn = []string{dockerVIP, dockerMesh}
 
 // dockerBench: weft's overlay beside Docker's, in one boot.
 func dockerBench() benchmark {
-	c := trafficChoices([]string{pathHand, pathBridge, pathEBPF, vipEBPF, vipNFT, meshEBPF, meshBridge, dockerVIP, dockerMesh})
+	c := trafficChoices([]string{pathHand, pathBridge, pathEBPF, vipEBPF, vipIPVS, vipNFT, meshEBPF, meshIPVS, meshBridge, dockerVIP, dockerMesh})
 	// Datagrams of connected sockets do not come back from a service address yet
 	// (ingress/bpf/DESIGN.md): name UDP together with the cases that have none.
 	c.UsualMetrics = []string{string(rr), string(crr), string(bulk)}
-	c.Cases = slices.Concat(c.Cases, []string{vipEBPF, vipNFT, meshEBPF, meshBridge}, dockersOwn)
+	c.Cases = slices.Concat(c.Cases, []string{vipEBPF, vipIPVS, vipNFT, meshEBPF, meshIPVS, meshBridge}, dockersOwn)
 	return benchmark{
 		Name:    "docker",
 		About:   "what overlays cost in instructions: operations per 10^9 of them between two tasks on weft's engines and host to host, against two containers on the overlay network of Docker Engine (swarm mode, two nodes), in one boot of a guest whose clock counts them",
