@@ -25,8 +25,29 @@ const wholeEvery = time.Minute
 // nfnlBatchGenID is NFNL_BATCH_GENID (linux/netfilter/nfnetlink.h, Linux 4.18).
 const nfnlBatchGenID = 1
 
+// loadTries and loadPause bound the wait for nftables to be there: the kernel asks for
+// its module when it is first spoken to, and says "invalid argument" to whoever asks while
+// another's loading of it is not over. Our own choice: a module is loaded within some
+// tens of milliseconds.
+const (
+	loadTries = 40
+	loadPause = 25 * time.Millisecond
+)
+
+// loaded asks until nftables is there, or has been waited for.
+func loaded(ask func() (uint32, error), pause func(time.Duration)) (gen uint32, err error) {
+	for try := 1; ; try++ {
+		if gen, err = ask(); !errors.Is(err, unix.EINVAL) || try == loadTries {
+			return gen, err
+		}
+		pause(loadPause)
+	}
+}
+
 // generation is that of the calling thread's namespace.
-func generation() (uint32, error) {
+func generation() (uint32, error) { return loaded(askGeneration, time.Sleep) }
+
+func askGeneration() (uint32, error) {
 	const seq = 1
 	gen := uint32(0)
 	msg := message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, unix.NLM_F_REQUEST, seq, unix.AF_UNSPEC, nil)
