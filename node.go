@@ -75,6 +75,9 @@ type NodeDescription struct {
 	// of one link only and those of weft's links: what a published port can be
 	// bound to. Sorted.
 	Addrs []HostAddr `json:",omitzero" cbor:",omitzero"`
+	// InputRules of the host's firewall name ports, at most ListenerReportInterval
+	// old. What comes to a published port does not pass there.
+	InputRules []InputRule `json:",omitzero" cbor:",omitzero"`
 }
 
 // NodeStatus is the changing part.
@@ -105,6 +108,20 @@ type Listener struct {
 	// Addr is where it listens; unspecified = on all addresses, as is invalid
 	// (an older node does not tell).
 	Addr netip.Addr `json:",omitzero" cbor:",omitzero"`
+}
+
+// InputRule is a rule of the host's firewall for what the host itself takes, which
+// names the ports from First to Last.
+type InputRule struct {
+	Protocol    Protocol
+	First, Last uint16
+	Chain       string // and its table, for people
+}
+
+// Ports are where the rule would hold, as a spec of published ports that is on all
+// addresses.
+func (r InputRule) Ports() PortSpec {
+	return PortSpec{Protocol: r.Protocol, Published: r.First, Count: r.Last - r.First + 1}
 }
 
 // HostPorts are the ports that the node's host needs for itself.

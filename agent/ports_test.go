@@ -63,12 +63,17 @@ func modeHost(t *testing.T, removed bool) {
 	})
 }
 
+// TestAddrsAreReported: and the rules of the firewall, each once while it stays.
 func TestAddrsAreReported(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		var told [][]weft.HostAddr
+		var rules [][]weft.InputRule
 		r.leader.onReport(func(_ context.Context, rep wire.Report) error {
 			if rep.Addrs != nil {
 				told = append(told, rep.Addrs)
+			}
+			if rep.InputRules != nil {
+				rules = append(rules, rep.InputRules)
 			}
 			return nil
 		})
@@ -76,6 +81,9 @@ func TestAddrsAreReported(t *testing.T) {
 		settle(20 * time.Second)
 		if !reflect.DeepEqual(told, [][]weft.HostAddr{hostAddrs}) {
 			t.Errorf("told %v, want %v once", told, hostAddrs)
+		}
+		if !reflect.DeepEqual(rules, [][]weft.InputRule{hostRules}) {
+			t.Errorf("told %v, want %v once", rules, hostRules)
 		}
 	})
 }

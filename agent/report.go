@@ -73,6 +73,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 	var told []weft.Listener // nil: nothing in this session yet
 	var used []netip.Prefix
 	var addrs []weft.HostAddr
+	var rules []weft.InputRule
 	bound := boundPorts{log: a.cfg.Log}
 	var looked time.Time
 	var keys []weft.NodeKey // told in this session
@@ -85,7 +86,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 			if l != nil && (told == nil || !slices.Equal(l, told)) {
 				r.Listeners = l
 			}
-			p, at := a.inUse()
+			p, at, input := a.inUse()
 			if l != nil && at != nil {
 				bound.look(a.model.Load(), l, at)
 			}
@@ -94,6 +95,9 @@ func (a *Agent) runReports(ctx context.Context) error {
 			}
 			if at != nil && (addrs == nil || !slices.Equal(at, addrs)) {
 				r.Addrs = at
+			}
+			if input != nil && (rules == nil || !slices.Equal(input, rules)) {
+				r.InputRules = input
 			}
 		}
 		newKeys := a.keys()
@@ -117,6 +121,9 @@ func (a *Agent) runReports(ctx context.Context) error {
 		if r.Addrs != nil {
 			addrs = r.Addrs
 		}
+		if r.InputRules != nil {
+			rules = r.InputRules
+		}
 		if newKeys != nil {
 			keys = newKeys
 		}
@@ -135,15 +142,15 @@ func (a *Agent) runReports(ctx context.Context) error {
 	}
 }
 
-// inUse are the ranges in use on the host and its addresses, never nil but when they
-// cannot be read now.
-func (a *Agent) inUse() ([]netip.Prefix, []weft.HostAddr) {
+// inUse are the ranges in use on the host, its addresses and the rules of its firewall
+// that name ports; nil when they cannot be read now.
+func (a *Agent) inUse() ([]netip.Prefix, []weft.HostAddr, []weft.InputRule) {
 	d, err := a.cfg.Describe()
 	if err != nil {
 		a.cfg.Log.Warn("read the ranges that the host uses", weft.KeyErr, err)
-		return nil, nil
+		return nil, nil, nil
 	}
-	return append([]netip.Prefix{}, d.UsedPrefixes...), append([]weft.HostAddr{}, d.Addrs...)
+	return append([]netip.Prefix{}, d.UsedPrefixes...), append([]weft.HostAddr{}, d.Addrs...), d.InputRules
 }
 
 // listeners are the host's sockets without those of the overlay. nil = they cannot be read now.

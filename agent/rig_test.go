@@ -136,6 +136,9 @@ func newRig(t testing.TB) *rig {
 // hostAddrs of the rig's host.
 var hostAddrs = []weft.HostAddr{{Interface: "eth0", Addr: vtepA}}
 
+// hostRules are of the firewall of the rig's host.
+var hostRules = []weft.InputRule{{Protocol: weft.TCP, First: 22, Last: 22, Chain: "chain INPUT of table ip filter"}}
+
 func (r *rig) config() Config {
 	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null", Dial: r.hostDial})
 	if err != nil {
@@ -147,7 +150,7 @@ func (r *rig) config() Config {
 		Runtime:  &loggedRuntime{r.rt, r.journal, &r.lists, &r.mute}, Execer: &r.execs, Logs: r.rt, Images: r.rt,
 		Sandbox: r.boxes, Engines: r.engines, Names: names, Gossip: r.table, Leader: r.leader,
 		Describe: func() (weft.NodeDescription, error) {
-			d := weft.NodeDescription{Hostname: "a", Addrs: hostAddrs}
+			d := weft.NodeDescription{Hostname: "a", Addrs: hostAddrs, InputRules: hostRules}
 			var err error
 			if r.prefixes != nil {
 				d.UsedPrefixes, err = r.prefixes()

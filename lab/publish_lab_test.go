@@ -12,6 +12,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
 	"github.com/weftnet/weft/vxlan/netns"
 )
 
@@ -63,6 +68,11 @@ func TestLabPublish(t *testing.T) {
 			}
 			return nil
 		})
+	}
+
+	// A rule of h1's firewall for what the host takes: see the end.
+	if err := netns.Do(plan.host(1).Paths.NetNS, func() error { return dropInput(publishMesh) }); err != nil {
+		t.Fatal(err)
 	}
 
 	// One to a node, shown with its port; the fourth waits and says why.
@@ -144,4 +154,30 @@ func TestLabPublish(t *testing.T) {
 		}
 		return nil
 	})
+	// The port is answered all the same, and the node says why the rule does not hold.
+	r.eventually("the port of h1", func() error { _, err := r.get(t.Context(), "h1", publishMesh); return err })
+	want = fmt.Sprintf("port %d/tcp of service mesh is named by a rule of chain INPUT of table inet filter of the host, which published ports do not pass: say who may ask with the label weft.publish.%d.allow", publishMesh, publishMesh)
+	r.eventually("h1 tells of its firewall", func() error {
+		if out := docker("node", "inspect", "-f", "{{.Status.Message}}", "h1"); out != want {
+			return fmt.Errorf("node inspect h1: %q, want %q", out, want)
+		}
+		return nil
+	})
+}
+
+// dropInput makes a firewall in the calling thread's namespace that drops what comes for
+// a TCP port of the host.
+func dropInput(port uint16) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "filter"})
+	chain := c.AddChain(&nftables.Chain{Table: table, Name: "INPUT", Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(port)},
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	}})
+	return c.Flush()
 }

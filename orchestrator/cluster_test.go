@@ -286,6 +286,7 @@ type agent struct {
 	newest   uint64                     // and of those that were heard
 	frozen   bool                       // the data plane stands still
 	listens  []weft.Listener            // besides TCP 22
+	rules    []weft.InputRule
 	ring     weft.GossipRing
 	keyless  bool // it is of a version that cannot change keys of gossip
 	stuck    bool // it takes no keys up
@@ -398,7 +399,7 @@ func (a *agent) reports(ctx context.Context) {
 		}
 		a.mu.Lock()
 		rep := wire.Report{Listeners: append([]weft.Listener{{Protocol: weft.TCP, Port: 22}}, a.listens...)}
-		rep.Applied = a.index
+		rep.Applied, rep.InputRules = a.index, a.rules
 		if len(a.ring.Sends.Key) > 0 && !a.keyless {
 			e := a.ring.Epochs()
 			rep.Gossip = &e
@@ -416,6 +417,13 @@ func (a *agent) listen(l ...weft.Listener) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.listens = l
+}
+
+// filter replaces the rules of its host's firewall.
+func (a *agent) filter(rules ...weft.InputRule) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.rules = append([]weft.InputRule{}, rules...)
 }
 
 // fail makes a running task end with an error.

@@ -308,13 +308,14 @@ func checkWayIn(v *state.Snapshot, spec *weft.ServiceSpec) error {
 }
 
 // warnPorts says in the nodes' messages which published ports a process of the host
-// has bound since: what comes to one of them may be answered by either.
+// has bound since, as what comes to one of them may be answered by either, and which a
+// rule of the host's firewall names that they do not pass.
 func warnPorts(v *state.Snapshot, nodes []weft.Node) {
 	mesh := ipam.NewPorts()
 	holdServices(mesh, v.Services(), weft.PublishIngress, "")
 	for i := range nodes {
 		n := &nodes[i]
-		if n.Status.State != weft.NodeReady || len(n.Status.Listeners) == 0 {
+		if n.Status.State != weft.NodeReady || len(n.Status.Listeners)+len(n.Description.InputRules) == 0 {
 			continue
 		}
 		own := ipam.NewPorts()
@@ -329,6 +330,15 @@ func warnPorts(v *state.Snapshot, nodes []weft.Node) {
 			}
 			if taken && n.Publishes(&by.Port) {
 				addMessage(n, fmt.Sprintf("port %s of %s is also held by %s of the host", h.Port, by.By, h.By))
+			}
+		}
+		for _, rule := range n.Description.InputRules {
+			by, taken := mesh.Holder(rule.Ports(), "")
+			if !taken {
+				by, taken = own.Holder(rule.Ports(), "")
+			}
+			if taken && n.Publishes(&by.Port) {
+				addMessage(n, fmt.Sprintf("port %s of %s is named by a rule of %s of the host, which published ports do not pass: say who may ask with the label weft.publish.%d.allow", by.Port, by.By, rule.Chain, by.Port.Published))
 			}
 		}
 	}

@@ -104,6 +104,25 @@ func TestPublishedPortsAreJudged(t *testing.T) {
 		if got, want := nodes[i].Status.Message, "port 8080/tcp of service web is also held by the socket 0.0.0.0:8080 of the host"; got != want {
 			t.Errorf("message %q, want %q", got, want)
 		}
+		// So is a rule of the host's firewall that names one, while it is there.
+		w.listen()
+		w.filter(weft.InputRule{Protocol: weft.UDP, First: 8080, Last: 8080, Chain: "chain a"}, weft.InputRule{Protocol: weft.TCP, First: 8000, Last: 8099, Chain: "chain INPUT of table ip filter"},
+			weft.InputRule{Protocol: weft.TCP, First: 9000, Last: 9000, Chain: "chain b"})
+		message := func() string {
+			time.Sleep(time.Second)
+			nodes, err := r.leader().Nodes(r.ctx)
+			r.must(err)
+			return nodes[slices.IndexFunc(nodes, func(n weft.Node) bool { return n.ID == w.id })].Status.Message
+		}
+		if got, want := message(), "port 8080/tcp of service web is named by a rule of chain INPUT of table ip filter of the host, which published ports do not pass: say who may ask with the label weft.publish.8080.allow"; got != want {
+			t.Errorf("message %q, want %q", got, want)
+		}
+		w.filter()
+		if got := message(); got != "" {
+			t.Errorf("message %q when the rules have gone", got)
+		}
+		w.listen(weft.Listener{Protocol: weft.TCP, Port: 8080, Addr: netip.IPv4Unspecified()})
+		time.Sleep(time.Second)
 		// It is no reason to refuse the service anything else.
 		web, err := r.leader().Service(r.ctx, "web")
 		r.must(err)

@@ -23,6 +23,7 @@ import (
 	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/gossip"
 	"github.com/weftnet/weft/ingress"
+	"github.com/weftnet/weft/ingress/nft"
 	"github.com/weftnet/weft/orchestrator"
 	"github.com/weftnet/weft/orchestrator/ca"
 	"github.com/weftnet/weft/orchestrator/wire"
@@ -53,6 +54,8 @@ type member struct {
 	agent   *agent.Agent
 	renewal *ca.Renewal
 	boxes   *sandbox.Linux
+
+	firewall nft.InputRules // of the host
 
 	stage stage
 
@@ -433,6 +436,9 @@ func (m *member) describe() (weft.NodeDescription, error) {
 	}
 	if d.UsedPrefixes, err = m.cfg.usedPrefixes(); err != nil {
 		return d, err
+	}
+	if d.InputRules, err = m.firewall.Read(time.Now()); err != nil {
+		m.log.Warn("the host's firewall is not looked at for published ports", weft.KeyErr, err)
 	}
 	d.Addrs, err = linux.HostAddrs()
 	return d, err

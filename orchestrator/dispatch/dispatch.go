@@ -311,7 +311,11 @@ func (d *Dispatcher) Report(ctx context.Context, node weft.ID, r wire.Report) er
 	if r.Addrs != nil {
 		about.Addrs = r.Addrs
 	}
-	if !slices.Equal(n.Description.UsedPrefixes, about.UsedPrefixes) || !slices.Equal(n.Description.Addrs, about.Addrs) {
+	if r.InputRules != nil {
+		about.InputRules = r.InputRules
+	}
+	was := n.Description
+	if !slices.Equal(was.UsedPrefixes, about.UsedPrefixes) || !slices.Equal(was.Addrs, about.Addrs) || !slices.Equal(was.InputRules, about.InputRules) {
 		changes = append(changes, state.Change{NodeStatus: &state.NodeStatus{Node: node, Description: &about}})
 	}
 	if r.Listeners != nil && !slices.Equal(n.Status.Listeners, r.Listeners) {

@@ -221,6 +221,8 @@ type Report struct {
 	Prefixes []netip.Prefix `cbor:",omitzero"`
 	// Addrs are those of the host; nil: as last reported.
 	Addrs []weft.HostAddr `cbor:",omitzero"`
+	// InputRules of the host's firewall; nil: as last reported.
+	InputRules []weft.InputRule `cbor:",omitzero"`
 	// Applied is the Index of the newest assignments that the node's data
 	// plane is equal to, but for the networks in Behind: their last pass
 	// failed, or they were removed and local tasks are on them yet. A peer
