@@ -36,6 +36,17 @@ func checkName(s string) error {
 	return nil
 }
 
+// FoldName is a name as DNS compares it (RFC 4343 section 3): ASCII letters in
+// lower case, all other bytes as they are.
+func FoldName(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' {
+			r += 'a' - 'A'
+		}
+		return r
+	}, s)
+}
+
 // checkHostname accepts RFC 1123 names; "" means the container's id.
 func checkHostname(s string) error {
 	if s == "" {

@@ -74,6 +74,7 @@ func badServices(w *words) {
 		want string
 	}{
 		{"--name taken weft/whoami", 1, "service with name taken already exists"},
+		{"--name TAKEN weft/whoami", 1, "service with name taken already exists, and TAKEN differs from it in case only"},
 		{"--publish 8102:80 weft/whoami", 1, "published port 8102/tcp is already in use by service taken"},
 		{"--publish 0 weft/whoami", 1, `EndpointSpec\.Ports\[0\]\.TargetPort: 0 is not a port`},
 		{"--publish 70000 weft/whoami", 125, "70000"},
@@ -112,6 +113,7 @@ func badNetworks(w *words) {
 		args, want string
 	}{
 		{"front", "network with name front already exists"},
+		{"Front", "network with name front already exists, and Front differs from it in case only"},
 		{"ingress", "network with name ingress already exists"},
 		{"--subnet " + front + " x", "overlaps .* \\(network front\\)"},
 		{fmt.Sprintf("--subnet %s/24 x", underlay.String()[:strings.LastIndexByte(underlay.String(), '.')]+".0"), "a route, address or resolver of node h"},

@@ -46,8 +46,8 @@ func (t *term) createNetwork(ctx context.Context, spec weft.NetworkSpec) (weft.N
 	}
 	defer release()
 	v := t.store.View()
-	if _, taken := v.NetworkByName(spec.Name); taken {
-		return none, fmt.Errorf("network with name %s already exists: %w", spec.Name, weft.ErrConflict)
+	if other, taken := v.NetworkCalled(spec.Name); taken {
+		return none, nameTaken("network", other.Spec.Name, spec.Name)
 	}
 	var changes []state.Change
 	if spec.IPv6 {

@@ -54,8 +54,8 @@ func (t *term) createService(ctx context.Context, spec weft.ServiceSpec) (weft.S
 	if spec, err = settleSpec(v, spec); err != nil {
 		return none, err
 	}
-	if _, taken := v.ServiceByName(spec.Name); taken {
-		return none, fmt.Errorf("service with name %s already exists: %w", spec.Name, weft.ErrConflict)
+	if other, taken := v.ServiceCalled(spec.Name); taken {
+		return none, nameTaken("service", other.Spec.Name, spec.Name)
 	}
 	c, _ := v.Cluster()
 	svc := weft.Service{ID: weft.NewID(), Spec: spec, SpecVersion: 1}

@@ -7,8 +7,8 @@ import (
 	"github.com/weftnet/weft/orchestrator/state"
 )
 
-// Names are resolved as Docker does: exact id, then name, then unique prefix of
-// an id.
+// Names are resolved as Docker does: exact id, then name as it is written, then
+// unique prefix of an id.
 
 func findService(v *state.Snapshot, ref string) (weft.Service, error) {
 	if s, ok := v.Service(weft.ID(ref)); ok {
@@ -43,6 +43,14 @@ func only[T any](kind, ref string, byPrefix func(string) []T) (T, error) {
 	default:
 		return zero, fmt.Errorf("%s %s is ambiguous: %d ids begin with it, give more characters: %w", kind, ref, len(found), weft.ErrConflict)
 	}
+}
+
+// nameTaken is the refusal of a name that DNS does not tell from have.
+func nameTaken(kind, have, want string) error {
+	if have == want {
+		return fmt.Errorf("%s with name %s already exists: %w", kind, want, weft.ErrConflict)
+	}
+	return fmt.Errorf("%s with name %s already exists, and %s differs from it in case only, which names in DNS do not: choose another name: %w", kind, have, want, weft.ErrConflict)
 }
 
 // serviceNetworks are the networks that the tasks of a service are on, in the

@@ -94,9 +94,18 @@ func (s *Snapshot) Service(id weft.ID) (weft.Service, bool) {
 	return one[weft.Service](s, tServices, byID, string(id))
 }
 
-// ServiceByName looks a service up by its name.
+// ServiceByName looks a service up by its name, as it is written.
 func (s *Snapshot) ServiceByName(name string) (weft.Service, bool) {
 	return one[weft.Service](s, tServices, byName, name)
+}
+
+// ServiceCalled is a service that DNS does not tell from one of this name: that
+// name itself, or else one that differs in case.
+func (s *Snapshot) ServiceCalled(name string) (weft.Service, bool) {
+	if v, ok := s.ServiceByName(name); ok {
+		return v, true
+	}
+	return one[weft.Service](s, tServices, byFolded, weft.FoldName(name))
 }
 
 // Services lists all services.
@@ -114,9 +123,17 @@ func (s *Snapshot) Network(id weft.ID) (weft.Network, bool) {
 	return one[weft.Network](s, tNetworks, byID, string(id))
 }
 
-// NetworkByName looks a network up by its name.
+// NetworkByName looks a network up by its name, as it is written.
 func (s *Snapshot) NetworkByName(name string) (weft.Network, bool) {
 	return one[weft.Network](s, tNetworks, byName, name)
+}
+
+// NetworkCalled is for networks what ServiceCalled is for services.
+func (s *Snapshot) NetworkCalled(name string) (weft.Network, bool) {
+	if v, ok := s.NetworkByName(name); ok {
+		return v, true
+	}
+	return one[weft.Network](s, tNetworks, byFolded, weft.FoldName(name))
 }
 
 // Networks lists all networks.

@@ -23,6 +23,7 @@ const (
 
 	byID      = "id"
 	byName    = "name"
+	byFolded  = "foldedname"
 	byService = "service"
 	byNode    = "node"
 	bySpec    = "spec"
@@ -97,7 +98,8 @@ func schema() *memdb.DBSchema {
 		table(tNodes, unique(byID, func(r any) (bool, []string) { return true, []string{string(r.(*weft.Node).ID)} })),
 		table(tServices,
 			unique(byID, func(r any) (bool, []string) { return true, []string{string(r.(*weft.Service).ID)} }),
-			unique(byName, func(r any) (bool, []string) { return true, []string{r.(*weft.Service).Spec.Name} })),
+			unique(byName, func(r any) (bool, []string) { return true, []string{r.(*weft.Service).Spec.Name} }),
+			many(byFolded, func(r any) (bool, []string) { return true, []string{weft.FoldName(r.(*weft.Service).Spec.Name)} })),
 		table(tSpecs, unique(byID, func(r any) (bool, []string) {
 			s := r.(*weft.SpecVersion)
 			return true, []string{string(s.Service), num(s.Version)}
@@ -120,6 +122,7 @@ func schema() *memdb.DBSchema {
 		table(tNetworks,
 			unique(byID, func(r any) (bool, []string) { return true, []string{string(r.(*weft.Network).ID)} }),
 			unique(byName, func(r any) (bool, []string) { return true, []string{r.(*weft.Network).Spec.Name} }),
+			many(byFolded, func(r any) (bool, []string) { return true, []string{weft.FoldName(r.(*weft.Network).Spec.Name)} }),
 			unique(byVNI, func(r any) (bool, []string) { return true, []string{num(uint64(r.(*weft.Network).VNI))} })),
 		table(tResting, unique(byID, func(r any) (bool, []string) {
 			a := r.(*RestingAddr)
