@@ -13,7 +13,8 @@ import (
 type DNSConfig struct {
 	// Nameservers are asked for external names, in this order, instead of the
 	// node's own; at most MaxNameservers. Those in a subnet of one of the task's
-	// networks are asked from the task, all others from the node.
+	// networks are asked from the task, all others from the node; a task on
+	// internal networks alone has none of the others (CheckInternal).
 	Nameservers []netip.Addr `json:",omitzero" cbor:",omitzero"`
 	// Search are the domains that clients append, instead of the node's own;
 	// the one domain "." is none at all.
@@ -55,11 +56,11 @@ func (c DNSConfig) Validate(base string) error {
 		return invalid(base+".Nameservers", "%d are given: at most %d are asked", n, MaxNameservers)
 	}
 	for i, a := range c.Nameservers {
-		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
-			return invalid(fmt.Sprintf("%s.Nameservers[%d]", base, i), "%s: use the address of one host, without a zone", a)
+		if why := badNameserver(a); why != "" {
+			return invalid(fieldNameserver(base, i), "%s %s", a, why)
 		}
 		if slices.Contains(c.Nameservers[:i], a) {
-			return invalid(fmt.Sprintf("%s.Nameservers[%d]", base, i), "%s is given twice", a)
+			return invalid(fieldNameserver(base, i), "%s is given twice", a)
 		}
 	}
 	if n := len(c.Search); n > maxSearch {
@@ -82,6 +83,47 @@ func (c DNSConfig) Validate(base string) error {
 		}
 	}
 	return nil
+}
+
+func fieldNameserver(base string, i int) string { return fmt.Sprintf("%s.Nameservers[%d]", base, i) }
+
+// badNameserver is why an address cannot be a task's nameserver; "" = it can. The node
+// asks for the task, so what means another host to the node than to the task is none.
+func badNameserver(a netip.Addr) string {
+	const instead = "leave it out, and the nodes' own nameservers are asked, or use an address that the nodes reach"
+	switch a := a.Unmap(); {
+	case !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "is no host: use the address of one"
+	case a == netip.AddrFrom4([4]byte{127, 0, 0, 11}):
+		return "is the resolver that every task has: leave it out, or name whom that one is to ask"
+	case a.IsLoopback():
+		return "is a loopback address, which is another host's on each node: " + instead
+	case a.IsLinkLocalUnicast():
+		return "is link-local, which is another host's on each link: " + instead
+	case a.Zone() != "":
+		return "has a zone: use an address without one"
+	}
+	return ""
+}
+
+// CheckInternal reports the first nameserver that is never asked by a task all of
+// whose networks are internal, with these subnets: one outside of them. As Validate.
+func (c DNSConfig) CheckInternal(base string, subnets []netip.Prefix) error {
+	for i, a := range c.Nameservers {
+		if !slices.ContainsFunc(subnets, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) }) {
+			return invalid(fieldNameserver(base, i), "%s is outside of the service's networks, which are all internal, so no task could ask it: use the address of a task or service in %s, or add a network that is not internal",
+				a, joinPrefixes(subnets))
+		}
+	}
+	return nil
+}
+
+func joinPrefixes(ps []netip.Prefix) string {
+	words := make([]string, len(ps))
+	for i, p := range ps {
+		words[i] = p.String()
+	}
+	return strings.Join(words, " or ")
 }
 
 // checkResolverOption: one word, and a number where resolvers stumble over

@@ -19,11 +19,21 @@ func TestDNSConfig(t *testing.T) {
 		{"all", DNSConfig{[]netip.Addr{a("192.0.2.1"), a("fd00::1")}, []string{"Example.com", "my_stack.lan"}, []string{"ndots:15", "rotate", "timeout:1"}}, ""},
 		{"no domains at all", DNSConfig{Search: []string{"."}}, ""},
 		{"none and some", DNSConfig{Search: []string{".", "lan"}}, "Search[0]"},
-		{"four servers", DNSConfig{Nameservers: []netip.Addr{a("::1"), a("::2"), a("::3"), a("::4")}}, "Nameservers"},
-		{"no server", DNSConfig{Nameservers: []netip.Addr{a("::1"), {}}}, "Nameservers[1]"},
+		{"four servers", DNSConfig{Nameservers: []netip.Addr{a("fd00::1"), a("fd00::2"), a("fd00::3"), a("fd00::4")}}, "Nameservers"},
+		{"no server", DNSConfig{Nameservers: []netip.Addr{a("fd00::1"), {}}}, "Nameservers[1]"},
 		{"unspecified", DNSConfig{Nameservers: []netip.Addr{a("0.0.0.0")}}, "Nameservers[0]"},
-		{"zone", DNSConfig{Nameservers: []netip.Addr{a("fe80::1%eth0")}}, "Nameservers[0]"},
-		{"twice", DNSConfig{Nameservers: []netip.Addr{a("::1"), a("::1")}}, "Nameservers[1]"},
+		{"multicast", DNSConfig{Nameservers: []netip.Addr{a("ff02::fb")}}, "Nameservers[0]: ff02::fb is no host"},
+		{"broadcast", DNSConfig{Nameservers: []netip.Addr{a("255.255.255.255")}}, "Nameservers[0]: 255.255.255.255 is no host"},
+		{"zone", DNSConfig{Nameservers: []netip.Addr{a("fd00::1%eth0")}}, "Nameservers[0]: fd00::1%eth0 has a zone"},
+		{"loopback", DNSConfig{Nameservers: []netip.Addr{a("192.0.2.1"), a("127.0.0.1")}}, "Nameservers[1]: 127.0.0.1 is a loopback address"},
+		{"another loopback", DNSConfig{Nameservers: []netip.Addr{a("127.0.0.53")}}, "the nodes' own nameservers are asked"},
+		{"IPv6 loopback", DNSConfig{Nameservers: []netip.Addr{a("::1")}}, "Nameservers[0]: ::1 is a loopback address"},
+		{"loopback in IPv6", DNSConfig{Nameservers: []netip.Addr{a("::ffff:127.0.0.1")}}, "is a loopback address"},
+		{"the resolver itself", DNSConfig{Nameservers: []netip.Addr{a("127.0.0.11")}}, "Nameservers[0]: 127.0.0.11 is the resolver that every task has"},
+		{"link-local", DNSConfig{Nameservers: []netip.Addr{a("fe80::1")}}, "Nameservers[0]: fe80::1 is link-local"},
+		{"link-local with a zone", DNSConfig{Nameservers: []netip.Addr{a("fe80::1%eth0")}}, "is link-local"},
+		{"IPv4 link-local", DNSConfig{Nameservers: []netip.Addr{a("169.254.1.1")}}, "Nameservers[0]: 169.254.1.1 is link-local"},
+		{"twice", DNSConfig{Nameservers: []netip.Addr{a("fd00::1"), a("fd00::1")}}, "Nameservers[1]"},
 		{"long label", DNSConfig{Search: []string{"ok", long + ".com"}}, "Search[1]"},
 		{"long domain", DNSConfig{Search: []string{strings.Repeat("a.", 127)}}, "Search[0]"},
 		{"a line break", DNSConfig{Search: []string{"a\nnameserver 1.1.1.1"}}, "Search[0]"},
@@ -36,7 +46,7 @@ func TestDNSConfig(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			s := ServiceSpec{Name: "a", Replicas: 1, Container: ContainerSpec{Image: "a", DNS: tc.c}}
 			err := s.Validate()
-			if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tc.want)) {
+			if tc.want == "" && err != nil || tc.want != "" && (!errors.Is(err, ErrInvalid) || !strings.Contains(Text(err), tc.want)) {
 				t.Errorf("error %v, want one that names %q", err, tc.want)
 			}
 		})

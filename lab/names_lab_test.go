@@ -147,10 +147,11 @@ func TestLabNames(t *testing.T) {
 	up := newNameserver(t, r.clientNS(), netip.AddrPortFrom(ClientAddr, 53).String(), namesOutside)
 	hosts := []string{"h1", "h2"}
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
+	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--internal", "inner")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "3", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
 		"--dns", ClientAddr.String(), "--dns-search", "corp.example", "--dns-option", "timeout:1", "--host", "extra:"+namesHost, "--hostname", "box", "weft/whoami")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "agent", "--mode", "global", "--network", "front", "--endpoint-mode", "dnsrr", "weft/whoami")...)
-	for _, bad := range [][]string{{"--dns-option", "ndots:x"}, {"--dns-search", "a..b"}, {"--network", "name=front,alias=a.b"}} {
+	for _, bad := range [][]string{{"--dns", "127.0.0.1"}, {"--dns", "127.0.0.11"}, {"--dns", "fe80::1"}, {"--network", "inner", "--dns", ClientAddr.String()}, {"--dns-option", "ndots:x"}, {"--dns-search", "a..b"}, {"--network", "name=front,alias=a.b"}} {
 		args := append(append([]string{"service", "create", "-d", "--name", "bad"}, bad...), "weft/whoami")
 		if out, err := r.run(t.Context(), r.on("h1", args...)...); err == nil {
 			t.Errorf("%q is taken: %s", bad, out)

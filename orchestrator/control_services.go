@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -172,7 +173,8 @@ func settleSpec(v *state.Snapshot, spec weft.ServiceSpec) (weft.ServiceSpec, err
 		return spec, err
 	}
 	spec.Networks = slices.Clone(spec.Networks)
-	seen := map[weft.ID]bool{}
+	seen, isInternal := map[weft.ID]bool{}, len(spec.Networks) > 0
+	var subnets []netip.Prefix
 	for i, n := range spec.Networks {
 		net, err := findNetwork(v, string(n.Network))
 		if err != nil {
@@ -186,6 +188,15 @@ func settleSpec(v *state.Snapshot, spec weft.ServiceSpec) (weft.ServiceSpec, err
 		}
 		seen[net.ID] = true
 		spec.Networks[i].Network = net.ID
+		isInternal = isInternal && net.Spec.Internal
+		for _, s := range net.Spec.Subnets {
+			subnets = append(subnets, s.Prefix)
+		}
+	}
+	if isInternal {
+		if err := spec.Container.DNS.CheckInternal("TaskTemplate.ContainerSpec.DNSConfig", subnets); err != nil {
+			return spec, fmt.Errorf("service %s: %w", spec.Name, err)
+		}
 	}
 	return spec, checkWayIn(v, &spec)
 }
