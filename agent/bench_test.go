@@ -120,7 +120,7 @@ func BenchmarkLookOneMore(b *testing.B) {
 	}, benchTable{table})
 	p.overlay, p.balancer = noKernel{}, noBalancer{}
 	for _, t := range m.Tasks {
-		p.attach(netstate.LocalTask{Task: t, Hostname: "x", NetNS: "/ns/" + string(t.ID), State: weft.EndpointReady})
+		p.attach(netstate.LocalTask{Task: t, NetNS: "/ns/" + string(t.ID), State: weft.EndpointReady})
 	}
 	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error, 1)

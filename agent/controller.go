@@ -104,7 +104,7 @@ func (c *controller) awaitPlane(ctx context.Context, gen uint64) error {
 }
 
 func (c *controller) local(box sandbox.Sandbox, s weft.EndpointState) netstate.LocalTask {
-	return netstate.LocalTask{Task: c.task, Hostname: c.hostname(), NetNS: box.NetNS, Gateway: box.GatewayAddr.Addr(), State: s}
+	return netstate.LocalTask{Task: c.task, NetNS: box.NetNS, Gateway: box.GatewayAddr.Addr(), State: s}
 }
 
 func (c *controller) hostname() string {

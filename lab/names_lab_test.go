@@ -201,7 +201,12 @@ func TestLabNames(t *testing.T) {
 		{agent, "_8080._tcp.store.", miekg.TypeSRV, "NOERROR | " + all(target)},
 		{agent, "db.", miekg.TypeAAAA, "NOERROR"},
 		{agent, agent.host + ".agent.", miekg.TypeA, "NOERROR | " + addr(agent)},
-		{db, "box.", miekg.TypeA, "NOERROR | " + all(addr)}, // all have it on this host
+		// All have this hostname, and each is found by itself alone.
+		{dbs[0], "box.", miekg.TypeA, "NOERROR | " + addr(dbs[0])},
+		{dbs[1], "box.", miekg.TypeA, "NOERROR | " + addr(dbs[1])},
+		{dbs[2], "box.front.", miekg.TypeA, "NOERROR | " + addr(dbs[2])},
+		{agents[0], "box.", miekg.TypeA, "NXDOMAIN"},
+		{agents[1], "box.", miekg.TypeA, "NXDOMAIN"},
 		{db, agent.host + ".agent.corp.example.", miekg.TypeA, "NOERROR | " + addr(agent)},
 		{db, "db.corp.example.", miekg.TypeAAAA, "NOERROR"},
 		{agent, "nonsense.", miekg.TypeA, "NXDOMAIN"},

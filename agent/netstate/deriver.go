@@ -378,7 +378,7 @@ func sameLocal(a, b *LocalTask) bool { return a.State == b.State && sameButState
 
 // sameButState compares what is derived of a local task.
 func sameButState(a, b *LocalTask) bool {
-	return a.Task.ID == b.Task.ID && a.Task.Service == b.Task.Service && a.Task.Slot == b.Task.Slot && a.Hostname == b.Hostname &&
+	return a.Task.ID == b.Task.ID && a.Task.Service == b.Task.Service && a.Task.Slot == b.Task.Slot &&
 		a.NetNS == b.NetNS && a.Gateway == b.Gateway && sameList(a.Task.Ports, b.Task.Ports, weft.PortSpec.Equal) &&
 		sameList(a.Task.Attachments, b.Task.Attachments, func(x, y weft.Attachment) bool { return x == y })
 }

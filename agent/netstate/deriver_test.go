@@ -122,8 +122,8 @@ func (d *derived) endpoint(t *rapid.T) weft.OwnedEndpoint {
 func (d *derived) localTask(t *rapid.T) LocalTask {
 	n := rapid.IntRange(40, 46).Draw(t, "task")
 	l := LocalTask{
-		Task:     weft.Task{ID: weft.ID(fmt.Sprintf("t%d", n)), Service: weft.ID(fmt.Sprintf("s%d", n%10)), Slot: uint64(n)},
-		Hostname: "host", NetNS: fmt.Sprint("/ns/", n), State: d.state(t), Gateway: netip.MustParseAddr("172.31.0.9"),
+		Task:  weft.Task{ID: weft.ID(fmt.Sprintf("t%d", n)), Service: weft.ID(fmt.Sprintf("s%d", n%10)), Slot: uint64(n)},
+		NetNS: fmt.Sprint("/ns/", n), State: d.state(t), Gateway: netip.MustParseAddr("172.31.0.9"),
 	}
 	for range rapid.IntRange(1, 2).Draw(t, "attachments") {
 		l.Task.Attachments = append(l.Task.Attachments, d.addr(t, rapid.SampledFrom(derivedNetworks).Draw(t, "network")))

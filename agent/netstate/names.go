@@ -44,14 +44,10 @@ func (d *deriver) serviceNames(n weft.Network, s *Service) []dns.Service {
 	for _, e := range d.of(n.ID, s.ID) {
 		task := weft.Task{ID: e.Task, Slot: e.Slot, Node: e.owner}
 		id := weft.ContainerID(e.Task)
-		t := dns.Task{
+		sn.Tasks = append(sn.Tasks, dns.Task{
 			Slot: e.Slot, Host: d.hosts[e.owner], Addrs: e.Addrs(), Ready: e.State == weft.EndpointReady,
 			Names: []string{task.Name(s.Name), id[:12], id},
-		}
-		if e.host != "" && e.host != id[:12] {
-			t.Names = append(t.Names, e.host)
-		}
-		sn.Tasks = append(sn.Tasks, t)
+		})
 	}
 	return []dns.Service{sn}
 }

@@ -83,9 +83,8 @@ type Service struct {
 
 // LocalTask is a task whose sandbox exists on this node.
 type LocalTask struct {
-	Task     weft.Task
-	Hostname string // inside its container
-	NetNS    string
+	Task  weft.Task
+	NetNS string
 	// Gateway is its address behind the gateway bridge; invalid without a leg.
 	Gateway netip.Addr
 	State   weft.EndpointState
@@ -183,7 +182,6 @@ type endpoint struct {
 	owner weft.ID
 	vtep  netip.Addr
 	local bool
-	host  string // the container's own hostname; known of local tasks only
 }
 
 func (d *deriver) byNetwork() map[weft.ID][]endpoint {
@@ -234,7 +232,7 @@ func (d *deriver) remoteEnd(e *weft.OwnedEndpoint) endpoint {
 }
 
 func (d *deriver) localEnd(t *LocalTask, a weft.Attachment) endpoint {
-	return endpoint{Endpoint: localEndpoint(t, a), owner: d.in.Self.ID, vtep: d.in.Self.VTEP, local: true, host: t.Hostname}
+	return endpoint{Endpoint: localEndpoint(t, a), owner: d.in.Self.ID, vtep: d.in.Self.VTEP, local: true}
 }
 
 // given are the addresses, by network, that the leader has given to services and
