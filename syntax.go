@@ -79,6 +79,25 @@ func isObjectName(s string) bool {
 	return true
 }
 
+// CheckNetworkName accepts what Docker's users call networks and what DNS can have behind
+// the names of services: letters, digits, '_', '-' and dots, beginning with a letter or
+// digit, with 1 to 63 characters between dots. The longest CONTAINER (SERVICE.NODE.TASK,
+// 115 characters) fits before it (RFC 1035 section 2.3.4). Errors wrap ErrInvalid.
+func CheckNetworkName(s string) error {
+	if !isObjectName(s) || len(s) > maxObjectName {
+		return fmt.Errorf("%w: %q: use up to %d letters, digits, '_', '.' and '-', beginning with a letter or digit", ErrInvalid, s, maxObjectName)
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		switch {
+		case label == "":
+			return fmt.Errorf("%w: %q: it stands behind names of services in DNS, where nothing between two dots or behind the last one is no name: leave that dot out", ErrInvalid, s)
+		case len(label) > maxDNSLabel:
+			return fmt.Errorf("%w: %q: it stands behind names of services in DNS, where a part between dots has at most %d characters: shorten %q", ErrInvalid, s, maxDNSLabel, label)
+		}
+	}
+	return nil
+}
+
 // checkLabels refuses labels that weft would have to obey and does not know.
 func checkLabels(field string, labels map[string]string) error {
 	for _, k := range slices.Sorted(maps.Keys(labels)) {

@@ -280,8 +280,8 @@ func checkSource(field string, m *Mount) error {
 // driver, subnets, options. Errors as ServiceSpec.Validate; ErrForbidden for
 // the names that Docker reserves.
 func (n NetworkSpec) Validate() error {
-	if !isObjectName(n.Name) || len(n.Name) > maxObjectName {
-		return invalid("Name", "%q: use up to %d letters, digits, '_', '.' and '-', beginning with a letter or digit", n.Name, maxObjectName)
+	if err := CheckNetworkName(n.Name); err != nil {
+		return at("Name", err)
 	}
 	switch n.Name {
 	case "bridge", "host", "none", "default", "container":

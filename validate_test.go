@@ -2,6 +2,7 @@ package weft
 
 import (
 	"errors"
+	"math"
 	"net/netip"
 	"strings"
 	"testing"
@@ -131,6 +132,21 @@ func TestImages(t *testing.T) {
 	}
 }
 
+// TestNetworkNamesFitBehindContainers: what PTR and SRV answer with is a name, whatever
+// the service and the network are called.
+func TestNetworkNamesFitBehindContainers(t *testing.T) {
+	network := strings.Repeat(strings.Repeat("n", 63)+".", 2)
+	if err := CheckNetworkName(network[:maxObjectName-1]); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []Task{{ID: NewID(), Node: NewID()}, {ID: NewID(), Slot: math.MaxUint64}} {
+		full := k.Name(strings.Repeat("s", maxDNSLabel)) + "." + strings.Repeat("n", maxObjectName)
+		if len(full) > maxDNSName {
+			t.Errorf("%s has %d characters", full, len(full))
+		}
+	}
+}
+
 func TestNetworkValidate(t *testing.T) {
 	subnet := func(p, g string) []Subnet {
 		s := Subnet{Prefix: netip.MustParsePrefix(p)}
@@ -148,6 +164,12 @@ func TestNetworkValidate(t *testing.T) {
 		{"good", func(n *NetworkSpec) { n.Subnets = subnet("10.1.0.0/24", "10.1.0.254") }, nil, ""},
 		{"name", func(n *NetworkSpec) { n.Name = "-x" }, ErrInvalid, "Name: "},
 		{"no name", func(n *NetworkSpec) { n.Name = "" }, ErrInvalid, "Name: "},
+		{"names as people have them", func(n *NetworkSpec) { n.Name = "My.Stack_default-2._x.-y" }, nil, ""},
+		{"dot at the end", func(n *NetworkSpec) { n.Name = "front." }, ErrInvalid, "Name: invalid argument: \"front.\""},
+		{"two dots", func(n *NetworkSpec) { n.Name = "a..b" }, ErrInvalid, `Name: invalid argument: "a..b": it stands`},
+		{"long parts", func(n *NetworkSpec) { n.Name = strings.Repeat("a", 63) + "." + strings.Repeat("b", 63) }, nil, ""},
+		{"long part", func(n *NetworkSpec) { n.Name = "a." + strings.Repeat("b", 64) }, ErrInvalid, `Name: invalid argument: "a.bb`},
+		{"long name", func(n *NetworkSpec) { n.Name = strings.Repeat("abcdefg.", 16) + "b" }, ErrInvalid, `Name: invalid argument: "abcdefg.`},
 		{"pre-defined", func(n *NetworkSpec) { n.Name = "host" }, ErrForbidden, "Name: "},
 		{"driver", func(n *NetworkSpec) { n.Driver = "bridge" }, ErrUnsupported, "Driver: "},
 		{"unknown option", func(n *NetworkSpec) { n.Options = map[string]string{"color": "red"} }, ErrUnsupported, `Options["color"]: `},

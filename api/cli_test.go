@@ -161,6 +161,10 @@ func TestDockerNetworks(t *testing.T) {
 	d.ok("^e\n$", "network", "rm", "e")
 	d.ok("^1400\n$", "network", "inspect", "-f", `{{index .Options "com.docker.network.driver.mtu"}}`, "m")
 	d.ok("^m\n$", "network", "rm", "m")
+	d.bad(`Name: "m\."`, "network", "create", "-d", "overlay", "m.")
+	d.bad(`Name: "m\.\.n"`, "network", "create", "-d", "overlay", "m..n")
+	d.ok("", "network", "create", "-d", "overlay", "My.Stack_default")
+	d.ok("^My.Stack_default\n$", "network", "rm", "My.Stack_default")
 	d.bad("IPRange", "network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--ip-range", "10.5.0.0/25", "n")
 	id := strings.TrimSpace(d.ok("^[0-9a-z]{25}\n$", "network", "create", "-d", "overlay", "--attachable",
 		"--subnet", "10.5.0.0/24", "--gateway", "10.5.0.1", "--label", "a=b", "n"))

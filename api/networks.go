@@ -72,6 +72,9 @@ func (s *Server) networkSpec(d *network.CreateRequest) (weft.NetworkSpec, error)
 	if len(d.Name) > maxName || !networkName.MatchString(d.Name) {
 		return none, invalidf("Name: %q must be at most %d letters, digits, '_', '.' and '-', and begin with a letter or digit", d.Name, maxName)
 	}
+	if err := weft.CheckNetworkName(d.Name); err != nil {
+		return none, invalidf("Name: %s", weft.Text(err))
+	}
 	if d.Driver != weft.DriverOverlay {
 		driver := d.Driver
 		if driver == "" {

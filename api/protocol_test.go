@@ -147,6 +147,8 @@ func TestProtocol(t *testing.T) {
 		{"POST", "/v1.40/services/create", `{"Name":"old","TaskTemplate":{"ContainerSpec":{"Image":"a"}},"Networks":[{"Target":"n"}]}`, 201, "ID"},
 		{"POST", "/v1.44/services/create", `{"Name":"new","TaskTemplate":{"ContainerSpec":{"Image":"a"}},"Networks":[{"Target":"n"}]}`, 400, "unknown field Networks"},
 		{"POST", "/networks/create", `{"Name":"bridge","Driver":"bridge"}`, 403, "predefined"},
+		{"POST", "/networks/create", `{"Name":"front.","Driver":"overlay"}`, 400, `Name: \"front.\"`},
+		{"POST", "/networks/create", `{"Name":"a..b","Driver":"overlay"}`, 400, "leave that dot out"},
 		{"POST", "/networks/create", `{"Name":"x","Driver":"overlay","CheckDuplicate":true,"IPAM":{"Config":[{"Subnet":"10.1.0.1/24"}]}}`, 400, "should be 10.1.0.0/24"},
 		{"POST", "/swarm/init", `{}`, 503, "already part of a swarm"},
 	} {

@@ -115,6 +115,8 @@ func badNetworks(w *words) {
 		{"front", "network with name front already exists"},
 		{"Front", "network with name front already exists, and Front differs from it in case only"},
 		{"ingress", "network with name ingress already exists"},
+		{"tail.", `Name: "tail\."`},
+		{"two..dots", `Name: "two\.\.dots"`},
 		{"--subnet " + front + " x", "overlaps .* \\(network front\\)"},
 		{fmt.Sprintf("--subnet %s/24 x", underlay.String()[:strings.LastIndexByte(underlay.String(), '.')]+".0"), "a route, address or resolver of node h"},
 		{"--subnet 172.31.241.0/24 x", "the gateway bridge of every host"},

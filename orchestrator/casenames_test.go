@@ -1,6 +1,7 @@
 package orchestrator
 
 import (
+	"net/netip"
 	"testing"
 
 	"github.com/weftnet/weft"
@@ -63,6 +64,15 @@ func TestNamesOfOneMeaningAreRefused(t *testing.T) {
 		}
 		_, err = create("WEB", "front")
 		wantErr(t, "a third", err, weft.ErrConflict, "WEB")
+		// So do networks that are called as none is any more.
+		_, err = m.CreateNetwork(ctx, weft.NetworkSpec{Name: "tail."})
+		wantErr(t, "a dot at the end", err, weft.ErrInvalid, "Name", "tail.", "leave that dot out")
+		tail := net
+		tail.ID, tail.Meta, tail.VNI, tail.Spec.Name = weft.NewID(), weft.Meta{}, net.VNI+2, "tail."
+		tail.Spec.Subnets = []weft.Subnet{{Prefix: netip.MustParsePrefix("10.77.0.0/24"), Gateway: netip.MustParseAddr("10.77.0.1")}}
+		r.must(lead.prop.one(ctx, []state.Change{{Network: &tail}}))
+		_, err = create("behind", "tail.")
+		r.must(err)
 		// The last of a name frees it.
 		r.must(m.RemoveService(ctx, web.ID))
 		_, err = create("Web", "Front")
