@@ -260,7 +260,7 @@ func (a *Agent) resume(ctx context.Context) error {
 	// back before anything else is done.
 	for _, b := range boxes {
 		if t, ok := m.Tasks[b.Task]; ok && b.NetNS != "" {
-			a.resolvers.resume(b.Task, b.NetNS, a.view(m, t))
+			a.resolvers.resume(b.Task, b.NetNS, a.view(m, t, b))
 		}
 	}
 	return nil
@@ -385,13 +385,18 @@ func (a *Agent) receive(s wire.Session) error {
 	}
 }
 
-// view is what a task may ask its resolver: the names of its own networks.
-func (a *Agent) view(m *model, t weft.Task) dns.View {
+// view is what a task may ask its resolver: the names of its own networks. What its
+// clients append is what its sandbox was made with, also when the host's domains are
+// others by now; those of its host that are real are the host's of now.
+func (a *Agent) view(m *model, t weft.Task, box sandbox.Sandbox) dns.View {
 	spec := m.Specs[specKey{t.Service, t.SpecVersion}].Spec
 	host := a.cfg.Names.HostSearch()
 	v := dns.View{
 		Internal: true, Service: spec.Name,
 		Search: spec.Container.DNS.SearchDomains(host), HostSearch: host, Nameservers: spec.Container.DNS.Nameservers,
+	}
+	if box.IsSearchKnown {
+		v.Search = box.Search
 	}
 	for _, at := range t.Attachments {
 		n, known := m.Networks[at.Network]

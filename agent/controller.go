@@ -66,7 +66,7 @@ func (c *controller) Prepare(ctx context.Context) error {
 	if err := c.awaitPlane(ctx, gen); err != nil {
 		return err
 	}
-	if err := c.a.resolvers.ensure(c.task.ID, box.NetNS, c.a.view(m, c.task)); err != nil {
+	if err := c.a.resolvers.ensure(c.task.ID, box.NetNS, c.a.view(m, c.task, box)); err != nil {
 		return err
 	}
 	return c.a.cfg.Runtime.Create(ctx, c.container(box))

@@ -129,6 +129,9 @@ func (b *fakeBoxes) Make(ctx context.Context, s sandbox.Spec) (sandbox.Sandbox, 
 	if s.Gateway {
 		box.GatewayAddr = netip.MustParsePrefix("172.31.0.9/16")
 	}
+	if box.Search, box.IsSearchKnown = s.Search, true; b.all[s.Task].IsSearchKnown {
+		box.Search = b.all[s.Task].Search
+	}
 	b.all[s.Task] = box
 	return b.all[s.Task], ctx.Err()
 }

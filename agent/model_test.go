@@ -17,6 +17,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/agent/sandbox"
 	"github.com/weftnet/weft/dns"
 	"github.com/weftnet/weft/orchestrator/wire"
 )
@@ -181,7 +182,7 @@ func TestViewOfATask(t *testing.T) {
 		{"ingress alone", on(mesh), nil, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			v := self.view(m, tc.task)
+			v := self.view(m, tc.task, sandbox.Sandbox{})
 			var networks []weft.ID
 			var near []dns.Near
 			for _, n := range tc.networks {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -92,6 +93,7 @@ type rig struct {
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	inside   dialInside
 	hostDial dns.Dial // to nameservers; nil = as it is
+	resolv   string   // path of the host's resolver file; "" = an empty one
 	journal  *journal
 	log      lockedBuffer
 	routes   vxlantest.Router
@@ -140,7 +142,7 @@ var hostAddrs = []weft.HostAddr{{Interface: "eth0", Addr: vtepA}}
 var hostRules = []weft.InputRule{{Protocol: weft.TCP, First: 22, Last: 22, Chain: "chain INPUT of table ip filter"}}
 
 func (r *rig) config() Config {
-	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null", Dial: r.hostDial})
+	names, err := dns.New(dns.Config{Log: slog.New(slog.DiscardHandler), ResolvConf: cmp.Or(r.resolv, "/dev/null"), Dial: r.hostDial})
 	if err != nil {
 		r.t.Fatal(err)
 	}

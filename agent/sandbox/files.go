@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -101,11 +100,8 @@ func resolvConf(s Spec) string {
 }
 
 // writeFiles writes the three files in place: they are bind-mounted into the
-// container, so a file put in their place would not be seen there.
+// container, so a file put in their place would not be seen there. The folder is there.
 func writeFiles(sb Sandbox, s Spec) error {
-	if err := os.MkdirAll(filepath.Dir(sb.HostsPath), 0o755); err != nil {
-		return fmt.Errorf("make files of task %s: %w", s.Task.Short(), err)
-	}
 	for _, f := range []struct{ path, text string }{
 		{sb.HostsPath, hostsFile(s)}, {sb.ResolvConfPath, resolvConf(s)}, {sb.HostnamePath, s.Hostname + "\n"},
 	} {

@@ -84,14 +84,20 @@ func (m *Linux) Make(ctx context.Context, s Spec) (Sandbox, error) {
 	sb := m.describe(s.Task)
 	// The folder comes first: it bears the whole task id, by which List
 	// finds what a crash leaves.
-	if err := writeFiles(sb, s); err != nil {
+	if err := os.MkdirAll(filepath.Dir(sb.HostsPath), 0o755); err != nil {
+		return Sandbox{}, fmt.Errorf("make folder of task %s: %w", s.Task.Short(), err)
+	}
+	isNew, err := isGone(sb.NetNS)
+	if err != nil {
 		return Sandbox{}, err
 	}
 	if _, err := netns.Create(m.cfg.NetNSDir, weft.TaskNetNS(m.cfg.Node, s.Task)); err != nil {
 		return Sandbox{}, err
 	}
+	if err := m.writeNames(&sb, &s, isNew); err != nil {
+		return Sandbox{}, err
+	}
 	var g gateway
-	var err error
 	if s.Gateway {
 		if g, err = m.keepGateway(); err != nil {
 			return Sandbox{}, err
@@ -101,6 +107,37 @@ func (m *Linux) Make(ctx context.Context, s Spec) (Sandbox, error) {
 		return Sandbox{}, fmt.Errorf("set up sandbox of task %s: %w", s.Task.Short(), err)
 	}
 	return sb, nil
+}
+
+// isGone reports whether there is no namespace at path.
+func isGone(path string) (bool, error) {
+	h, err := netns.Open(path)
+	if errors.Is(err, weft.ErrNotFound) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, h.Close()
+}
+
+// writeNames writes the three files. In a namespace that was there before, a container
+// may go by its domains already, and the task's resolver does: those stay, whatever the
+// host's are by now.
+func (m *Linux) writeNames(sb *Sandbox, s *Spec, isNew bool) error {
+	path := m.namesRecord(s.Task)
+	had, ok := readNames(path)
+	if ok = ok && !isNew; ok {
+		s.Search = had.Search
+	} else if err := writeJSON(path, names{Version: recordVersion, Search: s.Search}); err != nil {
+		return fmt.Errorf("names of task %s: %w", s.Task.Short(), err)
+	}
+	sb.Search, sb.IsSearchKnown = s.Search, true
+	return writeFiles(*sb, *s)
+}
+
+func (m *Linux) namesRecord(task weft.ID) string {
+	return filepath.Join(filepath.Dir(m.describe(task).HostsPath), namesName)
 }
 
 // Destroy implements Maker. Deleting the links first spares the kernel a slow
@@ -147,17 +184,15 @@ func (m *Linux) List(ctx context.Context) ([]Sandbox, error) {
 		if err != nil {
 			return nil, err
 		}
-		switch h, err := netns.Open(sb.NetNS); {
-		case errors.Is(err, weft.ErrNotFound):
-			// The folder outlives a power cut, the namespace does not.
-			sb.NetNS = ""
+		switch gone, err := isGone(sb.NetNS); {
 		case err != nil:
 			return nil, err
-		default:
-			if err := h.Close(); err != nil {
-				return nil, err
-			}
+		case gone:
+			// The folder outlives a power cut, the namespace does not.
+			sb.NetNS = ""
 		}
+		n, known := readNames(m.namesRecord(task))
+		sb.Search, sb.IsSearchKnown = n.Search, known
 		out = append(out, sb)
 	}
 	return out, nil

@@ -17,6 +17,7 @@ const recordVersion = 1
 const (
 	recordName     = "left.json"    // in a task's folder
 	hostRecordName = "gateway.json" // beside the tasks' folders
+	namesName      = "names.json"   // in a task's folder
 	bootIDPath     = "/proc/sys/kernel/random/boot_id"
 )
 
@@ -89,9 +90,27 @@ func readRecord(path string) record {
 	return r
 }
 
-// write puts the record there at once or not at all.
-func (r record) write(path string) error {
-	b, err := json.Marshal(r)
+// names are what resolv.conf was made with, which clients in the container go by for as
+// long as it lives. The file itself does not tell: the container may write it.
+type names struct {
+	Version int
+	Search  []string
+}
+
+// readNames says no without such a file, and if it is damaged or of another version.
+func readNames(path string) (n names, ok bool) {
+	b, err := os.ReadFile(path)
+	if err != nil || json.Unmarshal(b, &n) != nil || n.Version != recordVersion {
+		return names{}, false
+	}
+	return n, true
+}
+
+func (r record) write(path string) error { return writeJSON(path, r) }
+
+// writeJSON puts a file there at once or not at all.
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
 	if err == nil {
 		err = os.MkdirAll(filepath.Dir(path), 0o755)
 	}

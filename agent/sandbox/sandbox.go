@@ -26,7 +26,8 @@ type Spec struct {
 	// Gateway asks for a leg to the outside. Without it the task has no
 	// default route.
 	Gateway bool
-	// Search domains and options of resolv.conf; the server is 127.0.0.11.
+	// Search domains and options of resolv.conf; the server is 127.0.0.11. The domains
+	// are those of the Make that makes the namespace: later ones keep them.
 	Search  []string
 	Options []string
 	// Hosts are further lines of /etc/hosts: one for each address of a name.
@@ -42,6 +43,10 @@ type Sandbox struct {
 	GatewayAddr netip.Prefix
 	// Files to bind-mount into the container.
 	HostsPath, ResolvConfPath, HostnamePath string
+	// Search are the domains that its resolv.conf was made with, if IsSearchKnown: of
+	// a sandbox that an older weft has made they are not.
+	Search        []string
+	IsSearchKnown bool
 }
 
 // Maker makes sandboxes. Every method is idempotent: repeating Make after a

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -62,7 +63,7 @@ func TestMakeIsRepeatable(t *testing.T) {
 	must(t, err)
 	two, err := m.Make(ctx, s)
 	must(t, err)
-	if one != two || one.GatewayAddr != netip.MustParsePrefix("172.31.240.2/20") {
+	if !reflect.DeepEqual(one, two) || one.GatewayAddr != netip.MustParsePrefix("172.31.240.2/20") {
 		t.Errorf("first %+v, then %+v", one, two)
 	}
 	s.VIPs = []netip.Addr{netip.MustParseAddr("10.100.0.6")}
@@ -171,7 +172,7 @@ func TestCrashRestIsCompleted(t *testing.T) {
 	must(t, err)
 	list, err := m.List(ctx)
 	must(t, err)
-	if len(list) != 1 || list[0] != sb {
+	if len(list) != 1 || !reflect.DeepEqual(list[0], sb) {
 		t.Errorf("list %+v, want %+v", list, sb)
 	}
 	must(t, m.Destroy(ctx, s.Task))

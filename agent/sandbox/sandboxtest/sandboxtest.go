@@ -69,6 +69,9 @@ func (m *Maker) Make(ctx context.Context, s sandbox.Spec) (sandbox.Sandbox, erro
 			}
 		}
 	}
+	if sb.Search, sb.IsSearchKnown = s.Search, true; m.made[s.Task].IsSearchKnown {
+		sb.Search = m.made[s.Task].Search
+	}
 	m.made[s.Task], m.specs[s.Task] = sb, s
 	return sb, nil
 }
