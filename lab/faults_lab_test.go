@@ -38,7 +38,9 @@ type traffic struct {
 }
 
 // flows sends 200 requests a second: to the task on the next host, to the VIP,
-// and to the published port of every host. It asks for a name 30 times.
+// and to the published port of every host. It asks 30 times for the name of all tasks,
+// which has to have all of their addresses: those of other hosts come by gossip, and not
+// from what the leader has told.
 func (r *rig) flows(web []replica, network, vip string, port int) *traffic {
 	r.t.Helper()
 	tr := &traffic{
@@ -46,12 +48,13 @@ func (r *rig) flows(web []replica, network, vip string, port int) *traffic {
 		port: &flow{name: "published port", rate: 60}, names: &flow{name: "name", rate: 30},
 	}
 	var tasks, vips, ports, names []place
+	addrs := addressesOn(network, web)
 	for i, p := range web {
 		next := web[(i+1)%len(web)]
 		tasks = append(tasks, place{p.ns(), ask(next.addrs[network] + ":80")})
 		vips = append(vips, place{p.ns(), ask(vip + ":80")})
 		ports = append(ports, place{r.clientNS(), ask(fmt.Sprintf("%s:%d", r.host(p.host).Addr, port))})
-		names = append(names, place{p.ns(), lookup("web")})
+		names = append(names, place{p.ns(), lookupAll("tasks.web", addrs)})
 	}
 	ctx, cancel := context.WithCancel(r.t.Context())
 	g, ctx := errgroup.WithContext(ctx)
@@ -82,6 +85,9 @@ func (r *rig) web(port int) (web []replica, vip string) {
 				r.eventually("first answer of "+addr, func() error { return askOnce(r.t.Context(), from.ns(), ask(addr)) })
 			}
 		}
+		r.eventually("names of all tasks on "+p.host, func() error {
+			return askOnce(r.t.Context(), p.ns(), lookupAll("tasks.web", addressesOn("front", web)))
+		})
 		r.eventually("port of "+p.host, func() error {
 			return askOnce(r.t.Context(), r.clientNS(), ask(fmt.Sprintf("%s:%d", r.host(p.host).Addr, port)))
 		})

@@ -202,10 +202,13 @@ func (p replica) isGone() bool {
 	return err != nil
 }
 
-// allAnswer asks from every host for each name, at each VIP and at the published
-// port of every host, all hosts at once. It asks no daemon.
+// allAnswer asks from every host for each name, at each VIP, at each task of web and at
+// the published port of every host, all hosts at once. The tasks of web do not move, so
+// their name has exactly their addresses: a host that has not merged again lacks some. It
+// asks no daemon.
 func (c *cuts) allAnswer() error {
 	g, ctx := errgroup.WithContext(c.t.Context())
+	tasks := addressesOn("front", c.web)
 	for i, from := range c.web {
 		g.Go(func() error {
 			var failed error // the first that did; what is left is not asked then
@@ -219,8 +222,12 @@ func (c *cuts) allAnswer() error {
 					failed = fmt.Errorf("%s: %w", what, err)
 				}
 			}
-			for _, name := range []string{"web", "moving", "tasks.web", "tasks.moving"} {
+			for _, name := range []string{"web", "moving", "tasks.moving"} {
 				once("name "+name+" on "+from.host, from.ns(), lookup(name))
+			}
+			once("name tasks.web on "+from.host, from.ns(), lookupAll("tasks.web", tasks))
+			for j, addr := range tasks {
+				once("task on "+c.web[j].host+" from "+from.host, from.ns(), ask(addr+":80"))
 			}
 			for s, vip := range c.vips {
 				for range 2 * len(five) {

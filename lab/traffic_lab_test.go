@@ -163,6 +163,27 @@ func lookup(name string) func(context.Context) error {
 	}
 }
 
+// lookupAll is lookup that wants exactly these addresses, each once, in any order.
+func lookupAll(name string, want []string) func(context.Context) error {
+	want = slices.Sorted(slices.Values(want))
+	return func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, askLimit/4)
+		defer cancel()
+		addrs, err := resolve(ctx, name)
+		if err != nil {
+			return err
+		}
+		got := make([]string, len(addrs))
+		for i, a := range addrs {
+			got[i] = a.String()
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
+			return fmt.Errorf("name %s has %q, want %q", name, got, want)
+		}
+		return nil
+	}
+}
+
 // resolve asks the resolver of the namespace for the IPv4 addresses of a name
 // (RFC 1035 section 4), with room for all of them in one datagram (RFC 6891). No address
 // is an error.
@@ -251,6 +272,15 @@ type replica struct {
 }
 
 func (p replica) ns() string { return "/proc/" + p.pid + "/ns/net" }
+
+// addressesOn are the addresses of tasks on a network.
+func addressesOn(network string, rs []replica) []string {
+	out := make([]string, len(rs))
+	for i, p := range rs {
+		out[i] = p.addrs[network]
+	}
+	return out
+}
 
 // replicas reads the running containers of a service from every given host.
 func (r *rig) replicas(service string, hosts ...string) ([]replica, error) {
