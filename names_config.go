@@ -98,7 +98,7 @@ func badNameserver(a netip.Addr) string {
 		return "is the resolver that every task has: leave it out, or name whom that one is to ask"
 	case a.IsLoopback():
 		return "is a loopback address, which is another host's on each node: " + instead
-	case a.IsLinkLocalUnicast():
+	case a.Is6() && a.IsLinkLocalUnicast(): // 169.254.0.0/16 is where clouds have theirs
 		return "is link-local, which is another host's on each link: " + instead
 	case a.Zone() != "":
 		return "has a zone: use an address without one"

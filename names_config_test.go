@@ -32,7 +32,7 @@ func TestDNSConfig(t *testing.T) {
 		{"the resolver itself", DNSConfig{Nameservers: []netip.Addr{a("127.0.0.11")}}, "Nameservers[0]: 127.0.0.11 is the resolver that every task has"},
 		{"link-local", DNSConfig{Nameservers: []netip.Addr{a("fe80::1")}}, "Nameservers[0]: fe80::1 is link-local"},
 		{"link-local with a zone", DNSConfig{Nameservers: []netip.Addr{a("fe80::1%eth0")}}, "is link-local"},
-		{"IPv4 link-local", DNSConfig{Nameservers: []netip.Addr{a("169.254.1.1")}}, "Nameservers[0]: 169.254.1.1 is link-local"},
+		{"a cloud's own", DNSConfig{Nameservers: []netip.Addr{a("169.254.169.253")}}, ""},
 		{"twice", DNSConfig{Nameservers: []netip.Addr{a("fd00::1"), a("fd00::1")}}, "Nameservers[1]"},
 		{"long label", DNSConfig{Search: []string{"ok", long + ".com"}}, "Search[1]"},
 		{"long domain", DNSConfig{Search: []string{strings.Repeat("a.", 127)}}, "Search[0]"},

@@ -53,7 +53,7 @@ func samples() []sample {
 // recordings are the folders of golden files, oldest first. A message whose form
 // grew has a file in more than one; files of all but the newest folder are never
 // written again.
-var recordings = []string{"v1", "v1.1", "v1.2", "v1.3", "v1.4-ports", "v1.5-rolling", "v1.6-rollback", "v1.7-names", "v1.8-gossip"}
+var recordings = []string{"v1", "v1.1", "v1.2", "v1.3", "v1.4-ports", "v1.5-rolling", "v1.6-rollback", "v1.7-names", "v1.8-gossip", "v1.9-firewall"}
 
 // goldens are the recordings of one message, oldest first.
 func goldens(t *testing.T, name string) [][]byte {
