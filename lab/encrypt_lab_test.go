@@ -57,7 +57,10 @@ func askSecret(addr string) func(context.Context) error {
 
 // tap looks at every frame that crosses a host's underlay, both ways.
 type tap struct {
-	frames, plain atomic.Int64 // plain: those with the marker
+	// sees reports whether a frame is one that is looked for; nil: it has the marker.
+	sees func(frame []byte) bool
+
+	frames, plain atomic.Int64 // plain: those that are looked for
 	first         atomic.Value // the first of these
 }
 
@@ -90,6 +93,10 @@ func (p *tap) run(ctx context.Context, ns string) error {
 	if err != nil {
 		return err
 	}
+	sees := p.sees
+	if sees == nil {
+		sees = func(frame []byte) bool { return bytes.Contains(frame, []byte(secret)) }
+	}
 	buf := make([]byte, 1<<16)
 	for ctx.Err() == nil {
 		n, from, err := unix.Recvfrom(fd, buf, 0)
@@ -103,7 +110,7 @@ func (p *tap) run(ctx context.Context, ns string) error {
 			continue
 		}
 		p.frames.Add(1)
-		if bytes.Contains(buf[:n], []byte(secret)) && p.plain.Add(1) == 1 {
+		if sees(buf[:n]) && p.plain.Add(1) == 1 {
 			p.first.Store(fmt.Sprintf("%x", buf[:min(n, 128)]))
 		}
 	}

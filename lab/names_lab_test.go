@@ -3,7 +3,10 @@
 package lab
 
 import (
+	"context"
+	bits "encoding/binary"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -15,6 +18,8 @@ import (
 	"time"
 
 	miekg "github.com/miekg/dns"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/vxlan/netns"
 )
@@ -146,6 +151,7 @@ func TestLabNames(t *testing.T) {
 	r := newRig(t, "t-names", "--hosts", "2")
 	up := newNameserver(t, r.clientNS(), netip.AddrPortFrom(ClientAddr, 53).String(), namesOutside)
 	hosts := []string{"h1", "h2"}
+	left := r.tapNames(hosts...)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
 	r.must(r.on("h1", "network", "create", "--driver", "overlay", "--internal", "inner")...)
 	r.must(r.on("h1", "service", "create", "-d", "--name", "db", "--replicas", "3", "--network", "name=front,alias=store,alias=Store", "--constraint", "node.hostname==h2",
@@ -212,6 +218,10 @@ func TestLabNames(t *testing.T) {
 		{agent, "nonsense.", miekg.TypeA, "NXDOMAIN"},
 		{agent, "_80._tcp.nonsense.", miekg.TypeSRV, "NXDOMAIN"},
 		{agent, "nonsense.front.", miekg.TypeA, "NXDOMAIN"},
+		{agent, "4.db.", miekg.TypeA, "NXDOMAIN"}, // it has three
+		{agent, "nonsense.db.", miekg.TypeA, "NXDOMAIN"},
+		{agent, "_8080._tcp.4.db.", miekg.TypeSRV, "NXDOMAIN"},
+		{db, "h9.agent.", miekg.TypeA, "NXDOMAIN"},
 		{db, "_80._tcp.nonsense.front.", miekg.TypeSRV, "NXDOMAIN"},
 	}
 	ask := func(q question) time.Duration {
@@ -272,15 +282,82 @@ func TestLabNames(t *testing.T) {
 			return nil
 		})
 	}
-	for _, name := range up.names() {
+	heard, captured := up.names(), left()
+	for _, name := range append(slices.Clone(heard), captured...) {
 		if !strings.HasSuffix(name, ".example.com.") && name != "nonsense.corp.example." {
 			t.Errorf("%s has left its node", name)
 		}
 	}
-	if n := len(up.names()); n < 10 {
-		t.Errorf("only %d questions came out: the capture shows nothing", n)
+	if len(heard) < 10 {
+		t.Errorf("only %d questions came out: nothing is shown by them", len(heard))
 	}
-	t.Logf("%d questions came out; took %.1f s with all tasks up", len(up.names()), time.Since(began).Seconds())
+	if missing := slices.DeleteFunc(heard, func(n string) bool { return slices.Contains(captured, n) }); len(missing) > 0 {
+		t.Errorf("the capture has not seen %q", missing)
+	}
+	t.Logf("%d questions came out, of %d names in the capture; took %.1f s with all tasks up", len(up.names()), len(captured), time.Since(began).Seconds())
+}
+
+// tapNames looks for DNS on the links of hosts, to whomever it goes; names ends that and
+// gives the names that were asked for.
+func (r *rig) tapNames(hosts ...string) (names func() []string) {
+	var mu sync.Mutex
+	seen := map[string]bool{}
+	ctx, cancel := context.WithCancel(r.t.Context())
+	g, ctx := errgroup.WithContext(ctx)
+	for _, h := range hosts {
+		p := &tap{sees: func(frame []byte) bool {
+			name, ok := askedIn(frame)
+			if ok {
+				mu.Lock()
+				seen[name] = true
+				mu.Unlock()
+			}
+			return ok
+		}}
+		g.Go(func() error { return p.run(ctx, r.host(h).Paths.NetNS) })
+	}
+	return func() []string {
+		cancel()
+		if err := g.Wait(); err != nil {
+			r.t.Error(err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Sorted(maps.Keys(seen))
+	}
+}
+
+// askedIn is the name that a frame asks for: IPv4, by UDP or TCP, from or to port 53. What
+// is in VXLAN is not looked at.
+func askedIn(frame []byte) (name string, ok bool) {
+	const ethernet, ports = 14, 4
+	if len(frame) < ethernet+20 || frame[12] != 0x08 || frame[13] != 0 {
+		return "", false
+	}
+	ip := frame[ethernet:]
+	header := int(ip[0]&0x0f) * 4
+	if len(ip) < header+20 {
+		return "", false
+	}
+	body := ip[header:]
+	if bits.BigEndian.Uint16(body) != 53 && bits.BigEndian.Uint16(body[2:ports]) != 53 {
+		return "", false
+	}
+	switch ip[9] {
+	case unix.IPPROTO_UDP:
+		body = body[8:]
+	case unix.IPPROTO_TCP:
+		if behind := int(body[12]>>4)*4 + 2; len(body) > behind {
+			body = body[behind:] // and the length of the message
+		}
+	default:
+		return "", false
+	}
+	m := new(miekg.Msg)
+	if m.Unpack(body) != nil || len(m.Question) == 0 {
+		return "", false
+	}
+	return strings.ToLower(m.Question[0].Name), true
 }
 
 // nearNameserver lets tasks on the other host ask an agent for external names, by its
