@@ -301,6 +301,7 @@ func (m *member) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return m.gossip.Run(ctx) })
 	g.Go(func() error { return m.under.run(ctx) })
+	g.Go(func() error { return m.watchAddrs(ctx) })
 	g.Go(func() error { return m.renewal.Run(ctx) })
 	return g.Wait()
 }

@@ -110,7 +110,9 @@ func (ms *membership) resume(ctx context.Context) *member {
 	state, err := loadMember(ms.cfg.DataRoot)
 	var m *member
 	if err == nil && state != nil {
-		m, err = ms.newMember(ctx, *state, nil)
+		if *state, err = ms.catchUp(*state); err == nil {
+			m, err = ms.newMember(ctx, *state, nil)
+		}
 	}
 	if err != nil || state == nil {
 		ms.fail(ctx, "resume cluster membership", err)

@@ -26,6 +26,8 @@ type memberState struct {
 	// any of them.
 	Managers []netip.AddrPort
 	Cluster  wire.ClusterView
+	// Links that have Advertise and DataPath, as last seen.
+	Links memberLinks
 }
 
 const memberVersion = 1

@@ -187,6 +187,11 @@ func (ms *membership) become(ctx context.Context, state memberState, boot *clust
 	if err := ca.Save(pkiDir(ms.cfg.DataRoot), boot.bundle); err != nil {
 		return err
 	}
+	addrs, err := linux.HostAddrs()
+	if err != nil {
+		return err
+	}
+	state = state.note(addrs)
 	if err := state.save(ms.cfg.DataRoot); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"sync"
@@ -154,7 +155,8 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	if r.Version != wire.ProtocolVersion {
 		return fmt.Errorf("open session of node %s: it speaks protocol version %d, this manager %d: %w", node, r.Version, wire.ProtocolVersion, weft.ErrInvalid)
 	}
-	switch n, ok := d.cfg.Store.View().Node(node); {
+	n, ok := d.cfg.Store.View().Node(node)
+	switch {
 	case !ok:
 		return fmt.Errorf("open session: node %s %w in this cluster: it was removed; leave and join again", node, weft.ErrNotFound)
 	case state.HasDeparted(&n):
@@ -163,10 +165,16 @@ func (d *Dispatcher) Session(ctx context.Context, node weft.ID, r wire.SessionRe
 	ready := weft.NodeReady
 	d.cfg.Seen(node)
 	d.untold(node)
-	err := d.cfg.Propose(ctx, []state.Change{{NodeStatus: &state.NodeStatus{
+	status := &state.NodeStatus{
 		Node: node, State: &ready, Description: &r.Description,
 		Session: &state.NodeSession{Addr: r.Addr, DataPath: r.DataPath, Port: r.Port},
-	}}})
+	}
+	if at := netip.AddrPortFrom(r.Addr, r.Port); n.Manager != nil && r.Addr.IsValid() && r.Port != 0 && n.Manager.Addr != at {
+		moved := *n.Manager // the Raft group follows
+		moved.Addr = at
+		status.Manager = &moved
+	}
+	err := d.cfg.Propose(ctx, []state.Change{{NodeStatus: status}})
 	if err != nil {
 		return fmt.Errorf("open session of node %s: %w", node, err)
 	}
