@@ -249,7 +249,7 @@ func answered(c *net.TCPConn) (host string, resent int, err error) {
 type steady struct {
 	name string
 	pc   net.PacketConn
-	to   net.Addr
+	to   net.Addr // nil: pc is a net.Conn to it
 
 	mu    sync.Mutex           // guards: all below
 	first map[string]time.Time // first answer of a task, by its host name
@@ -286,7 +286,12 @@ func (s *steady) run(ctx context.Context) error {
 			s.mu.Lock()
 			s.sent++
 			s.mu.Unlock()
-			s.pc.WriteTo([]byte("x"), s.to) // refused while there is no task
+			// Refused while there is no task.
+			if c, ok := s.pc.(net.Conn); ok && s.to == nil {
+				c.Write([]byte("x"))
+			} else {
+				s.pc.WriteTo([]byte("x"), s.to)
+			}
 		}
 	}
 	err := s.pc.Close()
@@ -311,7 +316,18 @@ func (r *rig) mustMove(result *soakResult, moves int) {
 		}
 		all = append(all, s)
 	}
-	add("service address", r.clientOn("h1").ns(), netip.AddrPortFrom(netip.MustParseAddr(vip), 7))
+	service := netip.AddrPortFrom(netip.MustParseAddr(vip), 7)
+	add("service address", r.clientOn("h1").ns(), service)
+	// A socket that is connected names its service once; engines follow it otherwise.
+	connected := &steady{name: "service address, connected", first: map[string]time.Time{}}
+	if err := within(r.clientOn("h2").ns(), func() (err error) {
+		c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(service))
+		connected.pc = c
+		return err
+	}); err != nil {
+		r.t.Fatal(err)
+	}
+	all = append(all, connected)
 	for _, h := range three {
 		add("port of "+h, r.clientNS(), netip.AddrPortFrom(r.host(h).Addr, mustLone))
 	}
