@@ -65,9 +65,13 @@ func testRecords() Records {
 
 func TestRespond(t *testing.T) {
 	records := testRecords()
-	const public, more weft.ID = "public00000000000000000000", "more0000000000000000000000"
+	const public, more, mixed weft.ID = "public00000000000000000000", "more0000000000000000000000", "mixed000000000000000000000"
 	records.Networks[public] = Network{Name: "Dev", Services: []Service{{Name: "web", VIP: addrs("10.3.0.2")}}}
 	records.Networks[more] = Network{Name: "more", Services: []Service{{Name: "db", VIP: addrs("10.3.0.3")}}}
+	records.Networks[mixed] = Network{Name: "mixed", Services: []Service{
+		{Name: "App", Aliases: []string{"com", "dbs"}, VIP: addrs("10.3.0.4"), Tasks: []Task{{Slot: 1, Names: []string{"app.1.xxx"}, Addrs: addrs("10.3.0.41")}}},
+		{Name: "corp", VIP: addrs("10.3.0.5")},
+	}}
 	snap := NewSnapshot(records)
 	self := Task{Names: []string{"me.1.zzz", "me"}, Addrs: addrs("10.1.0.99")}
 	onBlue := View{Networks: []weft.ID{blue}, Self: self}
@@ -82,6 +86,9 @@ func TestRespond(t *testing.T) {
 	unready := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 2, Names: []string{"web.2.bbb"}, Addrs: addrs("10.1.0.12")}}
 	unreadyHost := View{Networks: []weft.ID{blue}, Service: "agents", Self: Task{Host: "h3", Names: []string{"agents.n3.jjj"}, Addrs: addrs("10.1.0.53")}}
 	replaced := View{Networks: []weft.ID{blue}, Service: "web", Self: Task{Slot: 1, Names: []string{"web.1.old"}, Addrs: addrs("10.1.0.10")}}
+	onMixed := View{Networks: []weft.ID{mixed}, Search: []string{"example.com"}}
+	ofCorp := View{Networks: []weft.ID{mixed}, HostSearch: []string{"Berlin.Corp"}}
+	fresh := View{Networks: []weft.ID{blue}, Service: "new", Self: Task{Slot: 1, Names: []string{"new.1.yyy", "box.example.com"}, Addrs: addrs("10.1.0.98")}}
 	cases := []struct {
 		name  string
 		view  View
@@ -174,6 +181,45 @@ func TestRespond(t *testing.T) {
 		{"as the end of one", company("Berlin.Front."), "mail.front.", miekg.TypeA, "forward"},
 		{"but not as the end of its label", company("upfront"), "mail.front.", miekg.TypeA, "NXDOMAIN"},
 		{"as the end of one of the host's", hosted, "mail.front.", miekg.TypeA, "forward"},
+
+		{"a slot that is not there", onBlue, "4.web.", miekg.TypeA, "NXDOMAIN"},
+		{"in any case, of any type", onBlue, "4.WEB.", miekg.TypeTXT, "NXDOMAIN"},
+		{"with its network, which is called as a top domain", onBlue, "4.web.blue.", miekg.TypeA, "NXDOMAIN"},
+		{"tasks of an alias", onBlue, "tasks.www.", miekg.TypeA, "NXDOMAIN"},
+		{"a host without a task", onBlue, "h9.agents.", miekg.TypeA, "NXDOMAIN"},
+		{"one with dots", onBlue, "h9.example.agents.", miekg.TypeA, "NXDOMAIN"},
+		{"below a service", onBlue, "foo.down.", miekg.TypeAAAA, "NXDOMAIN"},
+		{"deep below a service", onBlue, "a.1.down.", miekg.TypeA, "NXDOMAIN"},
+		{"half an SRV name", onBlue, "_tcp.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of tasks", onBlue, "_80._tcp.tasks.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a slot", onBlue, "_80._tcp.1.web.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a slot with its network", onBlue, "_80._tcp.1.web.blue.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a container", onBlue, "_80._tcp.web.1.aaa.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a target of PTR", onBlue, "_80._tcp.web.1.aaa.blue.", miekg.TypeA, "NXDOMAIN"},
+		{"SRV of a container of another network", onBlue, "_80._tcp.secret.1.ggg.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of tasks with a search domain", searching, "_80._tcp.tasks.web.lan.", miekg.TypeSRV, "NXDOMAIN"},
+		{"a slot that is not there with a search domain", searching, "4.web.lan.", miekg.TypeA, "forward"},
+		{"below a service of another network", onBlue, "foo.secret.", miekg.TypeA, "forward"},
+		{"the end of a label is no service", onBlue, "4.theweb.", miekg.TypeA, "forward"},
+		{"below what is on a network called as a top domain", onBlue, "www.web.blue.", miekg.TypeA, "forward"},
+		{"below a service called as a top domain", onMixed, "google.app.", miekg.TypeA, "forward"},
+		{"SRV below one", onMixed, "_80._tcp.google.app.", miekg.TypeSRV, "forward"},
+		{"a slot that is not there of one", onMixed, "4.app.", miekg.TypeA, "NXDOMAIN"},
+		{"SRV of a slot of one", onMixed, "_80._tcp.1.app.", miekg.TypeSRV, "NXDOMAIN"},
+		{"what is no slot", onMixed, "04.app.", miekg.TypeA, "forward"},
+		{"nor this", onMixed, "4.google.app.", miekg.TypeA, "forward"},
+		{"tasks of one", onMixed, "tasks.app.", miekg.TypeA, "NOERROR"},
+		{"below an alias called as a top domain", onMixed, "google.com.", miekg.TypeA, "forward"},
+		{"a digit below one", onMixed, "1.com.", miekg.TypeA, "forward"},
+		{"below another alias", onMixed, "1.dbs.", miekg.TypeA, "NXDOMAIN"},
+		{"below a service called as a company's domain", ofCorp, "git.corp.", miekg.TypeA, "forward"},
+		{"a slot there", ofCorp, "2.corp.", miekg.TypeA, "NXDOMAIN"},
+		{"the same where that is no domain", onMixed, "git.corp.", miekg.TypeA, "NXDOMAIN"},
+		{"tasks of the own service before any record", fresh, "tasks.new.", miekg.TypeA, "NXDOMAIN"},
+		{"SRV of the own place before any record", fresh, "_80._tcp.1.new.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of the own container", fresh, "_80._tcp.new.1.yyy.blue.", miekg.TypeSRV, "NXDOMAIN"},
+		{"SRV of a host name that is of the outside, too", fresh, "_80._tcp.box.example.com.", miekg.TypeSRV, "forward"},
+
 		{"external", onBlue, "example.com.", miekg.TypeA, "forward"},
 		{"external type", onBlue, "example.com.", miekg.TypeMX, "forward"},
 		{"external from inside", inside, "example.com.", miekg.TypeA, "NXDOMAIN"},

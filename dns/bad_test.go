@@ -22,14 +22,16 @@ func TestNamesOfThePast(t *testing.T) {
 	r := newRig(t, Config{}, map[netip.AddrPort]*stub{ns1: up})
 	r.stop()
 	r.serve(View{Networks: []weft.ID{blue}, Search: []string{"example.org"}})
-	names := []string{"tasks.web.", "1.web.", "web.1.aaa.", "h1.agents.", "web.blue.", "www.blue.", "tasks.web.blue.", "tasks.web.example.org.", "web.blue.example.org."}
+	names := []string{"tasks.web.", "1.web.", "web.1.aaa.", "h1.agents.", "web.blue.", "www.blue.", "tasks.web.blue.", "tasks.web.example.org.", "web.blue.example.org.",
+		"4.web.", "typo.www.", "_80._tcp.1.web.", "_80._tcp.4.web.", "_80._tcp.web.blue."}
 	r.s.Update(Records{Networks: map[weft.ID]Network{blue: {Name: "blue"}}})
 	for _, name := range names {
 		r.want("udp", name, "NXDOMAIN")
 	}
-	r.want("udp", "tasks.org.", "NOERROR 192.0.2.7") // never was of the cluster
-	if n := up.asked.Load(); n != 1 {
-		t.Errorf("upstream was asked %d times, want once", n)
+	r.want("udp", "tasks.org.", "NOERROR 192.0.2.7")   // never was of the cluster
+	r.want("udp", "typo.secret.", "NOERROR 192.0.2.7") // was nothing to this task
+	if n := up.asked.Load(); n != 2 {
+		t.Errorf("upstream was asked %d times, want twice", n)
 	}
 	r.s.Update(testRecords())
 	r.want("udp", "tasks.web.", "NOERROR 10.1.0.13 10.1.0.11")
@@ -43,7 +45,7 @@ func TestNamesOfThePast(t *testing.T) {
 	}
 	p = past{names: map[string]time.Time{}}
 	p.turn(NewSnapshot(testRecords()), NewSnapshot(Records{}), now)
-	if !p.has("tasks.web", nil, now.Add(pastFor-1)) || p.has("tasks.web", nil, now.Add(pastFor)) {
+	if !p.has(&view{}, "tasks.web", nil, now.Add(pastFor-1)) || p.has(&view{}, "tasks.web", nil, now.Add(pastFor)) {
 		t.Error("a name is not of the past for as long as it should")
 	}
 }

@@ -201,6 +201,8 @@ type claim struct {
 	addrs   []netip.Addr
 	offer   *offer // nil = none
 	derived bool
+	// isPublic is that of the offer.
+	isPublic bool
 }
 
 // pointer says what an address is called. A service's virtual address is known by
@@ -267,6 +269,7 @@ func (z *zoneBuilder) addService(p *part, svc *Service) {
 func (z *zoneBuilder) claim(p *part, c claim) {
 	if c.name != "" {
 		c.hash = maphash.String(z.seed, c.name)
+		c.isPublic = c.offer != nil && isPublic(c.name)
 		p.claims = append(p.claims, c)
 	}
 }
@@ -316,23 +319,23 @@ func (s *sets) claim(c *claim) {
 	}
 	set.derived = set.derived || c.derived
 	if c.offer != nil {
-		s.offer(c.name, c.rank, c.offer)
+		s.offer(c)
 	}
 }
 
-// offer adds what a service has to say about SRV questions for name; ranks are as
+// offer adds what a service has to say about SRV questions for c's name; ranks are as
 // with claim.
-func (s *sets) offer(name string, rk rank, o *offer) {
-	have := s.srv[name]
+func (s *sets) offer(c *claim) {
+	have := s.srv[c.name]
 	switch {
-	case have != nil && have.rank < rk:
+	case have != nil && have.rank < c.rank:
 		return
-	case have == nil || rk < have.rank:
-		have = &offer{rank: rk}
-		s.srv[name] = have
+	case have == nil || c.rank < have.rank:
+		have = &offer{rank: c.rank, isPublic: c.isPublic}
+		s.srv[c.name] = have
 	}
-	have.ports = append(have.ports, o.ports...)
-	for _, t := range o.tasks {
+	have.ports = append(have.ports, c.offer.ports...)
+	for _, t := range c.offer.tasks {
 		if !slices.Contains(have.tasks, t) { // an alias given twice
 			have.tasks = append(have.tasks, t)
 		}

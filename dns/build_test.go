@@ -72,10 +72,10 @@ func (z *slowZone) addService(n *Network, svc *Service) {
 	}
 	name := fold(svc.Name)
 	z.claimName(name, rankService, ttl, own)
-	z.sets.offer(name, rankService, &o)
+	z.sets.offer(&claim{name: name, rank: rankService, offer: &o, isPublic: isPublic(name)})
 	for _, a := range svc.Aliases {
 		z.claimName(fold(a), rankAlias, ttl, own)
-		z.sets.offer(fold(a), rankAlias, &o)
+		z.sets.offer(&claim{name: fold(a), rank: rankAlias, offer: &o, isPublic: isPublic(fold(a))})
 	}
 	derive := func(name string, addrs []netip.Addr) {
 		z.claimName(name, rankSlot, taskTTL, addrs)
@@ -193,7 +193,7 @@ func wantTwin(t *rapid.T, snap *Snapshot, slow *slowZone) {
 		if got := z.name([]byte(name)); got == nil || !reflect.DeepEqual(got, want) {
 			t.Fatalf("%q is %+v, want %+v", name, got, want)
 		}
-		if snap.isDerived([]byte(name)) != want.derived {
+		if snap.hasDerived([]byte(name)) != want.derived {
 			t.Fatalf("%q is derived: %v", name, !want.derived)
 		}
 		hash := maphash.String(snap.seed, name)
@@ -219,14 +219,18 @@ func wantPast(t *rapid.T, p *past, before, now *Snapshot) {
 	for id, old := range before.networks {
 		for _, s := range old.shards {
 			for name, set := range s.byName {
-				if set.derived && !now.isDerived([]byte(name)) {
+				if set.derived && !now.hasDerived([]byte(name)) {
 					want[name] = true
 				}
 			}
 			for name := range s.srv {
 				z := now.networks[id]
-				if old.suffix != "" && (z == nil || z.suffix != old.suffix || z.offered([]byte(name)) == nil) {
+				gone := z == nil || z.offered([]byte(name)) == nil
+				if old.suffix != "" && (gone || z.suffix != old.suffix) {
 					want[name+old.suffix] = true
+				}
+				if gone && !isPublic(name) {
+					want[serviceOn(id, name)] = true
 				}
 			}
 		}

@@ -2,9 +2,12 @@ package dns
 
 import (
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/weftnet/weft"
 )
 
 // Our own choices for names that are no more.
@@ -19,7 +22,7 @@ const (
 )
 
 // past are names that a former Snapshot had: the derived ones, and services and
-// aliases with their network behind.
+// aliases with their network behind, and by themselves for those who are on it.
 type past struct {
 	// mu guards names and swept.
 	mu    sync.Mutex
@@ -43,13 +46,17 @@ func (p *past) turn(before, now *Snapshot, at time.Time) {
 				continue
 			}
 			for name, set := range s.byName {
-				if set.derived && !now.isDerived([]byte(name)) {
+				if set.derived && !now.hasDerived([]byte(name)) {
 					p.addLocked(name, at)
 				}
 			}
-			for name := range s.srv {
-				if old.suffix != "" && (z == nil || z.suffix != old.suffix || z.offered([]byte(name)) == nil) {
+			for name, o := range s.srv {
+				gone := z == nil || z.offered([]byte(name)) == nil
+				if old.suffix != "" && (gone || z.suffix != old.suffix) {
 					p.addLocked(name+old.suffix, at)
+				}
+				if gone && !o.isPublic {
+					p.addLocked(serviceOn(id, name), at)
 				}
 			}
 		}
@@ -67,9 +74,14 @@ func (p *past) addLocked(name string, at time.Time) {
 	p.names[name] = at.Add(pastFor)
 }
 
-// has reports whether name (folded), in full or without one of the domains
-// (each with its dot), was a derived name a short while ago.
-func (p *past) has(name string, domains []string, at time.Time) bool {
+// serviceOn stands for a service, or alias, in the names of the past: no name that is asked
+// for has the byte in it.
+func serviceOn(network weft.ID, name string) string { return name + "\x00" + string(network) }
+
+// has reports whether name (folded, without port and protocol), in full or without one of
+// the domains (each with its dot), was a derived name a short while ago, or ends in the name
+// of a service that v's networks had then.
+func (p *past) has(v *view, name string, domains []string, at time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.names) == 0 {
@@ -84,5 +96,9 @@ func (p *past) has(name string, domains []string, at time.Time) bool {
 			return true
 		}
 	}
-	return false
+	dot := strings.LastIndexByte(name, '.')
+	if dot < 0 || v.isReal([]byte(name[dot:])) {
+		return false
+	}
+	return slices.ContainsFunc(v.networks, func(id weft.ID) bool { return isPast(serviceOn(id, name[dot+1:])) })
 }

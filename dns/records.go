@@ -112,9 +112,11 @@ func (z *zone) target(a netip.Addr) (string, bool) {
 
 // offer is what SRV questions about one name need.
 type offer struct {
-	rank  rank
-	ports []Port
-	tasks []*instance
+	rank rank
+	// isPublic: names that end in this one may be real ones, of the outside.
+	isPublic bool
+	ports    []Port
+	tasks    []*instance
 }
 
 // instance is a ready task that has a name.

@@ -54,6 +54,8 @@ type Near struct {
 type view struct {
 	networks []weft.ID
 	own      map[string]*rrset // the task's own names, folded
+	service  string            // its own, folded; "" = none
+	offer    offer             // of service, as far as what is below it goes
 	addrs    []netip.Addr
 	ptr      string   // target of PTR of addrs; "" = none
 	search   []string // folded, each with a dot before it
@@ -65,16 +67,23 @@ type view struct {
 func compile(v *View) *view {
 	out := &view{networks: v.Networks, own: map[string]*rrset{}, servers: newNameservers(v)}
 	out.internal = v.Internal && len(out.servers.list) == 0
+	out.service = fold(v.Service)
+	out.offer.isPublic = out.service != "" && isPublic(out.service)
 	set := &rrset{rank: rankTask, ttl: taskTTL}
 	for _, a := range v.Self.Addrs {
 		set.add(a)
 		out.addrs = append(out.addrs, a.Unmap())
 	}
-	for _, n := range v.Self.Names {
+	derived := *set
+	derived.derived = true
+	for i, n := range v.Self.Names {
 		out.own[fold(n)] = set
+		if i == 0 { // as in addService
+			out.own[fold(n)] = &derived
+		}
 	}
-	if at := v.Self.place(); at != "" && v.Service != "" {
-		out.own[at+"."+fold(v.Service)] = set
+	if at := v.Self.place(); at != "" && out.service != "" {
+		out.own[at+"."+out.service] = &derived
 	}
 	if len(v.Self.Names) > 0 {
 		out.ptr = v.Self.Names[0] + "."
@@ -123,7 +132,8 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 	if set != nil {
 		return set.family(want6), set.ttl, verdictFound
 	}
-	if s.isDerived(name) || isOneLabel(name) || s.isBelow(v, name) {
+	plain := withoutSRV(name)
+	if s.isDerived(v, name) || isOneLabel(plain) || s.isBelow(v, name) {
 		return nil, 0, verdictAbsent
 	}
 	for _, d := range v.search {
@@ -134,11 +144,11 @@ func (s *Snapshot) lookup(v *view, name []byte, want6 bool) (addrs []netip.Addr,
 		if set := s.find(v, rest, want6); set != nil {
 			return set.family(want6), set.ttl, verdictFound
 		}
-		if s.isDerived(rest) {
+		if s.isDerived(v, rest) {
 			return nil, 0, verdictAbsent
 		}
 	}
-	if v.internal {
+	if v.internal || s.isUnder(v, plain) {
 		return nil, 0, verdictAbsent
 	}
 	return nil, 0, verdictForward
@@ -209,7 +219,19 @@ func localhost(name []byte) *rrset {
 
 var loopback = rrset{ttl: vipTTL, v4: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}, v6: []netip.Addr{netip.IPv6Loopback()}}
 
-func (s *Snapshot) isDerived(name []byte) bool {
+// isDerived reports whether name, which nobody of v's has, is derived on any network, or is
+// the SRV name of such, or of what v has: SRV is answered for services alone.
+func (s *Snapshot) isDerived(v *view, name []byte) bool {
+	plain := withoutSRV(name)
+	if len(plain) < len(name) {
+		if set := s.find(v, plain, false); set != nil && set.derived {
+			return true
+		}
+	}
+	return s.hasDerived(plain)
+}
+
+func (s *Snapshot) hasDerived(name []byte) bool {
 	hash := maphash.Bytes(s.seed, name)
 	for _, z := range s.networks {
 		if set := z.shard(hash).byName[string(name)]; set != nil && set.derived {
@@ -227,24 +249,87 @@ func (s *Snapshot) isBelow(v *view, name []byte) bool {
 		if z == nil || z.suffix == "" || z.isPublic {
 			continue
 		}
-		if _, ok := cutSuffix(name, z.suffix); ok && !v.isReal(z.suffix) {
+		if host, ok := cutSuffix(name, z.suffix); ok && !v.isReal(name[len(host):]) {
 			return true
 		}
 	}
 	return false
 }
 
-// isReal reports whether a search domain is, or ends in, a network's name: a company's
-// own top domain is in no public list.
-func (v *view) isReal(suffix string) bool {
-	return slices.ContainsFunc(v.real, func(d string) bool { return strings.HasSuffix(d, suffix) })
+// isUnder reports whether name, which is unknown, ends in the name of a service or alias
+// of v's networks: a slot that is not there (yet), a host without a task, a misspelt
+// derived name. Where real names end in it, too, only the tasks and slots of a service
+// are ours, also with a network behind. The name itself, and what is known with a search
+// domain behind, were looked for before.
+func (s *Snapshot) isUnder(v *view, name []byte) bool {
+	if place, o := s.under(v, "", name); o != nil && (o.owns(place) || !o.isPublic && !v.isReal(name[len(place):])) {
+		return true
+	}
+	for _, id := range v.networks {
+		if z := s.networks[id]; z != nil && z.suffix != "" {
+			if host, ok := cutSuffix(name, z.suffix); ok {
+				if place, o := s.under(v, id, host); o != nil && o.owns(place) {
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
-// isPublic reports whether a network's name (folded) ends in a top domain of
-// ICANN's: real names end in it, too. The list is asked for a name below, as some
-// top domains have rules for those alone (*.ck).
-func isPublic(network string) bool {
-	_, icann := publicsuffix.PublicSuffix("x." + network[strings.LastIndexByte(network, '.')+1:])
+// under takes the name of a service or alias off the end of name, one of network, or, if
+// that is "", of any of v's networks; a service goes before an alias. nil = there is none.
+func (s *Snapshot) under(v *view, network weft.ID, name []byte) (place []byte, o *offer) {
+	dot := bytes.LastIndexByte(name, '.')
+	if dot < 0 {
+		return nil, nil
+	}
+	place, name = name[:dot], name[dot+1:]
+	if v.service != "" && string(name) == v.service {
+		return place, &v.offer
+	}
+	for _, id := range v.networks {
+		z := s.networks[id]
+		if z == nil || network != "" && id != network {
+			continue
+		}
+		if has := z.offered(name); has != nil && (o == nil || has.rank < o.rank) {
+			o = has
+		}
+	}
+	return place, o
+}
+
+// owns reports whether place is such as the cluster itself puts before the name of the
+// service: tasks, or a slot.
+func (o *offer) owns(place []byte) bool {
+	if o.rank != rankService || len(place) == 0 {
+		return false
+	}
+	for _, c := range place {
+		if c < '0' || c > '9' {
+			return string(place) == "tasks"
+		}
+	}
+	return place[0] != '0'
+}
+
+// isReal reports whether a search domain is, or ends in, the name of a network or service
+// (suffix, with its dot): a company's own top domain is in no public list.
+func (v *view) isReal(suffix []byte) bool {
+	for _, d := range v.real {
+		if n := len(d) - len(suffix); n >= 0 && d[n:] == string(suffix) {
+			return true
+		}
+	}
+	return false
+}
+
+// isPublic reports whether the name of a network or service (folded) ends in a top
+// domain of ICANN's: real names end in it, too. The list is asked for a name below, as
+// some top domains have rules for those alone (*.ck).
+func isPublic(name string) bool {
+	_, icann := publicsuffix.PublicSuffix("x." + name[strings.LastIndexByte(name, '.')+1:])
 	return icann
 }
 
@@ -263,13 +348,15 @@ func (s *Snapshot) domains(v *view) []string {
 	return out
 }
 
-// isOneLabel: the root has none, and is nobody's business outside either. SRV
-// names count by what stands behind port and protocol.
-func isOneLabel(name []byte) bool {
+// isOneLabel: the root has none, and is nobody's business outside either.
+func isOneLabel(name []byte) bool { return bytes.IndexByte(name, '.') < 0 }
+
+// withoutSRV is what stands behind port and protocol: SRV names are ours as that is.
+func withoutSRV(name []byte) []byte {
 	if _, _, rest, ok := cutSRV(name); ok {
-		name = rest
+		return rest
 	}
-	return bytes.IndexByte(name, '.') < 0
+	return name
 }
 
 // cutSuffix is bytes.CutSuffix with a string.

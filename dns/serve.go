@@ -67,7 +67,7 @@ func (t *session) answer(packet []byte) (req, resp *miekg.Msg, external, ok bool
 	t.s.stats.queries.Add(1)
 	snap := t.s.snap.Load()
 	resp, external = respond(snap, t.view, req, t.turn.Add(1))
-	if external && t.s.past.has(fold(req.Question[0].Name), snap.domains(t.view), time.Now()) {
+	if external && t.s.past.has(t.view, string(withoutSRV([]byte(fold(req.Question[0].Name)))), snap.domains(t.view), time.Now()) {
 		resp, external = reply(req), false
 		resp.Authoritative, resp.Rcode = true, miekg.RcodeNameError
 	}

@@ -56,7 +56,7 @@ func testView() *view {
 
 // FuzzQuick: whatever arrives, the quick answer is the thorough one to the byte.
 func FuzzQuick(f *testing.F) {
-	for _, name := range []string{"web.", "WEB.Blue.", "tasks.web.example.org.", "nope.", "example.com.", "me.", "7.down.", "_80._tcp.web.", "2.0.1.10.in-addr.arpa.", ".", `a\.b.`, strings.Repeat("a.", 126), strings.Repeat(strings.Repeat("b", 63)+".", 3)} {
+	for _, name := range []string{"web.", "WEB.Blue.", "tasks.web.example.org.", "nope.", "example.com.", "me.", "7.down.", "4.web.", "4.web.blue.", "a.1.DOWN.", "www.down.org.", "_80._tcp.web.", "_80._tcp.1.web.", "2.0.1.10.in-addr.arpa.", ".", `a\.b.`, strings.Repeat("a.", 126), strings.Repeat(strings.Repeat("b", 63)+".", 3)} {
 		for _, qtype := range []uint16{miekg.TypeA, miekg.TypeAAAA, miekg.TypeSRV} {
 			m := new(miekg.Msg)
 			m.SetQuestion(name, qtype)
@@ -87,7 +87,7 @@ func FuzzQuick(f *testing.F) {
 // could be answered quickly is left.
 func TestQuickIsThorough(t *testing.T) {
 	snap, v := NewSnapshot(testRecords()), testView()
-	words := []string{"web", "shared", "rr", "down", "tasks.web", "tasks.down", "2.rr", "7.down", "me", "c0ffee", "nope", "localhost", "x.localhost", "secret", "tasks.secret", "typo.front", "_80._tcp.web", "example.com"}
+	words := []string{"web", "shared", "rr", "down", "tasks.web", "tasks.down", "2.rr", "7.down", "me", "c0ffee", "nope", "localhost", "x.localhost", "secret", "tasks.secret", "typo.front", "4.web", "h9.agents", "a.1.down", "tasks.www", "typo.secret", "_80._tcp.web", "example.com"}
 	took := map[bool]int{}
 	rapid.Check(t, func(t *rapid.T) {
 		name := rapid.SampledFrom(words).Draw(t, "name") + rapid.SampledFrom([]string{"", "", ".blue", ".red", ".example.org", ".blue.lan"}).Draw(t, "behind")
@@ -168,7 +168,7 @@ func TestQuickLeavesLongAnswers(t *testing.T) {
 
 func TestQuickAllocatesNothing(t *testing.T) {
 	snap, v := NewSnapshot(testRecords()), testView()
-	for _, name := range []string{"WEB.", "tasks.web.blue.", "nope.", "down.example.org.", "7.down.", "localhost.", "typo.front."} {
+	for _, name := range []string{"WEB.", "tasks.web.blue.", "nope.", "down.example.org.", "7.down.", "localhost.", "typo.front.", "4.web.", "4.web.blue.", "h9.example.agents."} {
 		m := new(miekg.Msg)
 		m.SetQuestion(name, miekg.TypeA)
 		m.SetEdns0(1232, false)
