@@ -170,7 +170,8 @@ func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers
 	return nil, errors.Join(errs...)
 }
 
-// try asks one server, by UDP and, if the answer is cut off, by TCP.
+// try asks one server, by UDP and, if the answer is cut off, by TCP. One that does not
+// know EDNS says so by an error (RFC 6891 section 7) and is asked once more without.
 func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server way) (*miekg.Msg, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.TryTimeout)
 	defer cancel()
@@ -179,6 +180,10 @@ func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server 
 	q.RecursionDesired, q.CheckingDisabled, q.AuthenticatedData = k.rd, k.cd, req.AuthenticatedData
 	q.SetEdns0(ednsSize, k.do)
 	msg, err := exchange(ctx, "udp", server, q)
+	if err == nil && refusesEDNS(msg) {
+		q.Id, q.Extra = miekg.Id(), nil
+		msg, err = exchange(ctx, "udp", server, q)
+	}
 	if err == nil && msg.Truncated {
 		msg, err = exchange(ctx, "tcp", server, q)
 	}
@@ -245,8 +250,21 @@ func wantData(msg *miekg.Msg) error {
 	return nil
 }
 
+// refusesEDNS reports whether msg may be what a server says that has never heard of OPT.
+func refusesEDNS(msg *miekg.Msg) bool {
+	return msg.Rcode == miekg.RcodeFormatError || msg.Rcode == miekg.RcodeNotImplemented
+}
+
+// fits reports whether msg answers q. A server that could not read the question may leave
+// it out.
 func fits(q, msg *miekg.Msg) bool {
-	if !msg.Response || msg.Id != q.Id || len(msg.Question) != 1 {
+	if !msg.Response || msg.Id != q.Id {
+		return false
+	}
+	if len(msg.Question) == 0 && refusesEDNS(msg) {
+		return true
+	}
+	if len(msg.Question) != 1 {
 		return false
 	}
 	a, b := q.Question[0], msg.Question[0]
