@@ -286,8 +286,15 @@ func (t *session) serveConn(ctx context.Context, conn net.Conn) {
 		case <-ctx.Done():
 			return
 		}
+		select {
+		case t.slots <- struct{}{}:
+		default:
+			<-slots
+			send(req, t.busy(req))
+			continue
+		}
 		wg.Go(func() {
-			defer func() { <-slots }()
+			defer func() { <-t.slots; <-slots }()
 			send(req, t.s.fwd.forward(ctx, t.view.servers, req))
 		})
 	}

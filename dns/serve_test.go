@@ -362,6 +362,60 @@ func TestPipelining(t *testing.T) {
 	}
 }
 
+// TestForwardLimitOnTCP: a task's limit of external questions holds over all of its
+// connections and UDP.
+func TestForwardLimitOnTCP(t *testing.T) {
+	gate, asked := make(chan struct{}), make(chan struct{}, 2*maxTaskForwards)
+	up := newStub(t, func(q *miekg.Msg, n string) *miekg.Msg {
+		asked <- struct{}{}
+		<-gate
+		return good(q, n)
+	})
+	r := newRig(t, Config{TryTimeout: time.Minute, Timeout: time.Minute}, map[netip.AddrPort]*stub{ns1: up})
+	open := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(open) // before the stub's, which waits
+	write := func(c *miekg.Conn, id uint16) {
+		m := new(miekg.Msg).SetQuestion(fmt.Sprintf("n%d.example.com.", id), miekg.TypeA)
+		m.Id = id
+		if err := c.WriteMsg(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var conns []*miekg.Conn
+	for len(conns) < maxTaskForwards/maxPipelined+1 {
+		c, err := net.Dial("tcp", r.tcp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		conns = append(conns, &miekg.Conn{Conn: c})
+	}
+	last := conns[len(conns)-1]
+	for i := range maxTaskForwards {
+		write(conns[i/maxPipelined], uint16(i))
+		<-asked
+	}
+	for i := range 2 * maxPipelined { // the connection's own limit is not reached
+		write(last, uint16(maxTaskForwards+i))
+		if m, err := last.ReadMsg(); err != nil || m.Rcode != miekg.RcodeServerFailure {
+			t.Fatalf("question %d over the limit: %v, %v, want SERVFAIL", i, m, err)
+		}
+	}
+	r.want("udp", "over.example.com.", "SERVFAIL")
+	r.want("tcp", "web.", "NOERROR 10.1.0.2")
+	if n := r.s.Stats().Refused; n != 2*maxPipelined+1 {
+		t.Errorf("%d questions are counted as refused, want %d", n, 2*maxPipelined+1)
+	}
+	open()
+	for i := range maxTaskForwards {
+		if m, err := conns[i/maxPipelined].ReadMsg(); err != nil || show(m, false) != "NOERROR 192.0.2.7" {
+			t.Fatalf("question %d: %v, %v", i, m, err)
+		}
+	}
+	r.want("tcp", "after.example.com.", "NOERROR 192.0.2.7")
+}
+
 func TestConnectionLimit(t *testing.T) {
 	r := newRig(t, Config{}, nil)
 	var conns []net.Conn
