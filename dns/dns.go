@@ -57,6 +57,9 @@ const (
 	// maxTaskForwards bounds one task's forwards under way, so that a
 	// runaway task meets its own limit before the node's.
 	maxTaskForwards = 128
+	// acceptPause follows an accept that failed: what it lacks does not come back
+	// by asking at once, and a client's handshake is done already.
+	acceptPause = 50 * time.Millisecond
 )
 
 // Config of a Server. The zero value of every field but Log means its default.

@@ -33,6 +33,9 @@ func (t *session) refuse(limit string, most int) {
 	t.s.stats.refused.Add(1)
 	if t.noted.due(time.Now()) {
 		t.s.cfg.Log.Warn("a task is over a limit of the resolver, what goes beyond is refused",
-			"container", strings.TrimSuffix(t.view.ptr, "."), "limit", limit, "most", most)
+			"container", t.container(), "limit", limit, "most", most)
 	}
 }
+
+// container is the task's name for operators.
+func (t *session) container() string { return strings.TrimSuffix(t.view.ptr, ".") }

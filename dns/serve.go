@@ -218,14 +218,27 @@ func (t *session) pack(req, resp *miekg.Msg, limit int, buf []byte) []byte {
 	return b
 }
 
+// serveTCP accepts connections. When it cannot for a while, for lack of descriptors or
+// of memory, those wait in the kernel; UDP goes on.
 func (t *session) serveTCP(ctx context.Context, ln net.Listener) error {
+	var noted quiet
 	for {
 		conn, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return nil
+		case isBroken(err):
 			return fmt.Errorf("accept dns connection on %v: %w", ln.Addr(), err)
+		default:
+			if noted.due(time.Now()) {
+				t.s.cfg.Log.Warn("cannot accept a task's connection to its resolver", "container", t.container(), weft.KeyErr, err)
+			}
+			select {
+			case <-time.After(acceptPause):
+			case <-ctx.Done():
+			}
+			continue
 		}
 		select {
 		case t.conns <- struct{}{}:
@@ -238,6 +251,12 @@ func (t *session) serveTCP(ctx context.Context, ln net.Listener) error {
 			conn.Close()
 		}
 	}
+}
+
+// isBroken reports whether an error of accept(2) is the listener's own: no later call
+// will do better.
+func isBroken(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.EBADF) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTSOCK)
 }
 
 // serveConn serves pipelined questions on one connection; answers to external

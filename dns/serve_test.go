@@ -3,6 +3,7 @@ package dns
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -449,6 +451,68 @@ func TestConnectionLimit(t *testing.T) {
 		t.Errorf("connection over the limit: %v, want it closed", err)
 	}
 	r.want("udp", "web.", "NOERROR 10.1.0.2")
+}
+
+// badListener fails as often as it is told to; below 0 = always.
+type badListener struct {
+	net.Listener
+	fails int
+	err   error
+	tried chan struct{}
+}
+
+func (l *badListener) Accept() (net.Conn, error) {
+	if l.fails != 0 {
+		l.fails--
+		select {
+		case l.tried <- struct{}{}:
+		default:
+		}
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept4", l.err)}
+	}
+	return l.Listener.Accept()
+}
+
+// TestFailedAccept: without descriptors for connections UDP goes on, and so do they when
+// there are some again.
+func TestFailedAccept(t *testing.T) {
+	r := newRig(t, Config{}, nil)
+	serve := func(l *badListener) (done chan error, stop func()) {
+		pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.Listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		r.udp, r.tcp = pc.LocalAddr().String(), l.Addr().String()
+		ctx, stop := context.WithCancel(t.Context())
+		t.Cleanup(stop)
+		done = make(chan error, 1)
+		go func() { done <- r.s.Serve(ctx, View{Networks: []weft.ID{blue}}, pc, l) }()
+		return done, stop
+	}
+	for _, c := range []struct {
+		fails int
+		err   error
+	}{{2, syscall.EMFILE}, {1, syscall.ENOBUFS}, {-1, syscall.ENFILE}} {
+		l := &badListener{fails: c.fails, err: c.err, tried: make(chan struct{}, 1)}
+		done, stop := serve(l)
+		<-l.tried
+		r.want("udp", "web.", "NOERROR 10.1.0.2")
+		if c.fails > 0 {
+			r.want("tcp", "web.", "NOERROR 10.1.0.2")
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Errorf("%v: serve: %v", c.err, err)
+		}
+	}
+	// A listener that is none any more is the caller's to open again.
+	done, _ := serve(&badListener{fails: -1, err: syscall.EINVAL})
+	if err := <-done; !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("serve with a broken listener: %v", err)
+	}
 }
 
 func TestMalformedIsDropped(t *testing.T) {
