@@ -24,10 +24,7 @@ func parse(packet []byte) (req *miekg.Msg, ok bool) {
 func respond(snap *Snapshot, v *view, req *miekg.Msg, turn uint64) (resp *miekg.Msg, forward bool) {
 	resp = reply(req)
 	if rcode := check(req); rcode != miekg.RcodeSuccess {
-		resp.Rcode = rcode
-		if rcode == miekg.RcodeBadVers {
-			resp.SetEdns0(maxUDPAnswer, false) // carries the upper bits of the code
-		}
+		resp.Rcode = rcode // of BADVERS EDNS has the upper bits; who asks for it has it
 		return resp, false
 	}
 	q := req.Question[0]

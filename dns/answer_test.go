@@ -333,11 +333,25 @@ func TestRefusals(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			resp := ask(c.change)
-			if resp.Rcode != c.want {
-				t.Errorf("code %s, want %s", miekg.RcodeToString[resp.Rcode], miekg.RcodeToString[c.want])
+			b, err := resp.Pack()
+			if err != nil {
+				t.Fatalf("pack: %v", err)
 			}
-			if _, err := resp.Pack(); err != nil {
-				t.Errorf("pack: %v", err)
+			var back miekg.Msg // with the upper bits of the code
+			if err := back.Unpack(b); err != nil || back.Rcode != c.want {
+				t.Errorf("code %s, %v, want %s", miekg.RcodeToString[back.Rcode], err, miekg.RcodeToString[c.want])
+			}
+			edns := 0
+			for _, rr := range back.Extra {
+				if opt, ok := rr.(*miekg.OPT); ok {
+					edns++
+					if opt.Version() != 0 || opt.UDPSize() != maxUDPAnswer {
+						t.Errorf("EDNS of version %d and size %d", opt.Version(), opt.UDPSize())
+					}
+				}
+			}
+			if want := strings.Count(c.name, "EDNS"); edns != want {
+				t.Errorf("%d records of EDNS, want %d", edns, want)
 			}
 		})
 	}
