@@ -72,9 +72,10 @@ func TestOwnNameservers(t *testing.T) {
 	}
 }
 
-// garbage is a nameserver that answers with bytes that are no message: some of them
-// begin as one, with the question's id.
-func garbage(t *testing.T) *stub {
+// garbage is a nameserver that answers with bytes that are no message, then with what
+// then makes of the question; nil = nothing. Some of the bytes begin as a message, with the
+// question's id.
+func garbage(t *testing.T, then func(*miekg.Msg, string) *miekg.Msg) *stub {
 	s := &stub{}
 	var err error
 	if s.udp, err = net.ListenPacket("udp", "127.0.0.1:0"); err != nil {
@@ -93,14 +94,47 @@ func garbage(t *testing.T) *stub {
 				return
 			}
 			s.asked.Add(1)
-			s.udp.WriteTo(nil, from)
-			s.udp.WriteTo([]byte("no message at all, whatever one makes of it"), from)
-			s.udp.WriteTo(append(b[:2:2], 0x81, 0x80, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0xc0, 0x0c), from)
-			s.udp.WriteTo(b[:n-1], from)
+			var q miekg.Msg
+			if err := q.Unpack(b[:n]); err != nil {
+				t.Error(err)
+			}
+			header := []byte{b[0], b[1], 0x81, 0x80, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0}
+			for _, bad := range [][]byte{
+				[]byte("no message at all, whatever one makes of it"),
+				append(header, 0xc0, 0x0c),
+				b[:n-1],
+				header[:headerLen-1],
+				nil,
+			} {
+				s.udp.WriteTo(bad, from)
+			}
+			if m := then(&q, "udp"); m != nil {
+				good, err := m.Pack()
+				if err != nil {
+					t.Error(err)
+				}
+				s.udp.WriteTo(good, from)
+			}
 		}
 	}()
 	t.Cleanup(func() { s.udp.Close(); s.tcp.Close(); <-done })
 	return s
+}
+
+// TestGarbageIsPassedOver: whatever bytes come before the answer, it is waited for, and
+// the nameserver is not taken for one that failed.
+func TestGarbageIsPassedOver(t *testing.T) {
+	up, second := garbage(t, good), newStub(t, good)
+	r := newRig(t, Config{TryTimeout: 10 * time.Second, Timeout: 10 * time.Second}, map[netip.AddrPort]*stub{ns1: up, ns2: second})
+	for i := range 3 {
+		r.want("udp", fmt.Sprintf("n%d.example.com.", i), "NOERROR 192.0.2.7")
+	}
+	if n, other := up.asked.Load(), second.asked.Load(); n != 3 || other != 0 {
+		t.Errorf("the nameserver was asked %d times, the next %d times, want 3 and 0", n, other)
+	}
+	if s := r.s.Stats(); s.Upstream != 0 {
+		t.Errorf("%d tries are counted as failed", s.Upstream)
+	}
 }
 
 // TestBadUpstreamsHurtNobodyElse: internal names under 5 ms, whatever external
@@ -112,7 +146,7 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 	}
 	for name, upstream := range map[string]func(*testing.T) *stub{
 		"dead":    stubOf(silent),
-		"garbage": garbage,
+		"garbage": func(t *testing.T) *stub { return garbage(t, silent) },
 		"slow": func(t *testing.T) *stub {
 			return newStub(t, func(q *miekg.Msg, n string) *miekg.Msg {
 				select {

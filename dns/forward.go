@@ -195,7 +195,7 @@ func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server 
 
 // exchange sends q on a socket of its own, so that every question has a fresh
 // source port, and waits for the answer that fits it. Others that arrive on
-// the socket are forged or late and are passed over.
+// the socket are forged or late and are passed over, however short.
 func exchange(ctx context.Context, network string, server way, q *miekg.Msg) (*miekg.Msg, error) {
 	raw, err := server.dial(ctx, network, server.addr.String())
 	if err != nil {
@@ -217,7 +217,9 @@ func exchange(ctx context.Context, network string, server way, q *miekg.Msg) (*m
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
 			}
-			if msg == nil || network == "tcp" { // nil: the socket failed, else the bytes were bad
+			// A datagram shorter than a header is bytes that are bad, too; with no
+			// message otherwise the socket failed.
+			if network == "tcp" || msg == nil && !errors.Is(err, miekg.ErrShortRead) {
 				return nil, err
 			}
 			continue
