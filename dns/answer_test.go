@@ -525,44 +525,6 @@ func TestSRVBringsAddresses(t *testing.T) {
 	}
 }
 
-// FuzzRespond feeds the whole packet path with bytes from the network.
-func FuzzRespond(f *testing.F) {
-	for _, name := range []string{"web.", "tasks.web.", "example.com.", "2.0.1.10.in-addr.arpa."} {
-		for _, qtype := range []uint16{miekg.TypeA, miekg.TypePTR, miekg.TypeANY} {
-			m := new(miekg.Msg)
-			m.SetQuestion(name, qtype)
-			m.SetEdns0(1232, true)
-			b, err := m.Pack()
-			if err != nil {
-				f.Fatal(err)
-			}
-			f.Add(b)
-			f.Add(b[:len(b)-3])
-		}
-	}
-	snap := NewSnapshot(testRecords())
-	s := &session{s: &Server{}}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		req, ok := parse(b)
-		if !ok {
-			return
-		}
-		resp, forward := respond(snap, compile(&View{Networks: []weft.ID{blue}}), req, 3)
-		if forward {
-			questionOf(req)
-			resp = adapt(req, reply(req), 0)
-		}
-		out := s.pack(req, resp, udpLimit(req), make([]byte, maxUDPAnswer))
-		if len(out) == 0 || len(out) > udpLimit(req) {
-			t.Fatalf("answer of %d bytes, limit %d", len(out), udpLimit(req))
-		}
-		var back miekg.Msg
-		if err := back.Unpack(out); err != nil || back.Id != req.Id || !back.Response {
-			t.Fatalf("answer cannot be read: %v", err)
-		}
-	})
-}
-
 func BenchmarkAnswerService(b *testing.B) {
 	snap := NewSnapshot(testRecords())
 	m := new(miekg.Msg)
