@@ -144,17 +144,24 @@ func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers
 		f.stats.refused.Add(1)
 		return nil, errBusy
 	}
-	var last *miekg.Msg
+	var last, part *miekg.Msg // what to give for want of better
 	var errs []error
 	for _, s := range servers {
 		msg, err := f.try(ctx, k, req, s)
-		if ctx.Err() != nil && err != nil {
-			return nil, errors.Join(append(errs, err, ctx.Err())...)
-		}
-		if err == nil && (msg.Rcode == miekg.RcodeSuccess || msg.Rcode == miekg.RcodeNameError) {
+		isAnswer := msg != nil && (msg.Rcode == miekg.RcodeSuccess || msg.Rcode == miekg.RcodeNameError)
+		if err == nil && isAnswer {
 			f.up.succeed(s.upstream)
 			f.cache.put(k, msg, time.Now(), gen)
 			return msg, nil
+		}
+		if isAnswer && part == nil {
+			part = msg // the next may be able to tell the rest
+		}
+		if ctx.Err() != nil && err != nil {
+			if part != nil && !errors.Is(ctx.Err(), context.Canceled) {
+				return part, nil
+			}
+			return nil, errors.Join(append(errs, err, ctx.Err())...)
 		}
 		f.stats.upstream.Add(1)
 		if err != nil {
@@ -164,14 +171,18 @@ func (f *forwarder) ask(ctx context.Context, k question, req *miekg.Msg, servers
 			last = msg // an honest SERVFAIL or REFUSED; the next may know better
 		}
 	}
-	if last != nil {
+	switch {
+	case part != nil:
+		return part, nil
+	case last != nil:
 		return last, nil
 	}
 	return nil, errors.Join(errs...)
 }
 
 // try asks one server, by UDP and, if the answer is cut off, by TCP. One that does not
-// know EDNS says so by an error (RFC 6891 section 7) and is asked once more without.
+// know EDNS says so by an error (RFC 6891 section 7) and is asked once more without. With
+// an error comes the part of the answer that was not cut off, if there is one.
 func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server way) (*miekg.Msg, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.TryTimeout)
 	defer cancel()
@@ -185,10 +196,13 @@ func (f *forwarder) try(ctx context.Context, k question, req *miekg.Msg, server 
 		msg, err = exchange(ctx, "udp", server, q)
 	}
 	if err == nil && msg.Truncated {
-		msg, err = exchange(ctx, "tcp", server, q)
+		part := msg
+		if msg, err = exchange(ctx, "tcp", server, q); err != nil {
+			msg = part
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ask nameserver %v for %s: %w", server.addr, q.Question[0].Name, err)
+		return msg, fmt.Errorf("ask nameserver %v for %s: %w", server.addr, q.Question[0].Name, err)
 	}
 	return msg, nil
 }

@@ -75,3 +75,56 @@ func TestNoQuestionNoAnswer(t *testing.T) {
 		}
 	}
 }
+
+// TestPartOfAnAnswer: what of an answer was not cut off is given, and said to be a part, where
+// no nameserver tells the rest.
+func TestPartOfAnAnswer(t *testing.T) {
+	cut := func(tcp func(*miekg.Msg, string) *miekg.Msg) func(*miekg.Msg, string) *miekg.Msg {
+		return func(q *miekg.Msg, network string) *miekg.Msg {
+			if network == "tcp" {
+				return tcp(q, network)
+			}
+			m := good(q, network)
+			m.Truncated = true
+			return m
+		}
+	}
+	refuses := func(q *miekg.Msg, _ string) *miekg.Msg { return new(miekg.Msg).SetRcode(q, miekg.RcodeRefused) }
+	for _, c := range []struct {
+		name          string
+		first, second func(*miekg.Msg, string) *miekg.Msg // nil = there is none
+		timeout       time.Duration                       // 0 = the first has no TCP
+		want          string
+		isPart        bool
+	}{
+		{"nobody else", cut(silent), nil, 0, "NOERROR 192.0.2.7", true},
+		{"the next refuses", cut(silent), refuses, 0, "NOERROR 192.0.2.7", true},
+		{"the next is not asked in time", cut(silent), good, time.Second, "NOERROR 192.0.2.7", true},
+		{"the next knows all", cut(silent), says(9, false), 0, "NOERROR 192.0.2.9", false},
+		{"refused on TCP", cut(refuses), nil, 10 * time.Second, "REFUSED", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			first := newStub(t, c.first)
+			stubs := map[netip.AddrPort]*stub{ns1: first}
+			if c.second != nil {
+				stubs[ns2] = newStub(t, c.second)
+			}
+			if c.timeout == 0 {
+				first.tcp.Close()
+			}
+			r := newRig(t, Config{Timeout: c.timeout, TryTimeout: time.Minute}, stubs)
+			for _, network := range []string{"udp", "tcp"} {
+				m := r.ask(network, network+".example.com.")
+				if got := show(m, false); got != c.want || m.Truncated != c.isPart {
+					t.Errorf("%s: %q, a part: %v, want %q, %v", network, got, m.Truncated, c.want, c.isPart)
+				}
+			}
+			r.s.fwd.cache.mu.Lock()
+			defer r.s.fwd.cache.mu.Unlock()
+			if n := len(r.s.fwd.cache.entries); c.isPart && n != 0 {
+				t.Errorf("%d parts are kept", n)
+			}
+		})
+	}
+}
