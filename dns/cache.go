@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"bytes"
 	"sync"
 	"time"
 
@@ -10,8 +11,9 @@ import (
 const (
 	// maxCacheTTL bounds how long an external answer is kept.
 	maxCacheTTL = 5 * time.Minute
-	// maxCacheSize bounds what is kept, in bytes on the wire: a few hundred are
-	// usual, and thousands of answers of 64 KiB would fill the memory.
+	// maxCacheSize bounds an answer that is kept, in bytes: a few hundred are
+	// usual, and thousands of answers of 64 KiB would fill the memory. With
+	// the default of Config.CacheEntries all of them have 16 MiB at most.
 	maxCacheSize = 4096
 )
 
@@ -33,8 +35,8 @@ func questionOf(req *miekg.Msg) question {
 	return k
 }
 
-// cache keeps external answers until they expire. Messages in it are never
-// written again.
+// cache keeps external answers until they expire, as packets: of those the size is
+// known, where 4 KiB of small records are 30 KiB and more as a message.
 type cache struct {
 	max int
 
@@ -45,13 +47,25 @@ type cache struct {
 }
 
 type cached struct {
-	msg     *miekg.Msg
+	packet  []byte
 	stored  time.Time
 	expires time.Time
 }
 
-// get returns a stored answer and its age.
+// get returns a stored answer, for the caller to write to, and its age.
 func (c *cache) get(k question, now time.Time, gen uint64) (*miekg.Msg, time.Duration, bool) {
+	e, ok := c.entry(k, now, gen)
+	if !ok {
+		return nil, 0, false
+	}
+	msg := new(miekg.Msg)
+	if err := msg.Unpack(e.packet); err != nil {
+		return nil, 0, false
+	}
+	return msg, now.Sub(e.stored), true
+}
+
+func (c *cache) entry(k question, now time.Time, gen uint64) (cached, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if gen != c.gen { // other resolvers may tell another truth
@@ -59,19 +73,23 @@ func (c *cache) get(k question, now time.Time, gen uint64) (*miekg.Msg, time.Dur
 		c.gen = gen
 	}
 	e, ok := c.entries[k]
-	if !ok {
-		return nil, 0, false
-	}
-	if !now.Before(e.expires) {
+	if ok && !now.Before(e.expires) {
 		delete(c.entries, k)
-		return nil, 0, false
+		return cached{}, false
 	}
-	return e.msg, now.Sub(e.stored), true
+	return e, ok
 }
 
+// put keeps msg for as long as it may be, if it may.
 func (c *cache) put(k question, msg *miekg.Msg, now time.Time, gen uint64) {
 	ttl, ok := cacheTTL(msg)
 	if !ok {
+		return
+	}
+	short := *msg
+	short.Compress = true
+	packet, err := short.Pack()
+	if err != nil { // nor can it be told to the client
 		return
 	}
 	c.mu.Lock()
@@ -85,7 +103,7 @@ func (c *cache) put(k question, msg *miekg.Msg, now time.Time, gen uint64) {
 		}
 		delete(c.entries, old)
 	}
-	c.entries[k] = cached{msg: msg, stored: now, expires: now.Add(ttl)}
+	c.entries[k] = cached{packet: bytes.Clone(packet), stored: now, expires: now.Add(ttl)}
 }
 
 // cacheTTL says how long msg may be kept, if at all: a name that exists by its

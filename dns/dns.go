@@ -85,7 +85,8 @@ type Config struct {
 	// SERVFAIL at once. Default 1024.
 	MaxForwards int
 	// CacheEntries bounds the cache of external answers, shared by the
-	// node's tasks. Default 4096; an entry takes about 1 KiB.
+	// node's tasks. Default 4096; an entry takes some 500 bytes, 4 KiB and its
+	// name at most.
 	CacheEntries int
 	// TCPIdle closes a TCP connection without a query. Default 10 s
 	// (RFC 7766 section 6.2.3 asks for seconds).

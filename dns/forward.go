@@ -60,15 +60,15 @@ func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg
 	k := questionOf(req)
 	k.servers = own.key
 	servers, gen, err := f.up.current(now, own)
-	var msg *miekg.Msg
-	var age time.Duration
 	if err == nil {
-		var hit bool
-		if msg, age, hit = f.cache.get(k, now, gen); hit {
+		if msg, age, hit := f.cache.get(k, now, gen); hit {
 			f.stats.cacheHits.Add(1)
-		} else {
-			msg, err = f.share(ctx, k, func() (*miekg.Msg, error) { return f.ask(ctx, k, req, f.ways(own, servers), gen) })
+			return adapt(req, msg, age)
 		}
+	}
+	var msg *miekg.Msg
+	if err == nil {
+		msg, err = f.share(ctx, k, func() (*miekg.Msg, error) { return f.ask(ctx, k, req, f.ways(own, servers), gen) })
 	}
 	if err != nil {
 		f.note(ctx, err)
@@ -77,7 +77,7 @@ func (f *forwarder) forward(ctx context.Context, own nameservers, req *miekg.Msg
 		resp.Rcode = miekg.RcodeServerFailure
 		return resp
 	}
-	return adapt(req, msg, age)
+	return adapt(req, msg.Copy(), 0)
 }
 
 // note logs that external names fail, without a line per question.
@@ -287,10 +287,9 @@ func fits(q, msg *miekg.Msg) bool {
 	return fold(a.Name) == fold(b.Name) && a.Qtype == b.Qtype && a.Qclass == b.Qclass
 }
 
-// adapt makes the answer to req of a shared message: own id, the asker's
+// adapt makes the answer to req of what an upstream said to another: own id, the asker's
 // spelling of the name, our EDNS, and TTLs less age.
-func adapt(req, msg *miekg.Msg, age time.Duration) *miekg.Msg {
-	resp := msg.Copy()
+func adapt(req, resp *miekg.Msg, age time.Duration) *miekg.Msg {
 	resp.Id, resp.Question = req.Id, req.Question
 	resp.RecursionDesired, resp.RecursionAvailable = req.RecursionDesired, true
 	resp.Authoritative, resp.Compress = false, true

@@ -6,10 +6,12 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -183,8 +185,8 @@ func FuzzUpstream(f *testing.F) {
 			wantAnswer(t, req, ss.pack(req, s.fwd.forward(t.Context(), ss.view.servers, req), miekg.MaxMsgSize, nil), miekg.MaxMsgSize)
 		}
 		for _, e := range s.fwd.cache.entries {
-			if keep := e.expires.Sub(e.stored); keep <= 0 || keep > maxCacheTTL || e.msg.Len() > maxCacheSize {
-				t.Errorf("%d bytes are kept for %v", e.msg.Len(), keep)
+			if keep := e.expires.Sub(e.stored); keep <= 0 || keep > maxCacheTTL || len(e.packet) > maxCacheSize || cap(e.packet) > 2*len(e.packet) {
+				t.Errorf("%d bytes are kept in %d for %v", len(e.packet), cap(e.packet), keep)
 			}
 		}
 	})
@@ -360,5 +362,45 @@ func TestCacheIsBounded(t *testing.T) {
 	r.want("udp", last, "NOERROR 192.0.2.7")
 	if n := up.asked.Load(); n != names {
 		t.Errorf("upstream was asked %d times, want %d", n, names)
+	}
+}
+
+// TestCacheIsSmall: answers of many small records take the room that they have as packets.
+func TestCacheIsSmall(t *testing.T) {
+	s, err := New(Config{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &s.fwd.cache
+	m := new(miekg.Msg).SetQuestion("a.", miekg.TypeA)
+	for m.Len() < maxCacheSize-17 {
+		m.Answer = append(m.Answer, &miekg.A{Hdr: header("a.", miekg.TypeA, 60), A: []byte{192, 0, 2, 1}})
+	}
+	packet, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	heap := func() uint64 {
+		runtime.GC()
+		runtime.GC() // what finalizers held
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, now := heap(), time.Now()
+	const names = 1000
+	for i := range names {
+		msg := new(miekg.Msg) // as one that has just come
+		if err := msg.Unpack(packet); err != nil {
+			t.Fatal(err)
+		}
+		c.put(question{name: fmt.Sprintf("n%d", i)}, msg, now, 0)
+	}
+	after := heap()
+	if got, _, ok := c.get(question{name: "n7"}, now, 0); !ok || len(got.Answer) != len(m.Answer) || len(c.entries) != names {
+		t.Fatalf("%d answers are kept, %v", len(c.entries), ok)
+	}
+	if each := int(after-before) / names; after < before || each > maxCacheSize+512 {
+		t.Errorf("an answer of %d records takes %d bytes, want no more than %d", len(m.Answer), each, maxCacheSize+512)
 	}
 }
