@@ -1,6 +1,7 @@
 package dns
 
 import (
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -11,12 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/vxlan/netns/netnstest"
 )
 
 // TestManyConnections: one task with 10,000 connections holds a bounded number,
 // and others do not notice.
 func TestManyConnections(t *testing.T) {
-	const all, othersLimit = 10_000, 50 * time.Millisecond
+	const n, othersLimit = 10_000, 50 * time.Millisecond
+	// Some are the server's, and what else is open.
+	if has := openFiles(t); has < n+300 {
+		netnstest.Missing(t, "files", fmt.Errorf("the limit of open files is %d, %d are needed (ulimit -Hn)", has, n+300))
+	}
 	began := time.Now()
 	// Nobody's connection ends for want of a question while the others come.
 	var log strings.Builder
@@ -27,10 +33,6 @@ func TestManyConnections(t *testing.T) {
 	defer stop()
 	r.serve(View{Networks: []weft.ID{blue}})
 	defer r.stop()
-	n := min(all, openFiles(t)-300) // of which some are the server's, and what else is open
-	if n < all {
-		t.Logf("the limit of open files leaves room for %d connections of %d", n, all)
-	}
 	var took []time.Duration
 	var conns []net.Conn
 	for i := range n {
@@ -48,9 +50,6 @@ func TestManyConnections(t *testing.T) {
 				took = append(took, time.Since(start))
 			}
 		}
-	}
-	if len(took) < 50 {
-		t.Fatalf("%d questions of others say little", len(took))
 	}
 	if m := median(took); m > othersLimit {
 		t.Errorf("others wait %v in the median of %d, want under %v", m, len(took), othersLimit)

@@ -30,6 +30,7 @@ const inside = "WEFT_TEST_INSIDE"
 //	clsact  filters that are BPF programs
 //	ipvs    the IP virtual server
 //	sctp    sockets of SCTP
+//	files   a limit of open files of 10,300 or more
 //	soak    the long forms of tests
 const require = "WEFT_TEST_REQUIRE"
 
