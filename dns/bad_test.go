@@ -1,14 +1,17 @@
 package dns
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	miekg "github.com/miekg/dns"
@@ -199,8 +202,11 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 			if up.asked.Load() == 0 {
 				t.Error("the bad nameserver was never asked")
 			}
+			// Of 60 the 99th percentile is the longest, which on a machine with other work is
+			// how long that took: it is told, not judged. That none waits for an upstream,
+			// not one of them, is judged where time is virtual, in TestInternalNamesWaitForNobody.
 			m, limit := median(took), internalLimit+10*median(calm)
-			t.Logf("an internal name took %v in the median of %d, %v between", m, rounds, median(calm))
+			t.Logf("an internal name took %v in the median of %d, %v in the 99th percentile, %v and %v between", m, rounds, percentile99(took), median(calm), percentile99(calm))
 			if m > limit {
 				t.Errorf("an internal name took %v in the median of %d, want under %v", m, rounds, limit)
 			}
@@ -212,6 +218,139 @@ func TestBadUpstreamsHurtNobodyElse(t *testing.T) {
 func median(all []time.Duration) time.Duration {
 	slices.Sort(all)
 	return all[len(all)/2]
+}
+
+// percentile99 sorts all of them.
+func percentile99(all []time.Duration) time.Duration {
+	slices.Sort(all)
+	return all[(len(all)*99-1)/100]
+}
+
+// packets is a socket of a task in virtual time: what is put in is read, what is written
+// comes out.
+type packets struct {
+	net.PacketConn
+	in, out chan []byte
+	closed  chan struct{}
+	once    sync.Once
+}
+
+func (p *packets) ReadFrom(b []byte) (int, net.Addr, error) {
+	select {
+	case in := <-p.in:
+		return copy(b, in), &net.UDPAddr{}, nil
+	case <-p.closed:
+		return 0, nil, net.ErrClosed
+	}
+}
+
+func (p *packets) WriteTo(b []byte, _ net.Addr) (int, error) {
+	select {
+	case p.out <- slices.Clone(b):
+	case <-p.closed:
+	}
+	return len(b), nil
+}
+
+func (p *packets) Close() error { p.once.Do(func() { close(p.closed) }); return nil }
+
+func (p *packets) LocalAddr() net.Addr { return &net.UDPAddr{} }
+
+// nobody is a socket to a nameserver that never answers, and a listener that nobody
+// connects to.
+type nobody struct {
+	net.PacketConn // nil: that there is one tells miekg of datagrams
+	ended          chan struct{}
+	once           *sync.Once
+}
+
+func newNobody() nobody { return nobody{ended: make(chan struct{}), once: new(sync.Once)} }
+
+func (n nobody) Read([]byte) (int, error)         { <-n.ended; return 0, net.ErrClosed }
+func (n nobody) Accept() (net.Conn, error)        { <-n.ended; return nil, net.ErrClosed }
+func (n nobody) Write(b []byte) (int, error)      { return len(b), nil }
+func (n nobody) Close() error                     { n.once.Do(func() { close(n.ended) }); return nil }
+func (n nobody) SetDeadline(time.Time) error      { return n.Close() } // set to end a wait
+func (n nobody) SetReadDeadline(time.Time) error  { return nil }
+func (n nobody) SetWriteDeadline(time.Time) error { return nil }
+func (n nobody) LocalAddr() net.Addr              { return &net.UDPAddr{} }
+func (n nobody) RemoteAddr() net.Addr             { return &net.UDPAddr{} }
+func (n nobody) Addr() net.Addr                   { return &net.TCPAddr{} }
+
+// TestInternalNamesWaitForNobody: while nameservers are waited for, up to the task's limit of
+// questions and beyond, no internal name takes any time, in virtual time: all of them, not
+// nearly all.
+func TestInternalNamesWaitForNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := New(Config{Log: slog.New(slog.DiscardHandler), ResolvConf: "/dev/null", Dial: func(context.Context, string, string) (net.Conn, error) {
+			return newNobody(), nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Update(testRecords())
+		ctx, stop := context.WithCancel(t.Context())
+		p := &packets{in: make(chan []byte), out: make(chan []byte, 8*maxTaskForwards), closed: make(chan struct{})}
+		done := make(chan error, 1)
+		go func() {
+			done <- s.Serve(ctx, View{Networks: []weft.ID{blue}, Nameservers: addrs("198.51.100.1", "198.51.100.2")}, p, newNobody())
+		}()
+		ask := func(name string) {
+			packet, err := new(miekg.Msg).SetQuestion(name, miekg.TypeA).Pack()
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.in <- packet
+		}
+		internal, external := 0, 0
+		drain := func() { // what is there now
+			for {
+				synctest.Wait()
+				select {
+				case b := <-p.out:
+					var m miekg.Msg
+					if err := m.Unpack(b); err != nil {
+						t.Fatal(err)
+					}
+					if got := show(&m, false); got == "NOERROR 10.1.0.2" && m.Question[0].Name == "web." {
+						internal++
+					} else if got == "SERVFAIL" {
+						external++
+					} else {
+						t.Fatalf("%s is answered %q", m.Question[0].Name, got)
+					}
+				default:
+					return
+				}
+			}
+		}
+		const rounds, each = 100, 4
+		for round := range rounds {
+			for i := range each {
+				ask(fmt.Sprintf("n%d-%d.example.com.", round, i))
+			}
+			ask("web.")
+			drain()
+			if internal != round+1 {
+				t.Fatalf("%d of %d internal names are answered at once", internal, round+1)
+			}
+			if round%10 == 9 { // nameservers time out in between
+				time.Sleep(s.cfg.TryTimeout / 2)
+			}
+		}
+		if external == 0 || external == rounds*each {
+			t.Errorf("%d external names of %d failed while others were waited for: the comparison says little", external, rounds*each)
+		}
+		time.Sleep(s.cfg.Timeout)
+		drain()
+		if external != rounds*each {
+			t.Errorf("%d external names of %d failed in the end", external, rounds*each)
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestLongQuestionOnTCP: 64 KiB are no question, and are not waited for.
