@@ -470,7 +470,8 @@ func FuzzBody(f *testing.F) {
 	})
 }
 
-// FuzzOpen: bytes from anybody.
+// FuzzOpen: bytes from anybody, and what a member seals of any: of the first nothing is
+// read, of the second what the decoder makes of it, once.
 func FuzzOpen(f *testing.F) {
 	s, err := newLivedSealer(testKey(), [lifeBytes]byte{}, nodeID(1))
 	if err != nil {
@@ -478,8 +479,34 @@ func FuzzOpen(f *testing.F) {
 	}
 	f.Add(s.seal(knock{}))
 	f.Add([]byte{frameMagic, frameVersion})
+	for _, g := range goldenMessages() {
+		f.Add(encode(nil, g.m))
+	}
 	o := knowing(f, testKey(), nodeID(1))
-	f.Fuzz(func(_ *testing.T, b []byte) { o.open(b) })
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if _, m, err := o.open(b); err == nil && m != (knock{}) { // the seed's
+			t.Fatalf("%x is read as %+v", b, m)
+		}
+		frame := s.sealBytes(b)
+		from, got, err := o.open(frame)
+		want, wantErr := decode(b)
+		switch {
+		case len(b) == 0:
+			if !errors.Is(err, errShort) {
+				t.Fatalf("nothing, sealed: %v", err)
+			}
+			return
+		case wantErr != nil:
+			if err == nil || errors.Is(err, errUnauthentic) || errors.Is(err, errReplayed) {
+				t.Fatalf("%x, sealed: %+v, %v, want %v", b, got, err, wantErr)
+			}
+		case err != nil || from != nodeID(1) || !reflect.DeepEqual(got, want):
+			t.Fatalf("%x, sealed: %+v of %s, %v, want %+v", b, got, from, err, want)
+		}
+		if _, _, err := o.open(frame); !errors.Is(err, errReplayed) {
+			t.Fatalf("%x comes twice: %v", b, err)
+		}
+	})
 }
 
 func BenchmarkOpenTable(b *testing.B) {

@@ -202,6 +202,9 @@ func readStreamMessage(r io.Reader) ([]byte, error) {
 	}
 	var b bytes.Buffer
 	if _, err := io.CopyN(&b, r, int64(n)); err != nil {
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF // there was a beginning: no good end
+		}
 		return nil, fmt.Errorf("read message of %d bytes: %w", n, err)
 	}
 	return b.Bytes(), nil
