@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	miekg "github.com/miekg/dns"
@@ -208,8 +209,13 @@ func wantAnswer(t *testing.T, req *miekg.Msg, b []byte, limit int) {
 
 // FuzzRespond feeds the whole packet path with bytes from the network.
 func FuzzRespond(f *testing.F) {
-	for _, name := range []string{"web.", "tasks.web.", "example.com.", "2.0.1.10.in-addr.arpa."} {
-		for _, qtype := range []uint16{miekg.TypeA, miekg.TypePTR, miekg.TypeANY} {
+	for _, name := range []string{
+		"web.", "tasks.web.", "4.web.", "example.com.", "2.0.1.10.in-addr.arpa.", "1.1.10.in-addr.arpa.",
+		"1.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.0.0.0.0.D.F.ip6.arpa.", "1.0.0.0.0.0.d.f.ip6.arpa.", "10.+1.fg.ip6.arpa.",
+		"2.0.0.0.1.0.a.0.f.f.f.f.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.ip6.arpa.",
+		"_http._tcp.web.", "_80._tcp.shared.blue.", "_80._tcp.1.web.", "_tcp.web.", "__._._.web.",
+	} {
+		for _, qtype := range []uint16{miekg.TypeA, miekg.TypePTR, miekg.TypeSRV, miekg.TypeANY} {
 			m := new(miekg.Msg)
 			m.SetQuestion(name, qtype)
 			m.SetEdns0(1232, true)
@@ -221,6 +227,14 @@ func FuzzRespond(f *testing.F) {
 			f.Add(b[:len(b)-3])
 		}
 	}
+	asks := func(name ...byte) []byte { // a question whose name is these bytes
+		return append(append([]byte{0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, name...), 0, 1, 0, 1)
+	}
+	f.Add(asks(0xc0, headerLen))                           // a name that is itself
+	f.Add(asks(1, 'a', 0xc0, headerLen))                   // and goes on for ever
+	f.Add(asks(0xc0, headerLen+2, 0xc0, headerLen))        // two that are each other
+	f.Add(asks(0xc0, 0xff))                                // past the end
+	f.Add(asks(3, 'w', 'e', 'b', 0xc0, headerLen+4, 0xc0)) // half a pointer
 	snap := NewSnapshot(testRecords())
 	s := &session{s: &Server{}}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -363,6 +377,54 @@ func TestCacheIsBounded(t *testing.T) {
 	if n := up.asked.Load(); n != names {
 		t.Errorf("upstream was asked %d times, want %d", n, names)
 	}
+}
+
+// FuzzFrames: of any stream come the messages that are in it, whole, however it is cut, and
+// nothing once it is out of step.
+func FuzzFrames(f *testing.F) {
+	f.Add([]byte("\x00\x02ab\x00\x00\x00\x01c"))
+	f.Add([]byte{0, 5, 'h', 'e', 'l'})
+	f.Add([]byte{0})
+	f.Add(binary.BigEndian.AppendUint16(nil, maxTCPQuery+1))
+	f.Add(append(binary.BigEndian.AppendUint16(nil, maxTCPQuery), make([]byte, maxTCPQuery)...))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		whole, cut := bytes.NewReader(in), bufio.NewReaderSize(iotest.OneByteReader(bytes.NewReader(in)), 16)
+		for rest := in; ; {
+			got, err := readFrame(whole)
+			again, errAgain := readFrame(cut)
+			if err != errAgain || !bytes.Equal(got, again) {
+				t.Fatalf("%x, %v, byte by byte %x, %v", got, err, again, errAgain)
+			}
+			want := error(nil)
+			n := 0
+			switch {
+			case len(rest) == 0:
+				want = io.EOF
+			case len(rest) == 1:
+				want = io.ErrUnexpectedEOF
+			default:
+				n = int(rest[0])<<8 | int(rest[1])
+				switch {
+				case n > maxTCPQuery:
+					want = errLongFrame
+				case n > 0 && len(rest) == 2:
+					want = io.EOF
+				case n > len(rest)-2:
+					want = io.ErrUnexpectedEOF
+				}
+			}
+			if err != want {
+				t.Fatalf("%x: %v, want %v", rest, err, want)
+			}
+			if err != nil {
+				return
+			}
+			if !bytes.Equal(got, rest[2:2+n]) {
+				t.Fatalf("%x of %x", got, rest)
+			}
+			rest = rest[2+n:]
+		}
+	})
 }
 
 // TestCacheIsSmall: answers of many small records take the room that they have as packets.

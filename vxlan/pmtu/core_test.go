@@ -185,3 +185,56 @@ func TestFrameIsAuthentic(t *testing.T) {
 		}
 	})
 }
+
+// FuzzReceive: bytes from anybody say nothing; what a member signs of any is read as it
+// stands there, and answered if it is a probe that came whole.
+func FuzzReceive(f *testing.F) {
+	s, err := newSigner(ringOf("key", "old"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for k := range kindAgain + 2 {
+		f.Add(s.marshal(frame{k, 1500, 7}, 1500-headers(peerA)), true)
+		f.Add(s.marshal(frame{k, 1500, 7}, 0), false)
+	}
+	f.Add([]byte{Magic, version, byte(kindProbe)}, true)
+	f.Add(append([]byte{Magic, version, byte(kindAnswer), 0, 0, 0, 0, 1}, make([]byte, headerBytes)...), true)
+	f.Fuzz(func(t *testing.T, b []byte, sign bool) {
+		_, was := s.parse(b)
+		if sign && len(b) >= headerBytes {
+			b = bytes.Clone(b)
+			copy(b[signedBytes:], mac(s.keys[1], b[:signedBytes]))
+		}
+		got, ok := s.parse(b)
+		if was && !ok {
+			t.Fatalf("%x is no frame when it is signed by another key of the ring", b)
+		}
+		c := testCore()
+		c.watch(time.Unix(1000, 0), []netip.Addr{peerA, peerB})
+		c.step(time.Unix(1000, 0))
+		p := &Prober{core: c, wake: make(chan struct{}, 1)}
+		p.sign.Store(&s)
+		answer := p.Receive(netip.AddrPortFrom(peerA, 7946), b)
+		if !ok {
+			if answer != nil || len(p.wake) > 0 {
+				t.Fatalf("%x is no frame, and is answered", b)
+			}
+			return
+		}
+		again := s.marshal(got, len(b))
+		if !bytes.Equal(again[:signedBytes], b[:signedBytes]) {
+			t.Fatalf("%x became %x", b, again)
+		}
+		isWhole := got.kind == kindProbe && len(b)+headers(peerA) == got.size
+		if (answer != nil) != isWhole || len(p.wake) > 0 != (got.kind == kindAgain) {
+			t.Fatalf("%+v of %d bytes is answered by %x, wakes: %v", got, len(b), answer, len(p.wake) > 0)
+		}
+		if answer != nil {
+			if a, ok := s.parse(answer); !ok || a != (frame{kindAnswer, got.size, got.id}) || len(answer) > len(b) {
+				t.Fatalf("%+v is answered by %d bytes: %+v", got, len(answer), a)
+			}
+		}
+		c.answered(time.Unix(1001, 0), got)
+		c.step(time.Unix(1001, 0))
+	})
+}
