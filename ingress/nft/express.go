@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"net/netip"
 	"reflect"
 	"slices"
 
@@ -123,19 +124,15 @@ func changedPorts(was, is []ingress.Published, most int) (old, now []ingress.Pub
 	for len(was) > 0 && len(is) > 0 && samePort(&was[len(was)-1], &is[len(is)-1]) {
 		was, is = was[:len(was)-1], is[:len(is)-1]
 	}
-	type key struct {
-		protocol weft.Protocol
-		port     uint16
-	}
-	before := make(map[key]*ingress.Published, len(was))
+	before := make(map[portPlace]*ingress.Published, len(was))
 	for i := range was {
-		before[key{was[i].Protocol, was[i].Port}] = &was[i]
+		before[placeOf(&was[i])] = &was[i]
 	}
 	if len(before) < len(was) {
 		return nil, nil, false // one stands twice
 	}
 	for i := range is {
-		k := key{is[i].Protocol, is[i].Port}
+		k := placeOf(&is[i])
 		if w := before[k]; w != nil && samePort(w, &is[i]) {
 			delete(before, k)
 			continue
@@ -151,6 +148,21 @@ func changedPorts(was, is []ingress.Published, most int) (old, now []ingress.Pub
 		old = append(old, *w)
 	}
 	return old, now, true
+}
+
+// portPlace is where a published port is: no two are at one address.
+type portPlace struct {
+	protocol weft.Protocol
+	port     uint16
+	first    netip.Addr // of its addresses; invalid = it is on all
+}
+
+func placeOf(p *ingress.Published) portPlace {
+	k := portPlace{protocol: p.Protocol, port: p.Port}
+	if len(p.IPs) > 0 {
+		k.first = slices.MinFunc(p.IPs, netip.Addr.Compare)
+	}
+	return k
 }
 
 // samePort reports whether two published ports have the same elements.

@@ -57,12 +57,12 @@ func drawPorts(r *rapid.T, was []ingress.Published) []ingress.Published {
 			Count: rapid.SampledFrom([]uint16{0, 1, 4, 6}).Draw(r, "count"), HideClient: rapid.Bool().Draw(r, "hide"), Backends: drawBackends(r),
 		}
 		if rapid.Bool().Draw(r, "bound") {
-			p.IPs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}[:rapid.IntRange(1, 2).Draw(r, "addresses")]
+			p.IPs = drawSome(r, hostAddrs, "address")
 		}
 		if rapid.Bool().Draw(r, "limited") {
 			p.Allow = []netip.Prefix{netip.MustParsePrefix("224.0.0.0/3"), netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("2001:db8::/32")}[rapid.IntRange(0, 2).Draw(r, "clients"):]
 		}
-		i := slices.IndexFunc(out, func(o ingress.Published) bool { return o.Port == p.Port && o.Protocol == p.Protocol })
+		i := slices.IndexFunc(out, func(o ingress.Published) bool { return placeOf(&o) == placeOf(&p) })
 		switch {
 		case i < 0 || rapid.IntRange(0, 9).Draw(r, "twice") == 0:
 			out = slices.Insert(out, rapid.IntRange(0, len(out)).Draw(r, "place"), p)
@@ -210,9 +210,9 @@ func TestEditOfPorts(t *testing.T) {
 }
 
 func unique(ports []ingress.Published) bool {
-	seen := map[[2]any]bool{}
-	for _, p := range ports {
-		seen[[2]any{p.Protocol, p.Port}] = true
+	seen := map[portPlace]bool{}
+	for i := range ports {
+		seen[placeOf(&ports[i])] = true
 	}
 	return len(seen) == len(ports)
 }

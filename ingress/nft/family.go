@@ -20,8 +20,10 @@ import (
 //
 // VIP and slot are the key of a seat, the tuple that of the flows. Host's table:
 //
-//	IPv4   8 protocol  9 port  10 slot  12 source  13 ports  16 address  17 port
-//	IPv6   8 protocol  9 port  10 slot  11 source  15 ports  16 address  20 port
+//	IPv4   8 protocol  9 port  10 bound to  11 slot  12 source  13 ports  16 address  17 port
+//	IPv6   8 protocol  9 port  10 bound to  14 slot  15 source  19 ports  16 address  20 port
+//
+// The hash is made before the backend's address is looked up.
 type family struct {
 	is6    bool
 	suffix string // of the names of sets
@@ -49,10 +51,11 @@ type bridgeLayout struct {
 }
 
 // hostLayout is those registers of the host's table that the families have in
-// different places: hash is where the hashed part begins.
+// different places: hash is where the hashed part begins. A client's address stands
+// where the slot does.
 type hostLayout struct {
-	hash, hashPorts, hostAddr, hostPort uint32
-	slotData                            nftables.SetDatatype
+	hostSlot, hash, hashPorts, hostAddr, hostPort uint32
+	slotData                                      nftables.SetDatatype
 }
 
 var ipv4 = family{
@@ -64,7 +67,7 @@ var ipv4 = family{
 		tupleKey: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInteger, nftables.TypeInteger),
 		seatKey:  nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInteger)},
 
-	hostLayout: hostLayout{hash: 12, hashPorts: 13, hostAddr: 16, hostPort: 17,
+	hostLayout: hostLayout{hostSlot: 11, hash: 12, hashPorts: 13, hostAddr: 16, hostPort: 17,
 		slotData: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)},
 }
 
@@ -78,7 +81,7 @@ var ipv6 = family{
 		tupleKey: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetProto, nftables.TypeInteger, nftables.TypeInteger, nftables.TypeIP6Addr),
 		seatKey:  nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInteger)},
 
-	hostLayout: hostLayout{hash: 11, hashPorts: 15, hostAddr: 16, hostPort: 20,
+	hostLayout: hostLayout{hostSlot: 14, hash: 15, hashPorts: 19, hostAddr: 16, hostPort: 20,
 		slotData: nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService)},
 }
 

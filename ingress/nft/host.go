@@ -65,12 +65,9 @@ func (f *family) entryRules(link string, addr netip.Addr) []rule {
 		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: f.nat, RegAddrMin: f.hostAddr},
 	}
 	var rules []rule
-	for _, by := range []struct {
-		words string
-		port  []expr.Any
-	}{{"port", askedPort()}, {"range", firstPort(askedPort())}} {
-		rules = append(rules, rule{by.words + " whose clients are hidden: from " + addr.String() + " on " + link, join(
-			outLink(expr.CmpOpEq, link), translated(expr.CmpOpNeq), by.port, []expr.Any{has("hidden", hostKey)}, own)})
+	for _, k := range kinds() {
+		rules = append(rules, rule{k.String() + " whose clients are hidden: from " + addr.String() + " on " + link, join(
+			outLink(expr.CmpOpEq, link), translated(expr.CmpOpNeq), f.ruleKey(asTracked(), k), []expr.Any{has("hidden", hostKey)}, own)})
 	}
 	if !f.is6 {
 		rules = append(rules, rule{"to a backend, from loopback: from " + addr.String() + " on " + link, join(
@@ -303,12 +300,18 @@ func afterLast(p netip.Prefix) (string, bool) {
 	for i := p.Bits(); i < len(b)*8; i++ {
 		b[i/8] |= 0x80 >> (i % 8)
 	}
+	ok := increment(b)
+	return string(b), ok
+}
+
+// increment makes a number, its upper bytes first, one more; false = it was the largest.
+func increment(b []byte) bool {
 	for i := len(b) - 1; i >= 0; i-- {
 		if b[i]++; b[i] != 0 {
-			return string(b), true
+			return true
 		}
 	}
-	return "", false
+	return false
 }
 
 func (f *family) showInterval(key, data string) string {

@@ -270,7 +270,7 @@ func TestPublishedWithoutSCTP(t *testing.T) {
 		netnstest.Missing(t, "userns", fmt.Errorf("%s: %w", note, weft.ErrUnsupported))
 	}
 	has := func() bool {
-		_, ok := elements(t, "/proc/thread-self/ns/net", ipv4.publishedRules(ingress.Table{}), "ports")[portOf(weft.SCTP, 30000)]
+		_, ok := elements(t, "/proc/thread-self/ns/net", ipv4.publishedRules(ingress.Table{}), "ports")[portOf(weft.SCTP, 30000)+ipv4.firstAddr(nil)]
 		return ok
 	}
 	m.publish(m.ports(b)...)

@@ -61,6 +61,10 @@ func goldenRulesets() []namedRules {
 			netip.MustParsePrefix("192.0.2.0/25"), netip.MustParsePrefix("192.0.2.128/25"), netip.MustParsePrefix("224.0.0.0/3"), netip.MustParsePrefix("2001:db8::/32"),
 		}},
 		{Service: "4", Protocol: weft.TCP, Port: 30005, Target: 80, Backends: many[:1], IPs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, // IPv4 only
+		{Service: "o", Protocol: weft.TCP, Port: 30003, Target: 81, Backends: many[1:2], IPs: []netip.Addr{netip.MustParseAddr("192.0.2.3"), netip.MustParseAddr("192.0.2.2")}, HideClient: true,
+			Allow: []netip.Prefix{netip.MustParsePrefix("128.0.0.0/1")}},
+		{Service: "o", Protocol: weft.UDP, Port: 40000, Count: 10, Target: 40000, Backends: many[:1], IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}},
+		{Service: "p", Protocol: weft.UDP, Port: 40005, Count: 2, Target: 50005, Backends: many[1:2], IPs: []netip.Addr{netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")}},
 		{Service: "h", Protocol: weft.TCP, Port: 8080, Target: 80, Host: true, Backends: []ingress.Backend{{Task: "h", Addr: netip.MustParseAddr("172.31.0.5")}}},
 	}
 	within := entry
