@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -92,28 +93,36 @@ func goesPast(p ingress.Published) bool {
 }
 
 // lead is where a published port leads: count ports from port on, to those from
-// target on.
+// target on; at which addresses and for which clients, in words to compare.
 type lead struct {
 	proto        uint32
 	port, target uint16
 	count        uint16
 	backend      vxlan.MAC
 	addr4, addr6 netip.Addr
+	at, allow    string
+}
+
+// leadOf is a lead with the port that it is of.
+type leadOf struct {
+	lead
+	published *ingress.Published
 }
 
 // leads are all of them. Those of one port are found by it.
 type leads struct {
 	all  map[lead]bool
-	one  map[[2]uint32][]lead // by protocol and port
-	wide []lead
+	one  map[[2]uint32][]leadOf // by protocol and port
+	wide []leadOf
 }
 
 // planMesh computes which ports may go past the host, and where their flows may
 // lead to.
 func planMesh(published []ingress.Published) (portBits, leads) {
-	bits, l := portBits{}, leads{all: map[lead]bool{}, one: map[[2]uint32][]lead{}}
-	for _, p := range published {
-		if !goesPast(p) {
+	bits, l := portBits{}, leads{all: map[lead]bool{}, one: map[[2]uint32][]leadOf{}}
+	for i := range published {
+		p := &published[i]
+		if !goesPast(*p) {
 			continue
 		}
 		proto, _ := protocolNumber(p.Protocol)
@@ -121,35 +130,41 @@ func planMesh(published []ingress.Published) (portBits, leads) {
 		for i := range count {
 			bits.set(proto, p.Port+i)
 		}
+		var at, allow string
+		if len(p.IPs)+len(p.Allow) > 0 {
+			at, allow = fmt.Sprint(p.IPs), fmt.Sprint(p.Allow)
+		}
 		for _, b := range p.Backends {
-			d := lead{proto: proto, port: p.Port, target: p.Target, count: count, backend: vxlan.MACOf(b.MAC), addr4: b.Addr, addr6: b.Addr6}
+			d := lead{proto: proto, port: p.Port, target: p.Target, count: count, backend: vxlan.MACOf(b.MAC), addr4: b.Addr, addr6: b.Addr6, at: at, allow: allow}
 			l.all[d] = true
 			if count > 1 {
-				l.wide = append(l.wide, d)
+				l.wide = append(l.wide, leadOf{d, p})
 			} else {
 				k := [2]uint32{proto, uint32(p.Port)}
-				l.one[k] = append(l.one[k], d)
+				l.one[k] = append(l.one[k], leadOf{d, p})
 			}
 		}
 	}
 	return bits, l
 }
 
-// flow is one of the table of requests.
+// flow is one of the table of requests: who asked which address, and where it leads.
 type flow struct {
-	proto        uint32
-	port, target uint16
-	backend      vxlan.MAC
-	addr         netip.Addr
+	proto         uint32
+	client, asked netip.Addr
+	port, target  uint16
+	backend       vxlan.MAC
+	addr          netip.Addr
 }
 
-func (d lead) takes(f flow) bool {
+func (d leadOf) takes(f flow) bool {
 	return d.proto == f.proto && f.port >= d.port && f.port-d.port < d.count && f.port-d.port == f.target-d.target &&
-		d.backend == f.backend && (d.addr4 == f.addr || d.addr6 == f.addr)
+		d.backend == f.backend && (d.addr4 == f.addr || d.addr6 == f.addr) &&
+		d.published.IsAt(d.published.Protocol, netip.AddrPortFrom(f.asked, f.port)) && d.published.Admits(f.client)
 }
 
-// allows reports whether a flow may stay: its backend is still one of its port's,
-// be it that it drains.
+// allows reports whether a flow may stay: its backend is still one of those of the port
+// that it asked, be it that it drains, and its client may still ask there.
 func (l leads) allows(f flow) bool {
 	for _, d := range l.one[[2]uint32{f.proto, uint32(f.port)}] {
 		if d.takes(f) {
@@ -176,12 +191,12 @@ func (l leads) lost(before leads) bool {
 
 // flowOf is the flow of an entry of requests, and of one of answers.
 func flowOf(key endsValue, to turnValue, isAnswer bool) flow {
-	port, target, addr := key.HPort, to.HPort, to.Host
+	port, target, asked, addr := key.HPort, to.HPort, key.Host, to.Host
 	if isAnswer {
-		port, target, addr = to.HPort, key.HPort, key.Host
+		port, target, asked, addr = to.HPort, key.HPort, to.Host, key.Host
 	}
 	return flow{
-		proto: key.Proto, port: uint16(port[0])<<8 | uint16(port[1]), target: uint16(target[0])<<8 | uint16(target[1]),
+		proto: key.Proto, client: netip.AddrFrom16(key.Client).Unmap(), asked: netip.AddrFrom16(asked).Unmap(), port: uint16(port[0])<<8 | uint16(port[1]), target: uint16(target[0])<<8 | uint16(target[1]),
 		backend: to.MAC, addr: netip.AddrFrom16(addr).Unmap(),
 	}
 }

@@ -15,6 +15,11 @@ import (
 	"github.com/weftnet/weft/vxlan"
 )
 
+var (
+	meshHosts   = []netip.Addr{netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("198.18.0.2")}
+	meshClients = []netip.Addr{netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("203.0.113.9")}
+)
+
 func drawPublished(r *rapid.T) []ingress.Published {
 	var out []ingress.Published
 	for range rapid.IntRange(0, 4).Draw(r, "ports") {
@@ -22,6 +27,12 @@ func drawPublished(r *rapid.T) []ingress.Published {
 			Protocol: rapid.SampledFrom([]weft.Protocol{weft.TCP, weft.UDP, weft.SCTP}).Draw(r, "protocol"),
 			Port:     uint16(rapid.IntRange(30000, 30006).Draw(r, "port")), Target: uint16(rapid.IntRange(80, 84).Draw(r, "target")),
 			Count: uint16(rapid.IntRange(0, 3).Draw(r, "count")), HideClient: rapid.IntRange(0, 3).Draw(r, "hidden") == 0, Host: rapid.IntRange(0, 5).Draw(r, "host") == 0,
+		}
+		if rapid.Bool().Draw(r, "bound") {
+			p.IPs = meshHosts[rapid.IntRange(0, 1).Draw(r, "address"):]
+		}
+		if rapid.Bool().Draw(r, "limited") {
+			p.Allow = []netip.Prefix{netip.PrefixFrom(meshClients[rapid.IntRange(0, 1).Draw(r, "client")], 24)}
 		}
 		for n := range 3 {
 			if rapid.Bool().Draw(r, "backend") {
@@ -44,6 +55,9 @@ func meshBackend(n int, drains bool) ingress.Backend {
 // slowAllows asks every port of every entry of the table.
 func slowAllows(published []ingress.Published, f flow) bool {
 	for _, p := range published {
+		if len(p.IPs) > 0 && !slices.Contains(p.IPs, f.asked) || len(p.Allow) > 0 && !p.Allow[0].Contains(f.client) {
+			continue
+		}
 		if p.Host || p.HideClient || p.Protocol == weft.TCP && f.proto != 6 || p.Protocol == weft.UDP && f.proto != 17 || p.Protocol == weft.SCTP {
 			continue
 		}
@@ -69,8 +83,10 @@ func TestFlowsOfTables(t *testing.T) {
 				for n := range 3 {
 					b := meshBackend(n, false)
 					for _, a := range []netip.Addr{b.Addr, b.Addr6} {
-						if a.IsValid() {
-							every = append(every, flow{proto, port, target, vxlan.MACOf(b.MAC), a})
+						for i := range meshHosts {
+							if a.IsValid() {
+								every = append(every, flow{proto, meshClients[i], meshHosts[0], port, target, vxlan.MACOf(b.MAC), a}, flow{proto, meshClients[i], meshHosts[1], port, target, vxlan.MACOf(b.MAC), a})
+							}
 						}
 					}
 				}

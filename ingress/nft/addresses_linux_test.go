@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -235,4 +236,75 @@ func TestBothModesAtTwoAddresses(t *testing.T) {
 	m.otherAddrs()
 	m.wantAt("mode host", 8080, "leg0", meshClient, meshClient6, "192.0.2.1", "2001:db8:0::1")
 	m.wantAt("the mesh", 8080, string(b.Task), meshClient, meshClient6, otherHost, otherHost6)
+}
+
+// TestNarrowedPortEndsFlows: what a client has running ends when it might not begin it any
+// more, and what others have goes on.
+func TestNarrowedPortEndsFlows(t *testing.T) {
+	m, a, b := addrsMesh(t)
+	foreign := []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:8::/64")}
+	base := []ingress.Published{
+		{Protocol: weft.TCP, Port: 30000, Target: 80, Backends: []ingress.Backend{a}},
+		{Protocol: weft.UDP, Port: 30000, Target: 7, Backends: []ingress.Backend{a}},
+		{Protocol: weft.TCP, Port: 30001, Target: 80, Backends: []ingress.Backend{a, b}}, // leads where the other does
+		{Protocol: weft.UDP, Port: 30001, Target: 7, Backends: []ingress.Backend{a, b}},
+	}
+	here := []string{"192.0.2.1:30000", "[2001:db8:0::1]:30000"}
+	for _, tc := range []struct {
+		name   string
+		change func(*ingress.Published)
+		ends   bool // else the client is seen otherwise, by datagrams at once
+	}{
+		{"not allowed any more", func(p *ingress.Published) { p.Allow = foreign }, true},
+		{"at another address", func(p *ingress.Published) { p.IPs = parsed(otherHost, otherHost6) }, true},
+		{"unpublished", func(p *ingress.Published) { p.Port = 30002 }, true},
+		{"hidden", func(p *ingress.Published) { p.HideClient = true }, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			m := &mesh{fabric: &fabric{t: t, dir: m.dir, br: m.br, tasks: m.tasks}, client: m.client, hosts: m.hosts}
+			m.publish(base...)
+			type running struct {
+				what string
+				udp  bool
+				c    net.Conn
+			}
+			open := func(network, to string) running {
+				c, _, _, err := m.ask(network, to, 0)
+				must(t, err)
+				return running{network + " to " + to, network == "udp", c}
+			}
+			again := func(r running) (seen netip.Addr, err error) {
+				if !r.udp {
+					return netip.Addr{}, echo(r.c)
+				}
+				_, as, err := greeted(r.c, true)
+				return as.Addr(), err
+			}
+			var mine, others []running
+			for _, to := range here {
+				for _, network := range []string{"tcp", "udp"} {
+					mine = append(mine, open(network, to))
+					others = append(others, open(network, strings.TrimSuffix(to, "30000")+"30001"))
+				}
+			}
+			next := append([]ingress.Published(nil), base...)
+			tc.change(&next[0])
+			tc.change(&next[1])
+			m.publish(next...)
+			for _, r := range mine {
+				seen, err := again(r)
+				switch {
+				case tc.ends && !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE):
+					t.Errorf("%s: %v, want an end", r.what, err)
+				case !tc.ends && (err != nil || r.udp && seen != netip.MustParseAddr(legText) && seen != netip.MustParseAddr(leg6Text)):
+					t.Errorf("%s: seen as %s, %v, want the host's own address", r.what, seen, err)
+				}
+			}
+			for _, r := range others {
+				if _, err := again(r); err != nil {
+					t.Errorf("%s, which nobody has changed: %v", r.what, err)
+				}
+			}
+		})
+	}
 }

@@ -249,8 +249,7 @@ func TestChangedPorts(t *testing.T) {
 // TestTrackableAbout: of the flows that were right, what is told from the ports that
 // have changed is what all of them tell.
 func TestTrackableAbout(t *testing.T) {
-	host := netip.MustParseAddr("192.0.2.1")
-	local := map[netip.Addr]bool{host: true}
+	local := map[netip.Addr]bool{hostAddrs[0]: true, hostAddrs[1]: true}
 	misled := 0
 	rapid.Check(t, func(r *rapid.T) {
 		was, is := drawTrackable(r), drawTrackable(r)
@@ -259,7 +258,7 @@ func TestTrackableAbout(t *testing.T) {
 			r.Fatal("ports stand twice")
 		}
 		whole, about := trackableOf(is), trackableAbout(is, append(old, now...))
-		for _, f := range newFlows(was, host) {
+		for _, f := range newFlows(was) {
 			if whole.misled(f, local) {
 				misled++
 			}

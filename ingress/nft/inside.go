@@ -57,6 +57,13 @@ var (
 	askedKey6 = nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetService, nftables.TypeInetService)
 )
 
+// end is where tasks answer: count ports from port on.
+type end struct {
+	proto byte
+	port  uint16
+	count uint16
+}
+
 // wish is what is wanted in one task's namespace: a task's port on the ingress network,
 // its gateway leg, or both. What is not wanted has no link.
 type wish struct {

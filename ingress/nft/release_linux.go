@@ -9,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/weftnet/weft"
 	"github.com/weftnet/weft/ingress"
 )
 
@@ -22,33 +23,43 @@ const dumpTries = 4
 
 // trackable is what tracked flows of published ports may lead to. Connection
 // tracking would send a stream of datagrams to where its backend was for as long
-// as it flows, and a connection into silence.
+// as it flows, and a connection into silence; and it would serve for ever who was once
+// let in.
 type trackable struct {
-	// ranges are the addresses that backends have.
+	// ranges are the addresses that backends have, own the host's own among them,
+	// which hidden clients are seen by.
 	ranges []netip.Prefix
-	// backends by address and ports; those that drain are among them. spans
-	// are those with more than one port.
-	backends map[end]bool
-	spans    []end
-	// open are the published ports that have a backend for new flows.
-	open map[end]bool
-	wide []end
-	// draining are backends that get no new flows, as in backends.
-	draining map[end]bool
+	own    []netip.Addr
+	// ports are the published ports; one finds those that are no range, by protocol and
+	// port, wide are the others.
+	ports map[offer]*ingress.Published
+	one   map[ingress.PortKey][]*ingress.Published
+	wide  []*ingress.Published
+	// twice: a port stands twice in the table.
+	twice bool
+	// backends of ports that were asked for, by address: whether they get no new flows.
+	backends map[*ingress.Published]map[netip.Addr]bool
 	// about, when not nil, is what flows are looked at for: all others are right.
 	about *trackable
 }
 
-// end is one end of flows: count ports from port on, at addr if it matters.
-type end struct {
-	proto byte
-	addr  netip.Addr
-	port  uint16
-	count uint16
+// offer is all of a published port but its backends, to compare.
+type offer struct {
+	protocol            weft.Protocol
+	port, target, count uint16
+	ips, allow          string
+	hides, isHost       bool
 }
 
-func (e end) covers(proto byte, at netip.AddrPort) bool {
-	return e.proto == proto && e.addr == at.Addr() && at.Port() >= e.port && at.Port()-e.port < e.count
+func offerOf(p *ingress.Published) offer {
+	o := offer{protocol: p.Protocol, port: p.Port, target: p.Target, count: max(p.Count, 1), hides: p.HideClient, isHost: p.Host}
+	for _, a := range p.IPs {
+		o.ips += raw(a.Unmap()) + "/"
+	}
+	for _, n := range p.Allow {
+		o.allow += n.String() + " "
+	}
+	return o
 }
 
 // withPorts is the table with other published ports.
@@ -64,13 +75,9 @@ func trackableAbout(t ingress.Table, ports []ingress.Published) trackable {
 	var near []ingress.Published
 	for i := range t.Published {
 		p := &t.Published[i]
-		proto := protocolNumber(p.Protocol)
-		isNear := p.Count > 1 || slices.ContainsFunc(ports, func(o ingress.Published) bool { return o.Protocol == p.Protocol && o.Port == p.Port })
-		for k := 0; k < len(p.Backends) && !isNear; k++ {
-			b := &p.Backends[k]
-			isNear = about.leads(proto, netip.AddrPortFrom(b.Addr, p.Target)) || about.leads(proto, netip.AddrPortFrom(b.Addr6, p.Target))
-		}
-		if isNear {
+		if slices.ContainsFunc(ports, func(o ingress.Published) bool {
+			return o.Protocol == p.Protocol && int(o.Port) < int(p.Port)+int(max(p.Count, 1)) && int(p.Port) < int(o.Port)+int(max(o.Count, 1))
+		}) {
 			near = append(near, *p)
 		}
 	}
@@ -79,42 +86,26 @@ func trackableAbout(t ingress.Table, ports []ingress.Published) trackable {
 	return k
 }
 
-// concerns reports whether a flow is one of those that k may be wrong for.
-func (k trackable) concerns(f tracked) bool {
-	if f.asked == f.answers {
-		return k.opens(f.proto, f.asked.Port())
-	}
-	return k.leads(f.proto, f.answers)
-}
-
 func trackableOf(t ingress.Table) trackable {
-	k := trackable{backends: make(map[end]bool, len(t.Published)), open: make(map[end]bool, len(t.Published)), draining: map[end]bool{}}
+	k := trackable{ports: make(map[offer]*ingress.Published, len(t.Published)), one: map[ingress.PortKey][]*ingress.Published{}, backends: map[*ingress.Published]map[netip.Addr]bool{}}
 	for _, p := range []netip.Prefix{t.Ingress.Addr, t.Ingress.Addr6, t.Gateway.Subnet, t.Gateway.Addr6} {
 		if p.IsValid() {
 			k.ranges = append(k.ranges, p.Masked())
 		}
 	}
-	for _, p := range t.Published {
-		proto, count := protocolNumber(p.Protocol), max(p.Count, 1)
-		for _, b := range p.Backends {
-			for _, a := range []netip.Addr{b.Addr, b.Addr6} {
-				if !a.IsValid() {
-					continue
-				}
-				e := end{proto, a, p.Target, count}
-				if k.backends[e] = true; count > 1 {
-					k.spans = append(k.spans, e)
-				}
-				if b.Draining {
-					k.draining[e] = true
-				}
-			}
-			if !b.Draining {
-				e := end{proto: proto, port: p.Port, count: count}
-				if k.open[e] = true; count > 1 {
-					k.wide = append(k.wide, e)
-				}
-			}
+	k.own = []netip.Addr{t.Ingress.Addr.Addr(), t.Ingress.Addr6.Addr()}
+	for i := range t.Published {
+		p := &t.Published[i]
+		if o := offerOf(p); k.ports[o] == nil {
+			k.ports[o] = p
+		} else {
+			k.twice = true
+		}
+		if p.Count > 1 {
+			k.wide = append(k.wide, p)
+		} else {
+			at := ingress.PortKey{Protocol: p.Protocol, Port: p.Port}
+			k.one[at] = append(k.one[at], p)
 		}
 	}
 	return k
@@ -124,71 +115,122 @@ func trackableOf(t ingress.Table) trackable {
 // under k: then nobody need read the table of connections, which grows with
 // traffic. A nil was is not known.
 func (k trackable) follows(was *trackable) bool {
-	if was == nil || !slices.Equal(k.ranges, was.ranges) {
+	if was == nil || k.twice || was.twice || !slices.Equal(k.ranges, was.ranges) || !slices.Equal(k.own, was.own) {
 		return false
 	}
-	for b := range was.backends {
-		if !k.backends[b] {
+	for o, p := range was.ports {
+		if len(p.Backends) > 0 && !keepsFlows(p, k.ports[o]) {
 			return false
 		}
 	}
-	for b := range k.draining {
-		if !was.draining[b] {
-			return false
-		}
-	}
-	for p := range k.open {
-		if p.proto == unix.IPPROTO_UDP && !was.open[p] { // of others nothing goes on that the host has refused
+	for o, p := range k.ports {
+		if p.Protocol == weft.UDP && isOpen(p) && (was.ports[o] == nil || !isOpen(was.ports[o])) { // of others nothing goes on that the host has refused
 			return false
 		}
 	}
 	return true
 }
 
-// leads reports whether a backend is at one of its ports there.
-func (k trackable) leads(proto byte, to netip.AddrPort) bool {
-	return k.backends[end{proto, to.Addr(), to.Port(), 1}] || slices.ContainsFunc(k.spans, func(e end) bool { return e.covers(proto, to) })
-}
-
-// opens reports whether a published port takes new flows.
-func (k trackable) opens(proto byte, port uint16) bool {
-	at := netip.AddrPortFrom(netip.Addr{}, port)
-	return k.open[end{proto: proto, port: port, count: 1}] || slices.ContainsFunc(k.wide, func(e end) bool { return e.covers(proto, at) })
-}
-
-// drains reports whether the backend there gets no new flows, from any port.
-func (k trackable) drains(proto byte, to netip.AddrPort) bool {
-	for e := range k.draining {
-		if e.covers(proto, to) {
-			return true
+// keepsFlows reports whether all backends of a port are there, and none begins to drain.
+func keepsFlows(was, is *ingress.Published) bool {
+	if is == nil || ingress.SameBackends(was.Backends, is.Backends) {
+		return is != nil
+	}
+	now := drainingOf(is)
+	for a, drained := range drainingOf(was) {
+		if drains, ok := now[a]; !ok || drains && !drained {
+			return false
 		}
 	}
-	return false
+	return true
 }
 
-// tracked is one flow: whom the client asked and who answers.
+// drainingOf are the backends of a port by address, and whether they get no new flows.
+func drainingOf(p *ingress.Published) map[netip.Addr]bool {
+	out := make(map[netip.Addr]bool, 2*len(p.Backends))
+	for _, b := range p.Backends {
+		for _, a := range []netip.Addr{b.Addr, b.Addr6} {
+			if a.IsValid() {
+				out[a] = b.Draining
+			}
+		}
+	}
+	return out
+}
+
+// isOpen reports whether a port takes new flows.
+func isOpen(p *ingress.Published) bool {
+	return slices.ContainsFunc(p.Backends, func(b ingress.Backend) bool { return !b.Draining })
+}
+
+// tracked is one flow: who has asked whom, who answers, and as whom it sees the client.
 type tracked struct {
 	proto          byte
+	client, seen   netip.Addr
 	asked, answers netip.AddrPort
 	isAsking       bool // a connection of which nothing but requests was seen
 }
 
-// misled reports whether f goes where new flows of its kind would not: to a
-// backend that is gone, or that drains and has not been seen to answer, or, of
-// datagrams, to the host itself (local) although the port has a backend by now. The
-// last is what remains of asking while there was none. A connection whose backend has gone is reset with its next packet.
+// port is the published port that a flow has asked; nil = none.
+func (k trackable) port(f tracked) *ingress.Published {
+	name := protocolOf(f.proto)
+	is := func(p *ingress.Published) bool { return p.IsAt(name, f.asked) }
+	for _, of := range [][]*ingress.Published{k.one[ingress.PortKey{Protocol: name, Port: f.asked.Port()}], k.wide} {
+		if i := slices.IndexFunc(of, is); i >= 0 {
+			return of[i]
+		}
+	}
+	return nil
+}
+
+// leads reports whether a port leads a flow to where it goes, and whether the backend there
+// drains.
+func (k trackable) leads(p *ingress.Published, f tracked) (drains, ok bool) {
+	if !p.Admits(f.client) || p.Target+f.asked.Port()-p.Port != f.answers.Port() {
+		return false, false
+	}
+	all, known := k.backends[p]
+	if !known {
+		all = drainingOf(p)
+		k.backends[p] = all
+	}
+	drains, ok = all[f.answers.Addr()]
+	return drains, ok
+}
+
+// misled reports whether f goes where its client could not begin it any more: to a
+// backend that is none of the port's at that address, or that drains and has not been
+// seen to answer, or to any although the client is not allowed. Datagrams are misled,
+// too, that show a client who is to be hidden, or hide one who is not, and those
+// to the host itself (local) although the port has a backend by now, which is what
+// remains of asking while there was none. A connection is reset with its next packet; one that
+// shows or hides its client otherwise goes on as it is.
 func (k trackable) misled(f tracked, local map[netip.Addr]bool) bool {
-	if !local[f.asked.Addr()] || k.about != nil && !k.about.concerns(f) {
+	if !local[f.asked.Addr()] || k.about != nil && k.about.port(f) == nil {
 		return false
 	}
+	p := k.port(f)
 	if f.asked == f.answers {
-		return f.proto == unix.IPPROTO_UDP && k.opens(f.proto, f.asked.Port())
+		return f.proto == unix.IPPROTO_UDP && p != nil && p.Admits(f.client) && isOpen(p)
 	}
-	ours := slices.ContainsFunc(k.ranges, func(p netip.Prefix) bool { return p.Contains(f.answers.Addr()) })
-	if !ours {
-		return false
+	if !slices.ContainsFunc(k.ranges, func(n netip.Prefix) bool { return n.Contains(f.answers.Addr()) }) {
+		return false // not ours
 	}
-	return !k.leads(f.proto, f.answers) || f.isAsking && k.drains(f.proto, f.answers)
+	if p == nil {
+		return true
+	}
+	drains, ok := k.leads(p, f)
+	return !ok || f.isAsking && drains || f.proto == unix.IPPROTO_UDP && !p.Host && k.showsOther(p, f)
+}
+
+// showsOther reports whether the backend sees the client where it is to see the host's own
+// address, or this where it is to see the client. The host's loopback is never seen.
+func (k trackable) showsOther(p *ingress.Published, f tracked) bool {
+	isOwn := slices.Contains(k.own, f.seen)
+	if p.HideClient {
+		return !isOwn && slices.ContainsFunc(k.own, func(a netip.Addr) bool { return a.IsValid() && a.Is6() == f.seen.Is6() })
+	}
+	return isOwn && f.seen != f.client && !f.client.IsLoopback()
 }
 
 // release forgets the misled flows of the calling namespace; their next
@@ -210,9 +252,13 @@ func (k trackable) release() error {
 	match := matchFunc(func(c *netlink.ConntrackFlow) bool {
 		asked, _ := netip.AddrFromSlice(c.Forward.DstIP)
 		answers, _ := netip.AddrFromSlice(c.Reverse.SrcIP)
+		client, _ := netip.AddrFromSlice(c.Forward.SrcIP)
+		seen, _ := netip.AddrFromSlice(c.Reverse.DstIP)
 		tcp, _ := c.ProtoInfo.(*netlink.ProtoInfoTCP)
 		return k.misled(tracked{
 			proto:    c.Forward.Protocol,
+			client:   client.Unmap(),
+			seen:     seen.Unmap(),
 			asked:    netip.AddrPortFrom(asked.Unmap(), c.Forward.DstPort),
 			answers:  netip.AddrPortFrom(answers.Unmap(), c.Reverse.SrcPort),
 			isAsking: tcp != nil && tcp.State == tcpAsking,
@@ -220,7 +266,7 @@ func (k trackable) release() error {
 	})
 	with6 := slices.ContainsFunc(k.ranges, func(p netip.Prefix) bool { return p.Addr().Is6() })
 	if err := forget(match, with6); err != nil {
-		return fmt.Errorf("forget flows tracked to backends that are gone: %w", err)
+		return fmt.Errorf("forget flows of published ports that lead where none may begin: %w", err)
 	}
 	return nil
 }
