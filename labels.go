@@ -111,6 +111,8 @@ func parseIPs(v string) ([]netip.Addr, error) {
 			return nil, fmt.Errorf("%w: %s is IPv4 written as IPv6: write %s", ErrInvalid, text, a.Unmap())
 		case a.IsUnspecified():
 			return nil, fmt.Errorf("%w: %s stands for all addresses: leave the label out", ErrInvalid, text)
+		case a == netip.IPv6Loopback():
+			return nil, fmt.Errorf("%w: %s cannot be published on, as no packet from there leaves its device: write 127.0.0.1, which localhost is, too", ErrInvalid, text)
 		case a.IsMulticast():
 			return nil, fmt.Errorf("%w: %s is a multicast address, which no node has", ErrInvalid, text)
 		case slices.Contains(out, a):

@@ -143,9 +143,10 @@ func (n *Node) HostPorts() []HeldPort {
 	return out
 }
 
-// HasAddr reports whether the host can answer at an address.
+// HasAddr reports whether the host can answer at an address. At ::1 none can: no packet from
+// there leaves its device.
 func (n *Node) HasAddr(a netip.Addr) bool {
-	return a.IsLoopback() || slices.ContainsFunc(n.Description.Addrs, func(h HostAddr) bool { return h.Addr == a })
+	return a.Is4() && a.IsLoopback() || slices.ContainsFunc(n.Description.Addrs, func(h HostAddr) bool { return h.Addr == a })
 }
 
 // Publishes reports whether the host has an address on which a port is published.

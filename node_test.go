@@ -31,3 +31,13 @@ func TestClusterAddr(t *testing.T) {
 		t.Errorf("a node without an address is dialled at %s", got)
 	}
 }
+
+// No packet from ::1 leaves its device, so that nothing can be answered there.
+func TestNodeHasAddr(t *testing.T) {
+	n := weft.Node{Description: weft.NodeDescription{Addrs: []weft.HostAddr{{Interface: "eth0", Addr: netip.MustParseAddr("2001:db8::1")}}}}
+	for text, want := range map[string]bool{"127.0.0.1": true, "127.0.0.2": true, "2001:db8::1": true, "2001:db8::2": false, "10.0.0.1": false, "::1": false} {
+		if got := n.HasAddr(netip.MustParseAddr(text)); got != want {
+			t.Errorf("%s: %v, want %v", text, got, want)
+		}
+	}
+}

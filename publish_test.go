@@ -76,7 +76,7 @@ func TestPublishValidate(t *testing.T) {
 		{"mapped", labelled(map[string]string{"weft.publish.8080.ip": "::ffff:10.1.2.3"}, tcp), ErrInvalid, `Labels["weft.publish.8080.ip"]` + bad},
 		{"multicast", labelled(map[string]string{"weft.publish.8080.ip": "224.0.0.1"}, tcp), ErrInvalid, `Labels["weft.publish.8080.ip"]` + bad},
 		{"address twice", labelled(map[string]string{"weft.publish.8080.ip": "10.1.2.3,10.1.2.3"}, tcp), ErrInvalid, `Labels["weft.publish.8080.ip"]` + bad},
-		{"host on IPv6", labelled(map[string]string{"weft.publish.8080.ip": "::1"}, host(tcp)), ErrUnsupported, "EndpointSpec.Ports[0].PublishMode: unsupported: host answers on IPv4 only, and the port is bound to ::1"},
+		{"loopback of IPv6", labelled(map[string]string{"weft.publish.8080.ip": "127.0.0.1,::1"}, tcp), ErrInvalid, `Labels["weft.publish.8080.ip"]` + bad + "::1 cannot be published on, as no packet from there leaves its device: write 127.0.0.1"},
 		{"interface", labelled(map[string]string{"weft.publish.8080.interface": "eth0,eth1"}, tcp), ErrInvalid, `Labels["weft.publish.8080.interface"]` + bad},
 		{"long interface", labelled(map[string]string{"weft.publish.8080.interface": "sixteencharacter"}, tcp), ErrInvalid, `Labels["weft.publish.8080.interface"]` + bad},
 		{"allow without length", labelled(map[string]string{"weft.publish.8080.allow": "10.1.2.3"}, tcp), ErrInvalid, `Labels["weft.publish.8080.allow"]` + bad + `"10.1.2.3" has no prefix length: write 10.1.2.3/32`},

@@ -25,7 +25,7 @@ func (d *deriver) bound(p *weft.PortSpec) (ips []netip.Addr, here bool) {
 		return nil, true
 	}
 	for _, a := range p.IPs {
-		if a.IsLoopback() || slices.ContainsFunc(d.in.HostAddrs, func(h weft.HostAddr) bool { return h.Addr == a }) {
+		if a.Is4() && a.IsLoopback() || slices.ContainsFunc(d.in.HostAddrs, func(h weft.HostAddr) bool { return h.Addr == a }) {
 			ips = append(ips, a)
 		}
 	}
@@ -36,7 +36,7 @@ func (d *deriver) bound(p *weft.PortSpec) (ips []netip.Addr, here bool) {
 			}
 		}
 		if p.Interface == "lo" {
-			ips = append(ips, netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback())
+			ips = append(ips, netip.AddrFrom4([4]byte{127, 0, 0, 1})) // at ::1 nothing can be answered
 		}
 		slices.SortFunc(ips, netip.Addr.Compare)
 		ips = slices.Compact(ips)

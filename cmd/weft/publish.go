@@ -124,6 +124,8 @@ func parsePublish(text string) (*publishWish, error) {
 			return nil, fmt.Errorf("%q is no address", ip)
 		case a.IsUnspecified():
 			return nil, fmt.Errorf("%s stands for all addresses: leave it out", ip)
+		case a == netip.IPv6Loopback():
+			return nil, fmt.Errorf("%s cannot be published on, as no packet from there leaves its device: write 127.0.0.1, which localhost is, too", ip)
 		}
 	}
 	return w, nil
@@ -152,7 +154,7 @@ func (w *publishWish) short(text string) error {
 			bare, isSix = strings.CutSuffix(bare, "]")
 		}
 		if a, err := netip.ParseAddr(bare); err != nil || a.Is6() != isSix {
-			return fmt.Errorf("%q is no address: write 127.0.0.1:8080:80 or [::1]:8080:80", addr)
+			return fmt.Errorf("%q is no address: write 127.0.0.1:8080:80 or [2001:db8::1]:8080:80", addr)
 		}
 		w.ips = []string{bare}
 		if rest == "" {

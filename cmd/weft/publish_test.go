@@ -42,14 +42,14 @@ func TestPublish(t *testing.T) {
 		{"8000-8001:80-81", []swarm.PortConfig{port(8000, 80), port(8001, 81)}, nil, ""},
 		{"80-81", []swarm.PortConfig{port(0, 80), port(0, 81)}, nil, ""},
 		{"127.0.0.1:8080:80", []swarm.PortConfig{port(8080, 80)}, label("8080.ip", "127.0.0.1"), ""},
-		{"[::1]:8080:80", []swarm.PortConfig{port(8080, 80)}, label("8080.ip", "::1"), ""},
+		{"[2001:db8::1]:8080:80", []swarm.PortConfig{port(8080, 80)}, label("8080.ip", "2001:db8::1"), ""},
 		{"10.0.0.1::80/udp", []swarm.PortConfig{port(0, 80, "udp")}, label("80.ip", "10.0.0.1"), ""},
 		{"127.0.0.1:8000-8001:80-81", []swarm.PortConfig{port(8000, 80), port(8001, 81)}, label("8000-8001.ip", "127.0.0.1"), ""},
 		{"published=8080,target=80", []swarm.PortConfig{port(8080, 80)}, nil, ""},
 		{"mode=host,target=80,published=8080,protocol=udp", []swarm.PortConfig{port(8080, 80, "host", "udp")}, nil, ""},
 		{"mode=host,target=80", []swarm.PortConfig{port(0, 80, "host")}, nil, ""},
 		{"ip=127.0.0.1,published=8080,target=80,allow=10.0.0.0/8", []swarm.PortConfig{port(8080, 80)}, label("8080.ip", "127.0.0.1", "8080.allow", "10.0.0.0/8"), ""},
-		{"ip=127.0.0.1,ip=[::1],target=80,allow=10.0.0.0/8,allow=fd00::/8", []swarm.PortConfig{port(0, 80)}, label("80.ip", "127.0.0.1,::1", "80.allow", "10.0.0.0/8,fd00::/8"), ""},
+		{"ip=127.0.0.1,ip=[fd00::1],target=80,allow=10.0.0.0/8,allow=fd00::/8", []swarm.PortConfig{port(0, 80)}, label("80.ip", "127.0.0.1,fd00::1", "80.allow", "10.0.0.0/8,fd00::/8"), ""},
 		{"interface=eth0,target=80-81,published=80-81", []swarm.PortConfig{port(80, 80), port(81, 81)}, label("80-81.interface", "eth0"), ""},
 
 		{"", nil, nil, `"" is no port`},
@@ -58,7 +58,9 @@ func TestPublish(t *testing.T) {
 		{":80", nil, nil, `"" is no port`},
 		{"8080:70000", nil, nil, "1 to 65535"},
 		{"80-", nil, nil, `"" is no port`},
-		{"::1:8080:80", nil, nil, `"::1" is no address: write 127.0.0.1:8080:80 or [::1]:8080:80`},
+		{"::1:8080:80", nil, nil, `"::1" is no address: write 127.0.0.1:8080:80 or [2001:db8::1]:8080:80`},
+		{"[::1]:8080:80", nil, nil, "::1 cannot be published on, as no packet from there leaves its device: write 127.0.0.1"},
+		{"ip=127.0.0.1,ip=::1,target=80", nil, nil, "::1 cannot be published on"},
 		{"[127.0.0.1]:8080:80", nil, nil, "is no address"},
 		{"[::1:8080:80", nil, nil, "is no address"},
 		{"host:8080:80", nil, nil, "is no address"},
@@ -87,7 +89,7 @@ func TestPublish(t *testing.T) {
 }
 
 func FuzzPublish(f *testing.F) {
-	for _, s := range []string{"80", "[::1]:8080-8081:80-81/udp", "ip=127.0.0.1,target=80,mode=host", "a::b", "-:-", "=,="} {
+	for _, s := range []string{"80", "[fd00::1]:8080-8081:80-81/udp", "ip=127.0.0.1,target=80,mode=host", "a::b", "-:-", "=,="} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
