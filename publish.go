@@ -240,9 +240,6 @@ func (p *PortSpec) validate(field string) error {
 	case len(p.Name) > maxObjectName || strings.ContainsFunc(p.Name, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return invalid(field+".Name", "%q: at most %d characters, none of them a control character", p.Name, maxObjectName)
 	}
-	if i := slices.IndexFunc(p.IPs, netip.Addr.Is6); p.Mode == PublishHost && i >= 0 {
-		return at(field+".PublishMode", fmt.Errorf("%w: host answers on IPv4 only, and the port is bound to %s: use ingress", ErrUnsupported, p.IPs[i]))
-	}
 	return nil
 }
 

@@ -52,6 +52,7 @@ func TestPublishValidate(t *testing.T) {
 		{"dnsrr in mode host", func(s *ServiceSpec) { s.EndpointMode, s.Ports = EndpointDNSRR, []PortSpec{host(tcp)} }, nil, ""},
 		{"dnsrr in both modes", func(s *ServiceSpec) { s.EndpointMode, s.Ports = EndpointDNSRR, []PortSpec{host(tcp), chosen} }, ErrInvalid, "EndpointSpec.Mode" + bad},
 
+		{"host on IPv6", labelled(map[string]string{"weft.publish.8080.ip": "10.1.2.3,2001:db8::1"}, host(tcp)), nil, ""},
 		{"ip", labelled(map[string]string{"weft.publish.8080.ip": "10.1.2.3,127.0.0.1,2001:db8::1"}, tcp), nil, ""},
 		{"ip of a chosen port", labelled(map[string]string{"weft.publish.80.ip": "10.1.2.3"}, chosen), nil, ""},
 		{"ip of a part", labelled(map[string]string{"weft.publish.10000-10009.ip": "10.1.2.3", "weft.publish.10010.ip": "10.1.2.4"}, media), nil, ""},

@@ -69,6 +69,8 @@ func TestPublished(t *testing.T) {
 		{"interface of another host", false, []weft.PortSpec{mesh(weft.PortSpec{Target: 80, Published: 8080, Interface: "eth7"})}, nil, nil},
 		{"loopback interface", false, []weft.PortSpec{mesh(weft.PortSpec{Target: 80, Published: 8080, Interface: "lo"})}, nil,
 			[]ingress.Published{{Service: "web", Protocol: weft.TCP, Port: 8080, Target: 80, IPs: ips("127.0.0.1"), Backends: backends}}},
+		{"mode host on IPv6", false, nil, []LocalTask{localHost(1, weft.EndpointReady, "172.31.240.2", host(weft.PortSpec{Target: 80, Published: 9000, IPs: ips("2001:db8::1")}))},
+			[]ingress.Published{{Service: "own", Protocol: weft.TCP, Port: 9000, Target: 80, Host: true, HideClient: true, IPs: ips("2001:db8::1"), Backends: gateway(1, false)}}},
 		{"mode host", false, nil, []LocalTask{localHost(1, weft.EndpointReady, "172.31.240.2", host(weft.PortSpec{Target: 80, Published: 9000, Allow: allow}))},
 			[]ingress.Published{{Service: "own", Protocol: weft.TCP, Port: 9000, Target: 80, Host: true, Allow: allow, HideClient: true, Backends: gateway(1, false)}}},
 		{"mode host that is starting", false, nil, []LocalTask{localHost(1, weft.EndpointStarting, "172.31.240.2", host(weft.PortSpec{Target: 80, Published: 9000}))},
