@@ -270,6 +270,18 @@ type fakeBalancer struct {
 
 	mu    sync.Mutex
 	table ingress.Table
+	lacks string // why it answers no port of SCTP; "" = it does
+}
+
+func (b *fakeBalancer) Unanswered(t ingress.Table) (out []ingress.Unanswered) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, p := range t.Published {
+		if p.Protocol == weft.SCTP && b.lacks != "" {
+			out = append(out, ingress.Unanswered{Published: p, Addrs: p.IPs, Reason: b.lacks})
+		}
+	}
+	return out
 }
 
 func (b *fakeBalancer) Name() string                { return "fake" }

@@ -35,9 +35,11 @@ type hands struct {
 	// deriver made it; by prime first, before run.
 	deriver netstate.Deriver
 
-	// Owned by the pass: what the last one left in the kernel, and that it surely did.
-	have    vxlan.State
-	isSound bool
+	// Owned by the pass: what the last one left in the kernel, and that it surely did;
+	// the published ports that it has said not to be answered here.
+	have       vxlan.State
+	isSound    bool
+	unanswered map[string]bool
 }
 
 // step is how far a pass is.
@@ -186,6 +188,7 @@ func (p *plane) apply(ctx context.Context, out netstate.Output) ([]vxlan.State, 
 	}
 	h.have = both
 	err = errors.Join(err, p.balancer.Apply(ctx, out.Ingress))
+	p.sayUnanswered(ingress.UnansweredBy(p.balancer, out.Ingress))
 	if netstate.Adds(both, out.Overlay) {
 		p.report(ctx, step{holds: h.sure(out.Overlay), named: out.Overlay})
 		failed := p.overlay.Apply(ctx, out.Overlay)

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/weftnet/weft"
+	"github.com/weftnet/weft/ingress"
 )
 
 // boundPorts logs what the host's processes bind although this node publishes it: a
@@ -61,4 +62,35 @@ func (m *model) bound(listeners []weft.Listener, addrs []weft.HostAddr) []string
 	}
 	slices.Sort(out)
 	return out
+}
+
+// sayUnanswered logs the published ports that the balancer does not answer on this node.
+// Each is said once, until it is answered or gone. It is called by the pass.
+func (p *plane) sayUnanswered(ports []ingress.Unanswered) {
+	said := p.hands.unanswered
+	p.hands.unanswered = nil
+	for i := range ports {
+		u := &ports[i]
+		port := weft.PortSpec{Protocol: u.Protocol, Published: u.Port, Count: u.Count}.String()
+		if len(u.Addrs) > 0 {
+			port += fmt.Sprintf(" at %v", u.Addrs)
+		}
+		key := fmt.Sprint(u.Service, port, u.Reason)
+		if p.hands.unanswered == nil {
+			p.hands.unanswered = map[string]bool{}
+		}
+		if p.hands.unanswered[key] = true; !said[key] {
+			p.log.Warn("a published port is not answered on this node", weft.KeyService, p.serviceName(u.Service), "port", port, "reason", u.Reason)
+		}
+	}
+}
+
+// serviceName is what people call a service; one that is gone has its id alone.
+func (p *plane) serviceName(id weft.ID) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.model; s != nil && s.Services[id].Name != "" {
+		return s.Services[id].Name
+	}
+	return string(id)
 }

@@ -121,3 +121,35 @@ func TestLaterBindIsLogged(t *testing.T) {
 		}
 	})
 }
+
+// TestUnansweredPortIsLogged: what this node cannot answer is said once, with the service,
+// and again when it was answered in between.
+func TestUnansweredPortIsLogged(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		lack := func(why string) {
+			r.balancer.mu.Lock()
+			r.balancer.lacks = why
+			r.balancer.mu.Unlock()
+			settle(20 * time.Second)
+		}
+		said := func() int {
+			return strings.Count(r.log.String(), `msg="a published port is not answered on this node" service=web port="5060/sctp at [10.99.0.1]" reason="no SCTP here"`)
+		}
+		lack("no SCTP here")
+		one := testTask(1, front)
+		one.Ports = []weft.PortSpec{
+			{Protocol: weft.TCP, Target: 80, Published: 8080, Mode: weft.PublishHost},
+			{Protocol: weft.SCTP, Target: 5060, Published: 5060, Mode: weft.PublishHost, IPs: []netip.Addr{vtepA}},
+		}
+		r.running(one)
+		settle(20 * time.Second)
+		if n := said(); n != 1 || strings.Contains(r.log.String(), "8080/tcp") {
+			t.Errorf("said %d times, want once, of SCTP alone:\n%s", n, r.log.String())
+		}
+		lack("")
+		lack("no SCTP here")
+		if n := said(); n != 2 {
+			t.Errorf("said %d times, want once more:\n%s", n, r.log.String())
+		}
+	})
+}

@@ -19,3 +19,21 @@ func (p *Published) IsAt(protocol weft.Protocol, asked netip.AddrPort) bool {
 func (p *Published) Admits(client netip.Addr) bool {
 	return len(p.Allow) == 0 || slices.ContainsFunc(p.Allow, func(n netip.Prefix) bool { return n.Contains(client.Unmap()) })
 }
+
+// Unanswered is a published port that an engine does not answer on this host.
+type Unanswered struct {
+	Published
+	// Addrs are those of its addresses at which it is not answered; none = all that it
+	// would be answered at.
+	Addrs  []netip.Addr
+	Reason string
+}
+
+// UnansweredBy are the ports of a table that an engine leaves out, because the host or
+// the network lacks what they need. Engines that leave out any have the method.
+func UnansweredBy(e Engine, t Table) []Unanswered {
+	if a, ok := e.(interface{ Unanswered(Table) []Unanswered }); ok {
+		return a.Unanswered(t)
+	}
+	return nil
+}

@@ -29,6 +29,9 @@ func (s Split) Note() string {
 	return strings.Join(notes, "; ")
 }
 
+// Unanswered are the published ports that the second engine does not answer.
+func (s Split) Unanswered(t Table) []Unanswered { return UnansweredBy(s.Published, t) }
+
 // Name implements Engine.
 func (s Split) Name() string { return s.Services.Name() }
 

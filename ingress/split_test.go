@@ -43,3 +43,27 @@ func TestSplitTellsHowConnectionsCome(t *testing.T) {
 		}
 	}
 }
+
+// leaves is an engine that leaves out all ports.
+type leaves struct{ ingress.Engine }
+
+func (leaves) Unanswered(t ingress.Table) (out []ingress.Unanswered) {
+	for _, p := range t.Published {
+		out = append(out, ingress.Unanswered{Published: p})
+	}
+	return out
+}
+
+// What is not answered is the second engine's to say.
+func TestSplitTellsWhatIsNotAnswered(t *testing.T) {
+	table := ingress.Table{Published: []ingress.Published{{Port: 80}}}
+	for _, second := range []bool{false, true} {
+		s := ingress.Split{Services: leaves{ingresstest.New()}, Published: ingresstest.New()}
+		if second {
+			s.Services, s.Published = s.Published, s.Services
+		}
+		if got := ingress.UnansweredBy(s, table); (len(got) == 1 && got[0].Port == 80) != second {
+			t.Errorf("the second engine leaves out the port: %t, and Split tells %+v", second, got)
+		}
+	}
+}

@@ -122,6 +122,11 @@ func (m *Mesh) Note() string {
 	return strings.Join(notes, "; ")
 }
 
+// Unanswered are the published ports that the other engine does not answer.
+func (m *Mesh) Unanswered(t ingress.Table) []ingress.Unanswered {
+	return ingress.UnansweredBy(m.table, t)
+}
+
 // Probe implements ingress.Engine: only the other engine must work.
 func (m *Mesh) Probe(ctx context.Context) error {
 	if err := m.table.Probe(ctx); err != nil {

@@ -287,3 +287,21 @@ func TestMeshLayouts(t *testing.T) {
 		t.Errorf("the programs have %d maps, want %d", len(spec.Maps), want)
 	}
 }
+
+// leaves is an engine that leaves out all ports.
+type leaves struct{ ingress.Engine }
+
+func (leaves) Unanswered(ingress.Table) []ingress.Unanswered {
+	return []ingress.Unanswered{{Reason: "none"}}
+}
+
+// What the engine below does not answer is not answered.
+func TestMeshTellsWhatIsNotAnswered(t *testing.T) {
+	m, err := NewMesh(MeshConfig{Node: "n", Dir: "/nowhere", Table: leaves{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := ingress.UnansweredBy(m, ingress.Table{}); len(got) != 1 || got[0].Reason != "none" {
+		t.Errorf("%+v", got)
+	}
+}

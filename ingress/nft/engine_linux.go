@@ -93,7 +93,41 @@ func (e *Engine) Note() string {
 	if !e.lacksSCTP {
 		return ""
 	}
-	return "this kernel does not track connections of SCTP (CONFIG_NF_CT_PROTO_SCTP), so ports of SCTP are not published"
+	return noSCTP + ", so ports of SCTP are not published"
+}
+
+const noSCTP = "this kernel does not track connections of SCTP (CONFIG_NF_CT_PROTO_SCTP)"
+
+// Unanswered are the published ports that Apply leaves out, and those of which it leaves
+// out addresses that they are bound to. What an unbound port lacks is the Note's to say,
+// and what is yet to be made (the ingress network's leg, the gateway bridge) is not missing.
+func (e *Engine) Unanswered(t ingress.Table) []ingress.Unanswered {
+	var out []ingress.Unanswered
+	for i := range t.Published {
+		p := &t.Published[i]
+		if p.Protocol == weft.SCTP && e.lacksSCTP {
+			out = append(out, ingress.Unanswered{Published: *p, Reason: noSCTP})
+			continue
+		}
+		six := ipv6.boundTo(*p)
+		if why := e.lacks6(&t, p.Host); len(six) > 0 && why != "" {
+			out = append(out, ingress.Unanswered{Published: *p, Addrs: six, Reason: why})
+		}
+	}
+	return out
+}
+
+// lacks6 is why ports, of mode host or of the mesh, are not answered on IPv6; "" = they are.
+func (e *Engine) lacks6(t *ingress.Table, isHost bool) string {
+	switch {
+	case !e.ip6:
+		return "this kernel does not translate IPv6"
+	case isHost && t.Gateway.Bridge != "" && !t.Gateway.Addr6.IsValid():
+		return "the host has no IPv6 behind its gateway bridge"
+	case !isHost && t.Ingress.Link != "" && !t.Ingress.Addr6.IsValid():
+		return "the ingress network has no IPv6"
+	}
+	return ""
 }
 
 // Name implements ingress.Engine.

@@ -284,3 +284,41 @@ func checkIntervals(r *rapid.T, s set) {
 		r.Fatalf("set %s: the last interval has no end: %q", s.name, s.elements)
 	}
 }
+
+// TestUnanswered: a port that is left out is named, with those of its addresses that are.
+func TestUnanswered(t *testing.T) {
+	p := func(proto weft.Protocol, host bool, ips ...netip.Addr) ingress.Published {
+		return ingress.Published{Protocol: proto, Port: 80, Host: host, IPs: ips}
+	}
+	two := netip.MustParsePrefix("10.0.16.250/24")
+	six := netip.MustParsePrefix("fd00::1/64")
+	both := ingress.Table{Ingress: ingress.Entry{Link: "leg", Addr: two, Addr6: six}, Gateway: ingress.Gateway{Bridge: "gw", Addr6: six}}
+	four := ingress.Table{Ingress: ingress.Entry{Link: "leg", Addr: two}, Gateway: ingress.Gateway{Bridge: "gw"}}
+	const noTranslation, noNetwork, noBridge = "this kernel does not translate IPv6", "the ingress network has no IPv6", "the host has no IPv6 behind its gateway bridge"
+	for name, tc := range map[string]struct {
+		e      Engine
+		t      ingress.Table
+		p      ingress.Published
+		reason string
+		addrs  []netip.Addr
+	}{
+		"all there":                      {Engine{ip6: true}, both, p(weft.SCTP, false, hostAddrs...), "", nil},
+		"no SCTP":                        {Engine{ip6: true, lacksSCTP: true}, both, p(weft.SCTP, false), noSCTP, nil},
+		"no SCTP, a port of TCP":         {Engine{ip6: true, lacksSCTP: true}, both, p(weft.TCP, false), "", nil},
+		"no translation":                 {Engine{}, both, p(weft.TCP, false, hostAddrs...), noTranslation, hostAddrs[3:]},
+		"no translation, mode host":      {Engine{}, both, p(weft.TCP, true, hostAddrs[3]), noTranslation, hostAddrs[3:4]},
+		"no translation, bound to IPv4":  {Engine{}, both, p(weft.TCP, false, hostAddrs[:2]...), "", nil},
+		"no translation, bound nowhere":  {Engine{}, both, p(weft.TCP, false), "", nil},
+		"network without":                {Engine{ip6: true}, four, p(weft.UDP, false, hostAddrs...), noNetwork, hostAddrs[3:]},
+		"bridge without":                 {Engine{ip6: true}, four, p(weft.UDP, true, hostAddrs...), noBridge, hostAddrs[3:]},
+		"neither network nor bridge yet": {Engine{ip6: true}, ingress.Table{}, p(weft.UDP, true, hostAddrs...), "", nil},
+	} {
+		tc.t.Published = []ingress.Published{tc.p}
+		got := tc.e.Unanswered(tc.t)
+		switch {
+		case tc.reason == "" && len(got) == 0:
+		case len(got) != 1 || got[0].Reason != tc.reason || got[0].Port != 80 || !slices.Equal(got[0].Addrs, tc.addrs):
+			t.Errorf("%s: %+v, want %q at %v", name, got, tc.reason, tc.addrs)
+		}
+	}
+}
