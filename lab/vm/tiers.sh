@@ -208,7 +208,7 @@ lab_tier() {
 
 lab_tier 2-lab 'Lab|Faults'
 # The must-hold tests on the engine that is not this machine's first choice.
-lab_tier 2-lab-bridge '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU|TestLabMeshKeepsClients|TestLabMustHold|TestLabRollingUpdates)$' WEFT_TEST_OVERLAY=bridge
+lab_tier 2-lab-bridge '^(TestLabDemo|TestLabDocker|TestLabForeign|TestLabRepairs|TestLabEncryptedNetwork|TestLabTwoFamilies|TestLabIPv6Underlay|TestFaultsAdoption|TestFaultsKillWhileBusy|TestFaultsReuse|TestFaultsMTU|TestLabMeshKeepsClients|TestLabMustHold|TestLabPublishedToSome|TestLabRollingUpdates)$' WEFT_TEST_OVERLAY=bridge
 
 if [ -n "$vm" ]; then
   finish 3-vm "${guests[@]}"
