@@ -144,12 +144,11 @@ func (n *named) match(name string, info []byte) {
 	const isNot, isDestination, isEither = 0x02, 1, 2
 	switch {
 	case name == "tcp" && len(info) >= 12 || name == "udp" && len(info) >= 9:
-		flags := info[len(info)-1]
+		protocol, flags := weft.UDP, info[8]
 		if name == "tcp" {
-			n.protocols, flags = append(n.protocols, weft.TCP), info[11]
-		} else {
-			n.protocols, flags = append(n.protocols, weft.UDP), info[8]
+			protocol, flags = weft.TCP, info[11]
 		}
+		n.protocols = append(n.protocols, protocol)
 		if s := (portSpan{port(4), port(6)}); flags&isNot == 0 && s != (portSpan{0, 1<<16 - 1}) {
 			n.spans = append(n.spans, s)
 		}
