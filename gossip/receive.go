@@ -220,14 +220,14 @@ func (c *core) useWaiting(now time.Time, n *network, owner weft.ID) {
 	k := key{n.id, owner}
 	for again := true; again; {
 		again = false
-		w := c.waiting.take(k)
+		w, since := c.waiting.take(k)
 		for i, m := range w {
 			if !m.stamp.newer(c.stampOf(n.id, owner)) {
 				continue
 			}
 			if c.use(now, owner, n, m) {
 				for _, rest := range w[i+1:] {
-					c.waiting.hold(now, k, rest)
+					c.waiting.hold(since, k, rest)
 				}
 				again = true
 				break

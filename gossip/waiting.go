@@ -32,11 +32,11 @@ type waiters struct {
 
 func newWaiting() waiting { return waiting{byKey: map[key]*waiters{}} }
 
-// hold keeps an update, if there is room.
-func (w *waiting) hold(now time.Time, k key, m *update) {
+// hold keeps an update, if there is room; since counts for the first one of a table.
+func (w *waiting) hold(since time.Time, k key, m *update) {
 	of := w.byKey[k]
 	if of == nil {
-		of = &waiters{since: now}
+		of = &waiters{since: since}
 	}
 	if len(of.updates) >= maxWaiting || w.bytes+len(m.body) > waitingBytes {
 		return
@@ -46,17 +46,17 @@ func (w *waiting) hold(now time.Time, k key, m *update) {
 	w.bytes += len(m.body)
 }
 
-// take returns those of a table, which are no longer kept.
-func (w *waiting) take(k key) []*update {
+// take returns those of a table, which are no longer kept, and since when they waited.
+func (w *waiting) take(k key) (updates []*update, since time.Time) {
 	of := w.byKey[k]
 	if of == nil {
-		return nil
+		return nil, time.Time{}
 	}
 	delete(w.byKey, k)
 	for _, m := range of.updates {
 		w.bytes -= len(m.body)
 	}
-	return of.updates
+	return of.updates, of.since
 }
 
 // drop forgets those of a network.

@@ -2,6 +2,7 @@ package orchestrator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -78,6 +79,7 @@ func (t *term) fixGroup() (busy bool, err error) {
 			return true, wrapGroup("remove manager", s.ID, t.raft.RemoveServer(s.ID, f.Index(), groupTimeout))
 		}
 	}
+	var failed []error // what one manager cannot have yet, as another has it, must not keep that one from moving
 	for _, id := range sortedServers(want) {
 		s, ok := have[id]
 		switch {
@@ -85,7 +87,12 @@ func (t *term) fixGroup() (busy bool, err error) {
 			t.log.Info("manager joins the raft group without a vote", weft.KeyNode, id)
 			return true, wrapGroup("add manager", id, t.raft.AddNonvoter(id, want[id], f.Index(), groupTimeout))
 		case s.Address != want[id] && s.Suffrage == raft.Voter:
-			return true, wrapGroup("move manager", id, t.raft.AddVoter(id, want[id], f.Index(), groupTimeout))
+			if err := wrapGroup("move manager", id, t.raft.AddVoter(id, want[id], f.Index(), groupTimeout)); err != nil {
+				failed = append(failed, err)
+				continue
+			}
+			t.log.Info("manager has another address in the raft group", weft.KeyNode, id)
+			return true, errors.Join(failed...)
 		case s.Suffrage == raft.Voter:
 			continue
 		case t.m.peers.progress(id).last+catchUpEntries >= t.raft.LastIndex() && t.m.peers.progress(id).last > 0:
@@ -95,7 +102,7 @@ func (t *term) fixGroup() (busy bool, err error) {
 			busy = true
 		}
 	}
-	return busy, nil
+	return busy, errors.Join(failed...)
 }
 
 func wrapGroup(what string, id raft.ServerID, f raft.IndexFuture) error {

@@ -38,13 +38,19 @@ type named struct {
 	protocols []weft.Protocol // none: it does not say
 	spans     []portSpan
 	chains    []string
+	// accepts: it lets in what it is about; isNarrow: that is more than a port.
+	accepts, isNarrow bool
 }
+
+// nfAccept is NF_ACCEPT (linux/netfilter.h).
+const nfAccept = 1
 
 // What a register holds, as far as it matters here.
 type load uint8
 
 const (
-	loadsOther load = iota
+	loadsOther  load = iota
+	loadsFamily      // of the packet, or something else that narrows nothing
 	loadsProtocol
 	loadsPort
 )
@@ -59,14 +65,23 @@ func input(rule []expression, sets func(name string) []setElement) (n named) {
 		switch e.name {
 		case "meta":
 			regs[a.number(unix.NFTA_META_DREG)] = loadsOther
-			if a.number(unix.NFTA_META_KEY) == unix.NFT_META_L4PROTO {
+			switch a.number(unix.NFTA_META_KEY) {
+			case unix.NFT_META_L4PROTO:
 				regs[a.number(unix.NFTA_META_DREG)] = loadsProtocol
+			case unix.NFT_META_NFPROTO:
+				regs[a.number(unix.NFTA_META_DREG)] = loadsFamily
 			}
+		case "ct": // of a new connection all but its state is in the packet, too
+			regs[a.number(unix.NFTA_CT_DREG)] = loadsFamily
+		case "bitwise":
+			regs[a.number(unix.NFTA_BITWISE_DREG)] = regs[a.number(unix.NFTA_BITWISE_SREG)]
 		case "payload":
 			regs[a.number(unix.NFTA_PAYLOAD_DREG)] = payload(a.number(unix.NFTA_PAYLOAD_BASE), a.number(unix.NFTA_PAYLOAD_OFFSET), a.number(unix.NFTA_PAYLOAD_LEN))
 		case "cmp":
 			of, op, value := regs[a.number(unix.NFTA_CMP_SREG)], a.number(unix.NFTA_CMP_OP), a.value(unix.NFTA_CMP_DATA)
 			switch {
+			case of == loadsOther:
+				n.isNarrow = true
 			case of == loadsProtocol && op == unix.NFT_CMP_EQ:
 				n.protocol(value)
 			case of == loadsPort && len(value) == 2:
@@ -86,14 +101,19 @@ func input(rule []expression, sets func(name string) []setElement) (n named) {
 				n.spans = append(n.spans, portSpan{binary.BigEndian.Uint16(from), binary.BigEndian.Uint16(to)})
 			}
 		case "lookup":
+			by, isAny := regs[a.number(unix.NFTA_LOOKUP_SREG)], a.number(unix.NFTA_LOOKUP_FLAGS) == 0
+			leads := a[unix.NFTA_LOOKUP_DREG] != nil && a.number(unix.NFTA_LOOKUP_DREG) == unix.NFT_REG_VERDICT
+			if n.isNarrow = n.isNarrow || by == loadsOther; !leads && by == loadsOther {
+				break // sets of addresses may be large, and are not read
+			}
 			elements := sets(cString(a[unix.NFTA_LOOKUP_SET]))
 			for _, e := range elements {
 				n.chain(e.chain)
 			}
-			if a.number(unix.NFTA_LOOKUP_FLAGS) != 0 { // all but these
+			if !isAny { // all but these
 				break
 			}
-			switch regs[a.number(unix.NFTA_LOOKUP_SREG)] {
+			switch by {
 			case loadsProtocol:
 				for _, e := range elements {
 					n.protocol([]byte(e.key))
@@ -106,6 +126,7 @@ func input(rule []expression, sets func(name string) []setElement) (n named) {
 		case "immediate":
 			attributes(a[unix.NFTA_IMMEDIATE_DATA], func(kind uint16, data []byte) {
 				if kind == unix.NFTA_DATA_VERDICT {
+					n.accepts = n.accepts || values(data).number(unix.NFTA_VERDICT_CODE) == nfAccept
 					n.chain(verdictChain(data))
 				}
 			})
@@ -161,11 +182,17 @@ func (n *named) match(name string, info []byte) {
 			}
 			n.spans = append(n.spans, s)
 		}
+	case name != "comment" && name != "conntrack" && name != "state" && name != "limit":
+		n.isNarrow = true
 	}
 }
 
-// rules are those that are told of a rule in a chain.
+// rules are those that are told of a rule in a chain: not of one that lets everybody ask,
+// which a published port does, too.
 func (n named) rules(chain string) (out []weft.InputRule) {
+	if n.accepts && !n.isNarrow {
+		return nil
+	}
 	protocols := n.protocols
 	if len(protocols) == 0 {
 		protocols = []weft.Protocol{weft.TCP, weft.UDP}
@@ -196,7 +223,15 @@ func payload(base, offset, size uint32) load {
 // spansOf are the ports of a set, or its intervals.
 func spansOf(elements []setElement) (out []portSpan) {
 	sorted := slices.Clone(elements)
-	slices.SortStableFunc(sorted, func(a, b setElement) int { return cmp.Compare(a.key, b.key) })
+	slices.SortStableFunc(sorted, func(a, b setElement) int {
+		switch by := cmp.Compare(a.key, b.key); {
+		case by != 0 || a.isEnd == b.isEnd:
+			return by
+		case a.isEnd: // where one ends the next may begin
+			return -1
+		}
+		return 1
+	})
 	hasEnds := slices.ContainsFunc(sorted, func(e setElement) bool { return e.isEnd })
 	for i, e := range sorted {
 		if e.isEnd || len(e.key) < 2 {

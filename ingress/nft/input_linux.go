@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,7 +22,7 @@ const (
 	// of rules, and every change of weft's own is one of nftables.
 	inputEvery = 15 * time.Second
 	// inputMost rules are told.
-	inputMost = 64
+	inputMost = 256
 )
 
 // InputRules reads the rules of the host's firewall that name ports. Its methods may be
@@ -31,12 +32,13 @@ type InputRules struct {
 	gen  uint32
 	read time.Time
 	last []weft.InputRule
+	said string // the last error
 }
 
 // Read returns the rules of nftables, those of iptables in its present form among
 // them, in the calling process's network namespace: of the chains that hook input and of
-// those that they lead to, sorted, 64 at most. They are at most 15 s old, if anything has
-// changed, and nil where they could not be read within these, which is an error once.
+// those that they lead to, sorted, 256 at most. They are at most 15 s old, if anything has
+// changed, and nil as long as they could not be read at all. Each error is told once.
 func (r *InputRules) Read(now time.Time) ([]weft.InputRule, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -44,18 +46,27 @@ func (r *InputRules) Read(now time.Time) ([]weft.InputRule, error) {
 		return r.last, nil
 	}
 	r.read = now
-	gen, err := generation()
-	if err != nil {
-		return nil, err
-	}
-	if r.last == nil || gen != r.gen {
-		list, err := readInput()
-		if err != nil {
-			return nil, fmt.Errorf("read the host's firewall: %w", err)
+	if err := r.renew(); err != nil {
+		if err.Error() == r.said {
+			return r.last, nil
 		}
+		r.said = err.Error()
+		return r.last, fmt.Errorf("read the host's firewall: %w", err)
+	}
+	r.said = ""
+	return r.last, nil
+}
+
+func (r *InputRules) renew() error {
+	gen, err := generation()
+	if err != nil || r.last != nil && gen == r.gen {
+		return err
+	}
+	list, err := readInput()
+	if err == nil {
 		r.gen, r.last = gen, list
 	}
-	return r.last, nil
+	return err
 }
 
 // inFamily is a chain, or a set, of a table.
@@ -83,7 +94,8 @@ func readInput() ([]weft.InputRule, error) {
 		}
 	}
 	for _, c := range chains {
-		if c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookInput && c.Table.Family != nftables.TableFamilyBridge {
+		isOurs := strings.HasPrefix(c.Table.Name, weft.TableName)
+		if c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookInput && c.Table.Family != nftables.TableFamilyBridge && !isOurs {
 			reach(inFamily{c.Table.Family, c.Table.Name, c.Name})
 		}
 	}
@@ -108,7 +120,7 @@ func readInput() ([]weft.InputRule, error) {
 		}
 		for _, rule := range rules[c] {
 			n := input(rule, elements)
-			out = append(out, n.rules(fmt.Sprintf("chain %s of table %s %s", c.name, familyWords[c.family], c.table))...)
+			out = append(out, n.rules(fmt.Sprintf("chain %s of table %s %s", c.name, familyWord(c.family), c.table))...)
 			for _, next := range n.chains {
 				reach(inFamily{c.family, c.table, next})
 			}
@@ -121,7 +133,16 @@ func readInput() ([]weft.InputRule, error) {
 	return out[:min(len(out), inputMost)], nil
 }
 
-var familyWords = map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}
+// familyWord is what nft(8) calls a family.
+func familyWord(f nftables.TableFamily) string {
+	switch f {
+	case nftables.TableFamilyIPv4:
+		return "ip"
+	case nftables.TableFamilyIPv6:
+		return "ip6"
+	}
+	return "inet"
+}
 
 // readRules reads all rules of a family. The library's reading fails at expressions that
 // it does not know, which those of others may be.

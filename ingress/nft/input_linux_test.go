@@ -59,6 +59,7 @@ func TestInputRules(t *testing.T) {
 		must(t, c.AddSet(wide, []nftables.SetElement{{Key: port(7000)}, {Key: port(7100), IntervalEnd: true}, {Key: port(8000)}, {Key: port(8001), IntervalEnd: true}}))
 		leads := &nftables.Set{Table: tb, Name: "leads", IsMap: true, KeyType: nftables.TypeInetProto, DataType: nftables.TypeVerdict}
 		must(t, c.AddSet(leads, []nftables.SetElement{{Key: []byte{unix.IPPROTO_TCP}, VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: "web"}}}))
+		narrow := []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("eth0\x00")}}
 		rule := func(chain *nftables.Chain, parts ...[]expr.Any) {
 			c.AddRule(&nftables.Rule{Table: tb, Chain: chain, Exprs: join(parts...)})
 		}
@@ -70,10 +71,12 @@ func TestInputRules(t *testing.T) {
 		rule(input, []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: port(53)}}, verdict(expr.VerdictAccept, ""))
 		rule(forward, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: port(9000)}}, verdict(expr.VerdictDrop, ""))
 		rule(lost, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: port(9001)}}, verdict(expr.VerdictDrop, ""))
-		rule(user, destinationPort(unix.IPPROTO_UDP), []expr.Any{&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: port(10000), ToData: port(10010)}}, verdict(expr.VerdictAccept, ""))
-		rule(user, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port(3000)}, &expr.Cmp{Op: expr.CmpOpLte, Register: 1, Data: port(3005)}}, verdict(expr.VerdictAccept, ""))
-		rule(user, destinationPort(0), []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: some.Name, SetID: some.ID}}, verdict(expr.VerdictAccept, ""))
-		rule(web, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: "wide"}}, verdict(expr.VerdictAccept, ""))
+		// Who lets everybody ask says nothing that a published port does not.
+		rule(input, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: port(80)}}, verdict(expr.VerdictAccept, ""))
+		rule(user, destinationPort(unix.IPPROTO_UDP), []expr.Any{&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: port(10000), ToData: port(10010)}}, verdict(expr.VerdictDrop, ""))
+		rule(user, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: port(3000)}, &expr.Cmp{Op: expr.CmpOpLte, Register: 1, Data: port(3005)}}, narrow, verdict(expr.VerdictAccept, ""))
+		rule(user, destinationPort(0), []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: some.Name, SetID: some.ID}}, narrow, verdict(expr.VerdictAccept, ""))
+		rule(web, destinationPort(unix.IPPROTO_TCP), []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: "wide"}}, verdict(expr.VerdictDrop, ""))
 	}
 	must(t, withConn(path, func(c *nftables.Conn) error { in(c, nftables.TableFamilyINet, "filter"); return c.Flush() }))
 	if got := read(); len(got) > 0 {

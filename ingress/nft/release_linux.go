@@ -201,8 +201,7 @@ func (k trackable) leads(p *ingress.Published, f tracked) (drains, ok bool) {
 // misled reports whether f goes where its client could not begin it any more: to a
 // backend that is none of the port's at that address, or that drains and has not been
 // seen to answer, or to any although the client is not allowed. Datagrams are misled,
-// too, that show a client who is to be hidden, or hide one who is not, and those
-// to the host itself (local) although the port has a backend by now, which is what
+// too, that show a client who is to be hidden, and those to the host itself (local) although the port has a backend by now, which is what
 // remains of asking while there was none. A connection is reset with its next packet; one that
 // shows or hides its client otherwise goes on as it is.
 func (k trackable) misled(f tracked, local map[netip.Addr]bool) bool {
@@ -220,17 +219,14 @@ func (k trackable) misled(f tracked, local map[netip.Addr]bool) bool {
 		return true
 	}
 	drains, ok := k.leads(p, f)
-	return !ok || f.isAsking && drains || f.proto == unix.IPPROTO_UDP && !p.Host && k.showsOther(p, f)
+	return !ok || f.isAsking && drains || f.proto == unix.IPPROTO_UDP && !p.Host && k.shows(p, f)
 }
 
-// showsOther reports whether the backend sees the client where it is to see the host's own
-// address, or this where it is to see the client. The host's loopback is never seen.
-func (k trackable) showsOther(p *ingress.Published, f tracked) bool {
-	isOwn := slices.Contains(k.own, f.seen)
-	if p.HideClient {
-		return !isOwn && slices.ContainsFunc(k.own, func(a netip.Addr) bool { return a.IsValid() && a.Is6() == f.seen.Is6() })
-	}
-	return isOwn && f.seen != f.client && !f.client.IsLoopback()
+// shows reports whether the backend sees the client where it is to see the host's own
+// address.
+func (k trackable) shows(p *ingress.Published, f tracked) bool {
+	return p.HideClient && !slices.Contains(k.own, f.seen) &&
+		slices.ContainsFunc(k.own, func(a netip.Addr) bool { return a.IsValid() && a.Is6() == f.seen.Is6() })
 }
 
 // release forgets the misled flows of the calling namespace; their next
