@@ -280,6 +280,17 @@ func (a *Agent) Peers() []netip.Addr {
 	return out
 }
 
+// ManagerPorts are the cluster ports of the managers that the leader told last, by node.
+func (a *Agent) ManagerPorts() map[weft.ID]uint16 {
+	out := map[weft.ID]uint16{}
+	for id, n := range a.model.Load().Nodes {
+		if n.Manager.IsValid() {
+			out[id] = n.Manager.Port()
+		}
+	}
+	return out
+}
+
 // Withdraw takes this node's endpoints out of the others' tables for good and
 // gives them time to see it. It is called while Run runs, when the node is
 // about to leave its cluster: the others then do not take it for a node whose

@@ -22,86 +22,108 @@ const movedPort = 8155
 // the leader's at last: each takes up its place by it, nobody gives a command, no
 // container ends, and everything answers from everywhere.
 func TestLabHostsGetOtherAddresses(t *testing.T) {
-	r := besideRig(t, "t-moved", "--hosts", "4", "--managers", "3")
-	hosts := []string{"h1", "h2", "h3", "h4"}
-	// Whose tasks are replaced after how long is another question.
-	r.must(r.on("h1", "swarm", "update", "--dispatcher-heartbeat", "1m")...)
-	r.must(r.on("h1", "network", "create", "--driver", "overlay", "front")...)
-	r.must(r.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", fmt.Sprintf("%d:80", movedPort), "weft/whoami")...)
-	var web []replica
-	r.eventually("one task on every host", func() (err error) {
-		if web, err = r.replicas("web", hosts...); err == nil && len(web) != len(hosts) {
-			err = fmt.Errorf("%d run", len(web))
-		}
-		return err
-	})
-	var vip string
-	r.eventually("VIP of web", func() (err error) { vip, err = r.vip("web"); return err })
-	addrs := map[string]netip.Addr{}
-	for _, h := range hosts {
-		addrs[h] = r.host(h).Addr
-	}
-	all := func() error {
-		tasks := addressesOn("front", web)
-		for _, from := range web {
-			asks := []func(context.Context) error{lookupAll("tasks.web", tasks), ask(vip + ":80")}
-			for _, to := range tasks {
-				asks = append(asks, ask(to+":80"))
-			}
-			for _, a := range asks {
-				if err := askOnce(t.Context(), from.ns(), a); err != nil {
-					return fmt.Errorf("from %s: %w", from.host, err)
-				}
-			}
-			if err := askOnce(t.Context(), r.clientNS(), ask(fmt.Sprintf("%s:%d", addrs[from.host], movedPort))); err != nil {
-				return fmt.Errorf("port of %s: %w", from.host, err)
-			}
-		}
-		return nil
-	}
-	r.eventually("everything answers", all)
-	before := identities(web)
-	leader := r.mustLeader("h4")
+	w := newMoving(t, "t-moved", "h4", "--hosts", "4", "--managers", "3")
+	leader := w.mustLeader("h4")
 	follower := "h1"
 	if leader == follower {
 		follower = "h2"
 	}
 	for i, h := range []string{"h4", follower, leader} {
-		was := addrs[h]
-		addrs[h] = r.readdress(h, was, byte(101+i))
-		began := time.Now()
-		ask := "h4" // whom
-		if h == ask {
-			ask = "h1"
-		}
-		r.eventually("the cluster knows "+h+" by its new address", func() error {
-			out, err := r.run(t.Context(), r.on(ask, "node", "inspect", "-f", "{{.Status.State}} {{.Status.Addr}} {{with .ManagerStatus}}{{.Addr}}{{end}}", h)...)
-			if err == nil && !strings.HasPrefix(out, "ready "+addrs[h].String()) {
-				err = errors.New(out)
-			}
-			if err == nil && h != "h4" && !strings.Contains(out, " "+addrs[h].String()+":") {
-				err = errors.New(out)
-			}
-			return err
-		})
-		known := time.Since(began)
-		r.eventually("everything answers after "+h+" has another address", all)
-		t.Logf("%s is %s, was %s: known after %s, everything answers after %s", h, addrs[h], was, known.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
-		r.eventually("the same containers", func() error {
-			now, err := r.replicas("web", hosts...)
-			if got := identities(now); err == nil && !slices.Equal(got, before) {
-				err = fmt.Errorf("they were %q, are %q", before, got)
-			}
-			return err
-		})
+		w.move(h, byte(101+i))
 	}
 	// The Raft group goes by the new addresses: without one of the moved it has a majority.
-	r.killDaemon(follower)
-	r.eventually("a change without "+follower, func() error {
-		_, err := r.run(t.Context(), r.on("h4", "network", "create", "--driver", "overlay", "later")...)
+	w.killDaemon(follower)
+	w.eventually("a change without "+follower, func() error {
+		_, err := w.run(t.Context(), w.on("h4", "network", "create", "--driver", "overlay", "later")...)
 		return err
 	})
-	r.must(r.weft, "lab", "start", "--name", r.name, follower)
+	w.must(w.weft, "lab", "start", "--name", w.name, follower)
+}
+
+// TestLabOnlyManagerGetsAnotherAddress: its workers find it by gossip.
+func TestLabOnlyManagerGetsAnotherAddress(t *testing.T) {
+	newMoving(t, "t-moved1", "h2", "--hosts", "2", "--managers", "1").move("h1", 101)
+}
+
+// moving is a cluster of which hosts get other addresses.
+type moving struct {
+	*rig
+	hosts  []string
+	worker string // who says where the others are
+	web    []replica
+	vip    string
+	addrs  map[string]netip.Addr
+}
+
+func newMoving(t *testing.T, lab, worker string, args ...string) *moving {
+	w := &moving{rig: besideRig(t, lab, args...), worker: worker, addrs: map[string]netip.Addr{}}
+	for i := 1; i <= w.host(worker).Index; i++ {
+		h := fmt.Sprintf("h%d", i)
+		w.hosts, w.addrs[h] = append(w.hosts, h), w.host(h).Addr
+	}
+	// Whose tasks are replaced after how long is another question.
+	w.must(w.on("h1", "swarm", "update", "--dispatcher-heartbeat", "1m")...)
+	w.must(w.on("h1", "network", "create", "--driver", "overlay", "front")...)
+	w.must(w.on("h1", "service", "create", "-d", "--name", "web", "--mode", "global", "--network", "front", "--publish", fmt.Sprintf("%d:80", movedPort), "weft/whoami")...)
+	w.eventually("one task on every host", func() (err error) {
+		if w.web, err = w.replicas("web", w.hosts...); err == nil && len(w.web) != len(w.hosts) {
+			err = fmt.Errorf("%d run", len(w.web))
+		}
+		return err
+	})
+	w.eventually("VIP of web", func() (err error) { w.vip, err = w.rig.vip("web"); return err })
+	w.eventually("everything answers", w.all)
+	return w
+}
+
+// all: names, tasks, service address and ports answer, from everywhere.
+func (w *moving) all() error {
+	ctx, tasks := w.t.Context(), addressesOn("front", w.web)
+	for _, from := range w.web {
+		asks := []func(context.Context) error{lookupAll("tasks.web", tasks), ask(w.vip + ":80")}
+		for _, to := range tasks {
+			asks = append(asks, ask(to+":80"))
+		}
+		for _, a := range asks {
+			if err := askOnce(ctx, from.ns(), a); err != nil {
+				return fmt.Errorf("from %s: %w", from.host, err)
+			}
+		}
+		if err := askOnce(ctx, w.clientNS(), ask(fmt.Sprintf("%s:%d", w.addrs[from.host], movedPort))); err != nil {
+			return fmt.Errorf("port of %s: %w", from.host, err)
+		}
+	}
+	return nil
+}
+
+// move gives a host another address and waits until all is as it was.
+func (w *moving) move(host string, last byte) {
+	w.t.Helper()
+	before, was := identities(w.web), w.addrs[host]
+	w.addrs[host] = w.readdress(host, was, last)
+	began := time.Now()
+	ask := w.worker
+	if host == ask {
+		ask = "h1"
+	}
+	w.eventually("the cluster knows "+host+" by its new address", func() error {
+		out, err := w.run(w.t.Context(), w.on(ask, "node", "inspect", "-f", "{{.Status.State}} {{.Status.Addr}} {{with .ManagerStatus}}{{.Addr}}{{end}}", host)...)
+		is := w.addrs[host].String()
+		if err == nil && (!strings.HasPrefix(out, "ready "+is) || host != w.worker && !strings.Contains(out, " "+is+":")) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	known := time.Since(began)
+	w.eventually("everything answers after "+host+" has another address", w.all)
+	w.t.Logf("%s is %s, was %s: known after %s, everything answers after %s", host, w.addrs[host], was, known.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	w.eventually("the same containers", func() error {
+		now, err := w.replicas("web", w.hosts...)
+		if got := identities(now); err == nil && !slices.Equal(got, before) {
+			err = fmt.Errorf("they were %q, are %q", before, got)
+		}
+		return err
+	})
 }
 
 // readdress gives a host another address of the underlay in place of the one that it has.

@@ -63,7 +63,7 @@ type member struct {
 	making sync.Mutex
 	data   atomic.Pointer[dataPlane] // nil until the engines are made
 
-	// mu guards: state.Managers, state.Cluster, heard. The rest of state stays
+	// mu guards: state.Managers, state.Cluster, state.Links, heard. The rest of state stays
 	// as it was at the start.
 	mu    sync.Mutex
 	state memberState
@@ -120,7 +120,7 @@ func (ms *membership) compose(ctx context.Context, state memberState) (*member, 
 	}
 	m.peers = wire.NewPeers(m.creds)
 	m.drains = ms.drains
-	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.managers, Log: m.log}); err != nil {
+	if m.client, err = wire.NewClient(wire.ClientConfig{Credentials: m.creds, Managers: m.reachable, Log: m.log}); err != nil {
 		return nil, err
 	}
 	if m.renewal, err = ca.NewRenewal(ca.RenewalConfig{Credentials: m.creds, Dir: pkiDir(cfg.DataRoot), Sign: m.sign, Log: m.log}); err != nil {
@@ -390,6 +390,23 @@ func (m *member) managers() []netip.AddrPort {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.state.Managers
+}
+
+// reachable are the cluster ports of managers: those last told, and those at which gossip
+// has a manager that was told elsewhere, the last one perhaps. Who answers there proves
+// by its certificate that it is one.
+func (m *member) reachable() []netip.AddrPort {
+	out := slices.Clone(m.managers())
+	ports := m.agent.ManagerPorts()
+	members, _ := m.gossip.Members()
+	for _, o := range members {
+		if port, ok := ports[o.ID]; ok && o.ID != m.state.Node {
+			if at := netip.AddrPortFrom(o.Addr, port); !slices.Contains(out, at) {
+				out = append(out, at)
+			}
+		}
+	}
+	return out
 }
 
 // seeds are the gossip ports of the managers and of all nodes last heard of, but

@@ -44,6 +44,8 @@ type membership struct {
 	// of. It stays while another try runs, until that has its engines.
 	failure error
 
+	moves moves // of the member to be resumed; run's alone
+
 	resumed chan struct{} // closed by run when it has made first
 	first   *member       // nil when there was none to resume, or it could not be made
 }
@@ -141,7 +143,10 @@ func (ms *membership) serve(ctx context.Context, m *member) {
 	ms.mu.Unlock()
 
 	err := m.run(ctx)
-
+	var moved *movedError
+	if errors.As(err, &moved) {
+		ms.moves = moved.found // it has been waited for
+	}
 	if ctx.Err() != nil {
 		err = nil
 	}

@@ -27,24 +27,28 @@ func TestFollowAddrs(t *testing.T) {
 	for _, c := range []struct {
 		name                string
 		advertise, dataPath string
-		links               memberLinks
+		links               [2]string // names
 		addrs               []weft.HostAddr
 		wantA, wantD        string
 	}{
-		{"nothing has changed", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, on("eth0", "10.0.0.1"), "10.0.0.1", "10.0.0.1"},
-		{"another address", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.1.0.1")), "10.0.0.9", "10.0.0.9"},
-		{"it has gone to another link", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.0.0.1")), "10.0.0.1", "10.0.0.1"},
-		{"one more", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, on("eth0", "10.0.0.1", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
-		{"none at the moment", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, on("eth1", "10.1.0.1"), "10.0.0.1", "10.0.0.1"},
-		{"several come into question", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, on("eth0", "10.0.0.8", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
-		{"the other family is none", "10.0.0.1", "10.0.0.1", memberLinks{"eth0", "eth0"}, on("eth0", "fd00::9"), "10.0.0.1", "10.0.0.1"},
-		{"IPv6", "fd00::1", "fd00::1", memberLinks{"eth0", "eth0"}, on("eth0", "10.0.0.9", "fd00::9"), "fd00::9", "fd00::9"},
-		{"behind a router, tunnels by the host's own", "192.0.2.1", "10.0.0.1", memberLinks{"", "eth0"}, on("eth0", "10.0.0.9"), "192.0.2.1", "10.0.0.9"},
-		{"tunnels on a link of their own", "10.0.0.1", "10.1.0.1", memberLinks{"eth0", "eth1"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.1.0.1")), "10.0.0.9", "10.1.0.1"},
-		{"no link is known", "10.0.0.1", "10.0.0.1", memberLinks{}, on("eth0", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
+		{"nothing has changed", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.1"), "10.0.0.1", "10.0.0.1"},
+		{"another address", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.1.0.1")), "10.0.0.9", "10.0.0.9"},
+		{"it has gone to another link", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.0.0.1")), "10.0.0.1", "10.0.0.1"},
+		{"one more", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.1", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
+		{"none at the moment", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth1", "10.1.0.1"), "10.0.0.1", "10.0.0.1"},
+		{"several come into question", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.8", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
+		{"the other family is none", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "fd00::9"), "10.0.0.1", "10.0.0.1"},
+		{"IPv6", "fd00::1", "fd00::1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.9", "fd00::9"), "fd00::9", "fd00::9"},
+		{"behind a router, tunnels by the host's own", "192.0.2.1", "10.0.0.1", [2]string{"", "eth0"}, on("eth0", "10.0.0.9"), "192.0.2.1", "10.0.0.9"},
+		{"tunnels on a link of their own", "10.0.0.1", "10.1.0.1", [2]string{"eth0", "eth1"}, both(on("eth0", "10.0.0.9"), on("eth1", "10.1.0.1")), "10.0.0.9", "10.1.0.1"},
+		{"an alias that was there before", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.100"), "10.0.0.1", "10.0.0.1"},
+		{"beside such an alias", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "10.0.0.9", "10.0.0.100"), "10.0.0.9", "10.0.0.9"},
+		{"what a host gives itself without a lease", "10.0.0.1", "10.0.0.1", [2]string{"eth0", "eth0"}, on("eth0", "169.254.7.7"), "10.0.0.1", "10.0.0.1"},
+		{"no link is known", "10.0.0.1", "10.0.0.1", [2]string{}, on("eth0", "10.0.0.9"), "10.0.0.1", "10.0.0.1"},
 	} {
 		was := memberState{
-			Advertise: netip.AddrPortFrom(a(c.advertise), 2377), DataPath: a(c.dataPath), Links: c.links, Listen: netip.AddrPortFrom(a(c.advertise), 2377),
+			Advertise: netip.AddrPortFrom(a(c.advertise), 2377), DataPath: a(c.dataPath),
+			Links: memberLinks{memberLink{c.links[0], []netip.Addr{a("10.0.0.100")}}, memberLink{c.links[1], []netip.Addr{a("10.0.0.100")}}}, Listen: netip.AddrPortFrom(a(c.advertise), 2377),
 			Managers: []netip.AddrPort{netip.MustParseAddrPort("10.7.7.7:2377"), netip.AddrPortFrom(a(c.advertise), 2377)},
 		}
 		kept := append([]netip.AddrPort{}, was.Managers...)
@@ -62,11 +66,30 @@ func TestFollowAddrs(t *testing.T) {
 		}
 	}
 	s := memberState{Advertise: netip.MustParseAddrPort("10.0.0.1:2377"), DataPath: a("10.1.0.1")}
-	s = s.note(both(on("eth0", "10.0.0.1"), on("eth1", "10.1.0.1")))
-	if s.Links != (memberLinks{"eth0", "eth1"}) {
-		t.Errorf("links %+v", s.Links)
+	s = s.note(both(on("eth0", "10.0.0.1", "10.0.0.100"), on("eth1", "10.1.0.1")))
+	want := memberLinks{memberLink{"eth0", []netip.Addr{a("10.0.0.100")}}, memberLink{"eth1", nil}}
+	if !reflect.DeepEqual(s.Links, want) {
+		t.Errorf("links %+v, want %+v", s.Links, want)
 	}
-	if s = s.note(on("eth2", "10.2.0.1")); s.Links != (memberLinks{"eth0", "eth1"}) {
+	if s = s.note(on("eth2", "10.2.0.1")); !reflect.DeepEqual(s.Links, want) {
 		t.Errorf("links of addresses that have gone are %+v", s.Links)
+	}
+}
+
+// TestMovesWait: an address that is away for a moment is waited for.
+func TestMovesWait(t *testing.T) {
+	at := func(s string) memberState { return memberState{Advertise: netip.MustParseAddrPort(s)} }
+	home, other, third := at("10.0.0.1:2377"), at("10.0.0.9:2377"), at("10.0.0.10:2377")
+	var m moves
+	for i, c := range []struct {
+		found memberState
+		want  bool
+	}{
+		{other, false}, {other, false}, {home, false}, // it is back
+		{other, false}, {third, false}, {third, false}, {third, true}, {third, true},
+	} {
+		if got := m.look(home, c.found); got != c.want {
+			t.Errorf("look %d, at %s: %v, want %v", i, c.found.Advertise, got, c.want)
+		}
 	}
 }
