@@ -90,6 +90,15 @@ func (l *Lab) endStrays(ctx context.Context) error {
 	if err := killAll(ctx, t.signs, 0); err != nil {
 		return fmt.Errorf("kill the processes of lab %s: %w", l.plan.name, err)
 	}
+	// One that was about to make a container's cgroups when its host's were removed has
+	// made them since.
+	groups, err := groupsOf(t.ids)
+	if err == nil {
+		err = removeGroups(ctx, groups)
+	}
+	if err != nil {
+		return err
+	}
 	return errors.Join(removeNetNS(l.plan.netnsFile(clientName)), removeNetNS(l.plan.netnsFile(switchName)))
 }
 

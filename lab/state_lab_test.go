@@ -322,10 +322,11 @@ func TestFaultsLeave(t *testing.T) {
 				t.Error("a manager left without force")
 			}
 		}
+		id := strings.TrimSpace(r.must(r.on(c.host, "info", "-f", "{{.Swarm.NodeID}}")...))
 		began := time.Now()
 		r.must(r.on(c.host, append([]string{"swarm", "leave"}, c.args...)...)...)
 		t.Logf("%s %s left in %s", c.role, c.host, time.Since(began).Round(time.Millisecond))
-		r.forgot(c.host)
+		r.forgot(c.host, id)
 		r.eventually("the others answer without it", func() error {
 			return askOnce(t.Context(), r.clientNS(), ask(fmt.Sprintf("%s:8093", r.host("h1").Addr)))
 		})
@@ -346,8 +347,8 @@ func TestFaultsLeave(t *testing.T) {
 	}
 }
 
-// forgot checks that nothing of the cluster is left on a host.
-func (r *rig) forgot(host string) {
+// forgot checks that nothing of the cluster, where it was node id, is left on a host.
+func (r *rig) forgot(host, id string) {
 	r.t.Helper()
 	r.eventually(host+" has forgotten the cluster", func() error {
 		left, err := r.inventory(host)
@@ -363,6 +364,11 @@ func (r *rig) forgot(host string) {
 			}
 			left = append(left, files...)
 		}
+		groups, err := groupsOf([]string{id})
+		if err != nil {
+			return err
+		}
+		left = append(left, groups...)
 		tables, err := nftTables(h.Paths.NetNS)
 		if left = append(left, tables...); err != nil || len(left) > 0 {
 			return errors.Join(fmt.Errorf("left: %q", left), err)

@@ -347,7 +347,7 @@ func (m *member) remove(ctx context.Context) error {
 	}
 	err = errors.Join(m.agent.RemoveAll(ctx), d.service.Close(ctx), m.boxes.Close(ctx))
 	if err == nil {
-		err = errors.Join(m.engineUser().forget(), m.engines.release(ctx))
+		err = errors.Join(m.engineUser().forget(), m.engines.release(ctx), containerd.RemoveGroups(m.state.Node))
 	}
 	return err
 }

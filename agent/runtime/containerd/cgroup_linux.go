@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft"
 )
 
 const cgroupRoot = "/sys/fs/cgroup"
@@ -45,6 +47,28 @@ func hierarchies() ([]string, error) {
 		}
 	}
 	return all, nil
+}
+
+// RemoveGroups removes the folders of a node's cgroups in every hierarchy, and the one of
+// all nodes when it was the last. One that is in use stays: it is not empty.
+func RemoveGroups(node weft.ID) error {
+	roots, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, root := range roots {
+		for dir := filepath.Join(root, "weft", string(node)); dir != root; dir = filepath.Dir(dir) {
+			err := unix.Rmdir(dir)
+			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTEMPTY) {
+				break
+			}
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // oomKilled reports whether the kernel killed a process of the cgroup for
