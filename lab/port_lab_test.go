@@ -90,7 +90,7 @@ func TestLabPortElsewhere(t *testing.T) {
 	}
 	_, err = r.run(t.Context(), r.on("h2", manager.with()...)...)
 	wantRefusal(t, "join of a host with another release's state", err, "assignments.json has version 99")
-	r.forgot("h2")
+	r.forgot("h2", "")
 	if out := r.must(r.on("h1", "info", "--format", "{{.Swarm.Managers}}")...); out != "2" {
 		t.Errorf("the cluster has %s managers after a third has failed to join, want 2", out)
 	}
