@@ -40,9 +40,13 @@ const (
 	// lingerSettle is how long an owner that the last run knew may be alive
 	// without a word about its endpoints: its table is on its way.
 	lingerSettle = 5 * time.Second
-	// lingerSave bounds the rate at which the endpoints are written to disk,
-	// lingerFresh the age of the file while they do not change.
+	// lingerSave bounds the rate at which the endpoints are written to disk, as far as
+	// that takes long: it may take one lingerShare of the time. What came since is not
+	// known to a daemon that is killed, so where it is quick it is at lingerSoon.
+	// lingerFresh is the age of the file while they do not change.
+	lingerSoon  = 100 * time.Millisecond
 	lingerSave  = 2 * time.Second
+	lingerShare = 20
 	lingerFresh = 15 * time.Second
 )
 
@@ -122,7 +126,7 @@ func (l *linger) run(ctx context.Context) error {
 			})
 		}
 		if d.isDue(now) {
-			d = lingerDisk{saved: now, isBusy: true}
+			d = lingerDisk{saved: now, took: d.took, isBusy: true}
 			f := storedEndpoints{endpointsVersion, now, l.core.stored()}
 			wg.Go(func() {
 				if err := l.save(l.path, f); err != nil {
@@ -141,7 +145,7 @@ func (l *linger) run(ctx context.Context) error {
 		case a := <-answers:
 			l.core.answer(time.Now(), a)
 		case <-written:
-			d.isBusy = false
+			d.isBusy, d.took = false, time.Since(d.saved)
 		case <-timer.C:
 		case <-ctx.Done():
 		}
@@ -157,14 +161,15 @@ func (l *linger) run(ctx context.Context) error {
 // time: a disk may take its time, and what the others have is led to meanwhile.
 type lingerDisk struct {
 	saved  time.Time // when the last began
-	dirty  bool      // something has changed since
+	took   time.Duration
+	dirty  bool // something has changed since
 	isBusy bool
 }
 
 // due is when the file is to be written, unless it is being.
 func (d *lingerDisk) due() time.Time {
 	if d.dirty {
-		return d.saved.Add(lingerSave)
+		return d.saved.Add(min(max(lingerShare*d.took, lingerSoon), lingerSave))
 	}
 	return d.saved.Add(lingerFresh)
 }

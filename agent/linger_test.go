@@ -296,6 +296,56 @@ func TestLinger(t *testing.T) {
 	}
 }
 
+// TestLingerIsWrittenSoon: what a daemon knew is on the disk a tenth of a second later, so
+// that the next one knows it; where that takes long it is written the less often.
+func TestLingerIsWrittenSoon(t *testing.T) {
+	one, two := endpointOf(1), endpointOf(2)
+	for _, c := range []struct {
+		takes, within time.Duration
+	}{{0, lingerSoon}, {20 * time.Millisecond, lingerShare*20*time.Millisecond + 20*time.Millisecond}, {time.Second, lingerSave + time.Second}} {
+		path := filepath.Join(t.TempDir(), "endpoints.json")
+		synctest.Test(t, func(t *testing.T) {
+			l := newLingering(t, path)
+			writes := 0
+			l.linger.save = func(path string, v any) error {
+				writes++
+				time.Sleep(c.takes)
+				return saveFile(path, v)
+			}
+			l.table.set(memberB, one)
+			l.run(t)
+			settle(lingerSave + c.takes)
+			before := writes
+			l.table.set(memberB, one, two)
+			settle(c.within + time.Millisecond)
+			l.stop() // by then it may be killed
+			if writes == before {
+				t.Errorf("where writing takes %v nothing is written within %v", c.takes, c.within)
+			}
+			l = newLingering(t, path)
+			if err := l.restore(time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			l.sees(t, "after the end", one, two)
+		})
+		synctest.Test(t, func(t *testing.T) {
+			l := newLingering(t, filepath.Join(t.TempDir(), "endpoints.json"))
+			busy := time.Duration(0)
+			l.linger.save = func(string, any) error { time.Sleep(c.takes); busy += c.takes; return nil }
+			l.run(t)
+			began := time.Now()
+			for i := range 2000 { // it changes all the time
+				l.table.set(memberB, endpointOf(byte(1+i%2)))
+				settle(10 * time.Millisecond)
+			}
+			l.stop()
+			if most := time.Since(began)/lingerShare + c.takes; c.takes < lingerSave/lingerShare && busy > most {
+				t.Errorf("where writing takes %v it takes %v of %v", c.takes, busy, time.Since(began))
+			}
+		})
+	}
+}
+
 func TestLingerOverItsOwnEnd(t *testing.T) {
 	one := endpointOf(1)
 	next := func(t *testing.T, down time.Duration, f func(t *testing.T, l *lingering)) {
