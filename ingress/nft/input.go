@@ -101,26 +101,7 @@ func input(rule []expression, sets func(name string) []setElement) (n named) {
 				n.spans = append(n.spans, portSpan{binary.BigEndian.Uint16(from), binary.BigEndian.Uint16(to)})
 			}
 		case "lookup":
-			by, isAny := regs[a.number(unix.NFTA_LOOKUP_SREG)], a.number(unix.NFTA_LOOKUP_FLAGS) == 0
-			leads := a[unix.NFTA_LOOKUP_DREG] != nil && a.number(unix.NFTA_LOOKUP_DREG) == unix.NFT_REG_VERDICT
-			if n.isNarrow = n.isNarrow || by == loadsOther; !leads && by == loadsOther {
-				break // sets of addresses may be large, and are not read
-			}
-			elements := sets(cString(a[unix.NFTA_LOOKUP_SET]))
-			for _, e := range elements {
-				n.chain(e.chain)
-			}
-			if !isAny { // all but these
-				break
-			}
-			switch by {
-			case loadsProtocol:
-				for _, e := range elements {
-					n.protocol([]byte(e.key))
-				}
-			case loadsPort:
-				n.spans = append(n.spans, spansOf(elements)...)
-			}
+			n.lookup(a, regs[a.number(unix.NFTA_LOOKUP_SREG)], sets)
 		case "match":
 			n.match(cString(a[unix.NFTA_MATCH_NAME]), a[unix.NFTA_MATCH_INFO])
 		case "immediate":
@@ -136,6 +117,27 @@ func input(rule []expression, sets func(name string) []setElement) (n named) {
 		n.spans = append(n.spans, portSpan{low, high})
 	}
 	return n
+}
+
+// lookup reads what looks a register up in a set.
+func (n *named) lookup(a fields, by load, sets func(name string) []setElement) {
+	leads := a[unix.NFTA_LOOKUP_DREG] != nil && a.number(unix.NFTA_LOOKUP_DREG) == unix.NFT_REG_VERDICT
+	if n.isNarrow = n.isNarrow || by == loadsOther; !leads && by == loadsOther {
+		return // sets of addresses may be large, and are not read
+	}
+	elements := sets(cString(a[unix.NFTA_LOOKUP_SET]))
+	for _, e := range elements {
+		n.chain(e.chain)
+	}
+	isAny := a.number(unix.NFTA_LOOKUP_FLAGS) == 0 // else all but these
+	switch {
+	case isAny && by == loadsProtocol:
+		for _, e := range elements {
+			n.protocol([]byte(e.key))
+		}
+	case isAny && by == loadsPort:
+		n.spans = append(n.spans, spansOf(elements)...)
+	}
 }
 
 func (n *named) protocol(value []byte) {
