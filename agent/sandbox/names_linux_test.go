@@ -1,7 +1,6 @@
 package sandbox
 
 import (
-	"context"
 	"os"
 	"slices"
 	"strings"
@@ -13,7 +12,7 @@ import (
 // TestSearchDomainsStay: what resolv.conf was made with is told by Make and List, and
 // stays as long as the namespace, whatever is asked for later.
 func TestSearchDomainsStay(t *testing.T) {
-	m, ctx := maker(t), context.Background()
+	m, ctx := maker(t), t.Context()
 	s := spec()
 	want := func(when string, domains ...string) {
 		t.Helper()
